@@ -1,0 +1,247 @@
+"""Data sets, pictures and their transforms, and the loader.
+
+A data set's items are (picture, class index); its `classes` are the names of the classes in the order of their indices.
+"""
+
+import contextlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, auto_augment, create_transform
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torchvision import transforms
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+
+from utils import UserError
+
+SMALL = 32  # pixels: up to this size, pictures are shifted instead of cropped and resized, as published for CIFAR
+
+
+# ---------------------------------------------------------------- transforms
+
+
+def posterize_or_black(picture: Image.Image, bits: int, **_) -> Image.Image:
+    """Posterize. timm's increasing strength asks for 0 bits now and then, which is black, and which Pillow refuses from 13 on."""
+    return ImageOps.posterize(picture, bits) if bits > 0 else picture.point(lambda value: 0)
+
+
+class FitSquare:
+    """Resize and crop to a square; a picture that has this size already stays as it is."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, picture: Image.Image) -> Image.Image:
+        square = (self.size, self.size)
+        return picture if picture.size == square else ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
+
+
+def build_transform(is_train: bool, args, *, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD) -> transforms.Compose:
+    """A picture -> (3, input_size, input_size), normalized. Training: crop, flip, RandAugment, erasing; else resize and centre crop."""
+    size = args.input_size
+    if is_train:
+        try:
+            transform = create_transform(
+                size,
+                is_training=True,
+                scale=args.scale,
+                ratio=args.ratio,
+                hflip=args.hflip,
+                color_jitter=args.color_jitter,
+                auto_augment=args.aa or None,
+                interpolation=args.train_interpolation,
+                mean=mean,
+                std=std,
+                re_prob=args.reprob,
+                re_mode=args.remode,
+                re_count=args.recount,
+            )
+        except (AssertionError, KeyError, ValueError) as error:
+            raise UserError(f"no such augmentation (--aa {args.aa}): write one as timm's rand-m9-mstd0.5-inc1 ({error!r})") from error
+        if size <= SMALL:
+            transform.transforms[:1] = [FitSquare(size), transforms.RandomCrop(size, padding=4)]
+        for step in transform.transforms:
+            for operation in getattr(step, "ops", []):
+                if getattr(operation, "aug_fn", None) is auto_augment.posterize:
+                    operation.aug_fn = posterize_or_black
+        return transform
+    bicubic = transforms.InterpolationMode.BICUBIC
+    resize = [transforms.Resize(int(size / args.eval_crop_ratio), interpolation=bicubic), transforms.CenterCrop(size)]
+    return transforms.Compose([*([FitSquare(size)] if size <= SMALL else resize), transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+# ---------------------------------------------------------------- data sets
+
+
+def read_picture(path: str) -> Image.Image:
+    """A picture in RGB. One that cannot be read is an error with its path, never replaced by another."""
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read a picture ({path}): replace or remove it [{str(error).splitlines()[0]}]") from error
+
+
+class Folder(ImageFolder):
+    """root/CLASS/picture. With `classes`, their order gives the indices, and a folder of another name is refused."""
+
+    def __init__(self, root: Path, transform: Callable, classes: list[str] | None = None):
+        self.wanted = classes
+        super().__init__(str(root), transform=transform, loader=read_picture, allow_empty=True)
+        if not self.samples:
+            raise UserError(f"no pictures ({root}): expected {root.name}/CLASS/* with pictures in PNG, JPEG or WebP")
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        found = class_folders(Path(directory))
+        if self.wanted is None:
+            return found, {name: index for index, name in enumerate(found)}
+        extra = sorted(set(found) - set(self.wanted))
+        if extra:
+            raise UserError(f"a class that training does not know ({Path(directory) / extra[0]}): remove it, or add it to train")
+        return self.wanted, {name: index for index, name in enumerate(self.wanted)}
+
+
+class INat(Dataset):
+    """iNaturalist 2018 or 2019 from its JSON files; classes are the values of one category over the training pictures."""
+
+    def __init__(self, root: Path, split: str, transform: Callable, *, year: int, category: str):
+        self.transform = transform
+        train, part, categories = (read_json(root / name) for name in (f"train{year}.json", f"{split}{year}.json", "categories.json"))
+        names = {entry["id"]: entry[category] for entry in categories} if isinstance(categories, list) else None
+        if names is None:
+            raise UserError(f"not a list of categories ({root / 'categories.json'}): take the file of the same year's competition")
+        self.classes = list(dict.fromkeys(str(names[a["category_id"]]) for a in train["annotations"]))
+        index = {name: i for i, name in enumerate(self.classes)}
+        labels = {a["image_id"]: str(names[a["category_id"]]) for a in part["annotations"]}
+        self.samples = [(str(self.locate(root, image["file_name"])), index[labels[image["id"]]]) for image in part["images"]]
+
+    @staticmethod
+    def locate(root: Path, name: str) -> Path:
+        """The file as the JSON names it, or without the folder of the super-category, as the published code looked for it."""
+        parts = Path(name).parts
+        flat = root.joinpath(parts[0], *parts[2:])
+        return flat if len(parts) > 3 and not (root / name).exists() else root / name
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(read_picture(path)), label
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"a file of the data set is missing ({path}): see --data-set and --data-path") from None
+    except ValueError as error:
+        raise UserError(f"not JSON ({path}): {error}") from None
+
+
+def class_folders(root: Path) -> list[str]:
+    """The names of the class folders in root, sorted."""
+    if not root.is_dir():
+        raise UserError(f"no such data folder ({root}): expected ImageNet's layout, train/CLASS/* and val/CLASS/*, in --data-path")
+    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not found:
+        raise UserError(f"no pictures ({root}): expected a folder for each class in it")
+    return found
+
+
+def build_dataset(split: str, args, *, transform: Callable, classes: list[str] | None = None) -> Dataset:
+    """The "train" or "val" part of --data-set. classes: those of the training, which val must not go beyond."""
+    root = Path(args.data_path)
+    if args.data_set == "IMNET":
+        dataset = Folder(root / split, transform, classes)
+        counts = np.bincount([label for _, label in dataset.samples], minlength=len(dataset.classes))
+        empty = [name for name, number in zip(dataset.classes, counts) if not number]
+        if empty and classes is None:
+            raise UserError(f"a class without pictures ({root / split / empty[0]}): remove the folder, or fill it")
+        dataset.missing = empty
+        return dataset
+    if args.data_set in ("CIFAR", "CIFAR10"):
+        kind = CIFAR100 if args.data_set == "CIFAR" else CIFAR10
+        try:
+            dataset = kind(root, train=split == "train", transform=transform)
+        except RuntimeError:
+            name = kind.base_folder
+            raise UserError(f"no {kind.__name__} ({root / name}): unpack {kind.url} there, or write --data-path") from None
+    else:
+        year = 2018 if args.data_set == "INAT" else 2019
+        dataset = INat(root, split, transform, year=year, category=args.inat_category)
+    if classes is not None and list(dataset.classes) != list(classes):
+        raise UserError(f"other classes than those trained with ({args.data_set} in {root}): {len(dataset.classes)}, not {len(classes)}")
+    return dataset
+
+
+def match_classes(found: list[str], stored: list[str] | None, head: int) -> list[str]:
+    """The class names of a classifier of `head` outputs, for val folders `found`; `stored`: the names its checkpoint gives, if any.
+
+    Without names, exactly as many folders as outputs are taken in sorted order, and fewer only where they are ImageNet's WordNet ids.
+    """
+    if stored is not None:
+        return stored
+    if len(found) == head:
+        return sorted(found)
+    imagenet = ImageNetInfo().label_names()
+    if head == len(imagenet) and set(found) <= set(imagenet):
+        return imagenet
+    known = "more than the classifier has" if len(found) > head else "and the weights do not say which"
+    raise UserError(f"val has {len(found)} classes, the weights {head} ({known}): give val all {head} folders, or weights trained here")
+
+
+# ---------------------------------------------------------------- random numbers and the loader
+
+
+@contextlib.contextmanager
+def random_numbers(*key: int) -> Iterator[None]:
+    """Random numbers of python, numpy and torch as a function of `key`; in the training process, its own states are put back."""
+    states = None
+    if get_worker_info() is None:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    words = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3])
+    torch.default_generator.manual_seed(int(words[3]))
+    try:
+        yield
+    finally:
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
+
+
+class Keyed(Dataset):
+    """A training set whose items are asked for as (epoch, position, index): augmentation depends on (seed, epoch, position) alone.
+
+    Not on the index, for repeated augmentation shows a picture more than once; not on workers, processes or restarts.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int, int]):
+        epoch, position, index = key
+        with random_numbers(self.seed, epoch, position):
+            return self.dataset[index]
+
+
+def build_loader(dataset: Dataset, sampler: Iterable, *, batch_size: int, workers: int, pin_memory: bool, drop_last: bool) -> DataLoader:
+    """Batches of (pictures (B, 3, H, W), labels (B,)). Drawing them leaves the process's own random states alone."""
+    return DataLoader(
+        dataset,
+        sampler=sampler,
+        batch_size=batch_size,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        drop_last=drop_last,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),
+    )

@@ -1,0 +1,192 @@
+"""The command line of main.py: the published options with their defaults, and ours under timm's names.
+
+Nothing here imports torch, so that --help and a wrong option are answered at once.
+"""
+
+import argparse
+import difflib
+
+# What the published code accepts and this one cannot honour: each ends with what to use instead.
+REFUSED = {
+    "use_mcloader": "it read ImageNet through a memcached server of one cluster: leave it away, the folder is read directly with --num_workers",
+    "resplit": "the published code never read it: to erase only part of a batch use --reprob, to repeat pictures --repeated-aug",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and `-` and `_` alike in the names of options."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        names = {name.replace("_", "-"): name for name in self._option_string_actions}
+        spelled = []
+        for token in args:
+            name, equals, value = token.partition("=")
+            known = names.get(name.replace("_", "-")) if name.startswith("--") else None
+            spelled.append(known + equals + value if known else token)
+        return super().parse_known_args(spelled, namespace)
+
+    def error(self, message):
+        words = message.split()
+        if message.startswith("unrecognized arguments:"):
+            unknown = next((word for word in words[2:] if word.startswith("-")), words[2])
+            close = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
+            advice = f"did you mean {close[0]}?" if close else "--help lists the options"
+            message = f"unknown option (command line, {unknown}): {advice}"
+        else:
+            message = f"{message} (command line): --help lists the options"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
+    return value
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def get_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="main.py", description="Train, evaluate and time Twins (PCPVT, ALTGVT) on pictures.")
+
+    group = parser.add_argument_group("what to do (default: train)")
+    group.add_argument("--eval", action="store_true", help="evaluate the weights of --resume on the val pictures, and end")
+    group.add_argument("--throughout", "--throughput", action="store_true", help="time inference in pictures per second, and end")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="alt_gvt_small", metavar="NAME", help="a name of gvt.py, or any that timm knows (%(default)s)")
+    group.add_argument("--input-size", type=positive, default=224, metavar="PIXELS", help="side of a picture (%(default)s)")
+    group.add_argument("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
+    group.add_argument("--drop-path", type=probability, default=0.1, metavar="P", help="stochastic depth of the last block (%(default)s)")
+    group.add_argument("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is made anew")
+    group.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass, to save memory")
+    group.add_argument("--channels-last", action="store_true", help="pictures and weights in channels-last memory format")
+    group.add_argument("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND", help="compile the model")
+    group.add_argument("--model-ema", action="store_true", help="keep and evaluate a moving average of the weights too; --eval: score it")
+    group.add_argument("--model-ema-decay", type=probability, default=0.9998, metavar="D", help="of the average, per step (%(default)s)")
+
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures per process and step (%(default)s)")
+    group.add_argument("--grad-accum-steps", type=positive, default=1, metavar="N", help="batches per update (%(default)s)")
+    group.add_argument("--epochs", type=positive, default=300, metavar="N", help="(%(default)s)")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="an optimizer of timm (%(default)s)")
+    group.add_argument("--opt-eps", type=float, default=1e-8, metavar="E", help="(%(default)s)")
+    group.add_argument("--opt-betas", type=float, default=None, nargs="+", metavar="B", help="(the optimizer's own)")
+    group.add_argument("--clip-grad", type=float, default=5.0, metavar="NORM", help="largest gradient norm, 0 for no limit (%(default)s)")
+    group.add_argument("--momentum", type=float, default=0.9, metavar="M", help="for optimizers that have one (%(default)s)")
+    group.add_argument("--weight-decay", type=float, default=0.05, metavar="W", help="(%(default)s)")
+    amp = ("float16", "bfloat16", "float32")
+    group.add_argument("--amp-dtype", choices=amp, default=None, help="precision of the forward pass (CUDA: float16, CPU: float32)")
+
+    group = parser.add_argument_group("learning rate, set after each epoch")
+    group.add_argument("--sched", default="cosine", metavar="NAME", help="a schedule of timm (%(default)s)")
+    group.add_argument("--lr", type=float, default=5e-4, help="for a global batch of 512; scaled in proportion (%(default)s)")
+    group.add_argument("--lr-noise", type=float, nargs="+", default=None, metavar="F", help="on and off points, fractions of the run")
+    group.add_argument("--lr-noise-pct", type=float, default=0.67, metavar="F", help="(%(default)s)")
+    group.add_argument("--lr-noise-std", type=float, default=1.0, metavar="S", help="(%(default)s)")
+    group.add_argument("--warmup-lr", type=float, default=1e-6, metavar="LR", help="not scaled (%(default)s)")
+    group.add_argument("--min-lr", type=float, default=1e-5, metavar="LR", help="not scaled (%(default)s)")
+    group.add_argument("--warmup-epochs", type=count, default=5, metavar="N", help="any but 0 spends two epochs at --warmup-lr (%(default)s)")
+    group.add_argument("--decay-epochs", type=float, default=30, metavar="N", help="for --sched step (%(default)s)")
+    group.add_argument("--cooldown-epochs", type=count, default=10, metavar="N", help="without effect, as published (%(default)s)")
+    group.add_argument("--patience-epochs", type=count, default=10, metavar="N", help="for --sched plateau (%(default)s)")
+    group.add_argument("--decay-rate", "--dr", type=float, default=0.1, metavar="R", help="for --sched step (%(default)s)")
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument("--color-jitter", type=float, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)")
+    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)")
+    group.add_argument("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
+    group.add_argument("--train-interpolation", default="bicubic", metavar="NAME", help="random, bilinear, bicubic (%(default)s)")
+    group.add_argument("--repeated-aug", action="store_true", dest="repeated_aug", default=False, help="each picture three times an epoch")
+    group.add_argument("--no-repeated-aug", action="store_false", dest="repeated_aug", help="(default)")
+    group.add_argument("--reprob", type=probability, default=0.25, metavar="P", help="of random erasing (%(default)s)")
+    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="(%(default)s)")
+    group.add_argument("--recount", type=positive, default=1, metavar="N", help="(%(default)s)")
+    group.add_argument("--resplit", action="store_true", help="refused: never had an effect")
+    group.add_argument("--hflip", type=probability, default=0.5, metavar="P", help="of a horizontal flip (%(default)s)")
+    group.add_argument("--scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="area of a random crop %(default)s")
+    group.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), metavar=("MIN", "MAX"), help="its width to height (3/4, 4/3)")
+    group.add_argument("--mixup", type=float, default=0.8, metavar="ALPHA", help="0 for none (%(default)s)")
+    group.add_argument("--cutmix", type=float, default=1.0, metavar="ALPHA", help="0 for none (%(default)s)")
+    group.add_argument("--cutmix-minmax", type=float, nargs="+", default=None, metavar="F", help="overrides --cutmix and sets it on")
+    group.add_argument("--mixup-prob", type=probability, default=1.0, metavar="P", help="of either (%(default)s)")
+    group.add_argument("--mixup-switch-prob", type=probability, default=0.5, metavar="P", help="of cutmix where both are on (%(default)s)")
+    group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="(%(default)s)")
+
+    group = parser.add_argument_group("data")
+    default = "/datasets01/imagenet_full_size/061417/"
+    group.add_argument("--data-path", default=default, metavar="FOLDER", help="with train/CLASS/* and val/CLASS/* (%(default)s)")
+    group.add_argument("--data-set", default="IMNET", choices=("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19"), help="CIFAR is CIFAR-100")
+    inat = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+    group.add_argument("--inat-category", default="name", choices=inat, help="what iNaturalist's classes are (%(default)s)")
+    group.add_argument("--use-mcloader", action="store_true", help="refused: a cache of one cluster")
+    group.add_argument("--num_workers", type=count, default=10, metavar="N", help="per process; not written: at most its share of cores")
+    group.add_argument("--pin-mem", action="store_true", dest="pin_mem", default=True, help="(default)")
+    group.add_argument("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU")
+    group.add_argument("--eval-crop-ratio", type=float, default=0.875, metavar="F", help="of the resized side in evaluation (%(default)s)")
+    group.add_argument("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--output_dir", default="", metavar="FOLDER", help="of a training run (./MODEL)")
+    group.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run, and replace it")
+    group.add_argument("--resume", default="", metavar="FILE", help="a checkpoint to continue; with --eval, weights to evaluate")
+    group.add_argument("--start_epoch", type=count, default=0, metavar="N", help="(%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    group.add_argument("--device", default="cuda", metavar="NAME", help="cuda or cpu; not written: cuda if there is one")
+    group.add_argument("--world_size", type=positive, default=1, metavar="N", help="without effect: the launcher says it")
+    group.add_argument("--dist_url", default="env://", metavar="URL", help="where processes meet (%(default)s)")
+    group.add_argument("--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
+    return parser
+
+
+def without_effect(args: argparse.Namespace, written: set[str]) -> dict[str, str]:
+    """The written options that this run does not read, with the reason."""
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    reasons = {
+        "color_jitter": args.aa and "--aa is set",
+        "cooldown_epochs": "the published schedule ignores it",
+        "decay_epochs": args.sched != "step" and f"--sched {args.sched} has no steps",
+        "decay_rate": args.sched not in ("step", "multistep", "plateau", "poly") and f"--sched {args.sched} has no such rate",
+        "patience_epochs": args.sched != "plateau" and f"--sched {args.sched} has no patience",
+        "momentum": args.opt.lower() in ("adamw", "adam") and f"--opt {args.opt} has betas",
+        "world_size": "the launcher says how many processes there are",
+        "remode": not args.reprob and "--reprob is 0",
+        "recount": not args.reprob and "--reprob is 0",
+        "inat_category": not args.data_set.startswith("INAT") and f"--data-set {args.data_set} has no categories",
+        "train_interpolation": args.input_size <= 32 and "pictures of 32 pixels or less are not resized",
+        "scale": args.input_size <= 32 and "pictures of 32 pixels or less are shifted, not cropped",
+        "ratio": args.input_size <= 32 and "pictures of 32 pixels or less are shifted, not cropped",
+        "local_rank": "the launcher's variables say it",
+    }
+    for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode"):
+        reasons[name] = not mixing and "--mixup and --cutmix are 0"
+    return {name: reason for name, reason in reasons.items() if reason and name in written}
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
+    """-> the options, and the names of those that were written. Ends the process with a line and exit code 2 where one is wrong."""
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    silent = get_parser()
+    for action in silent._actions:
+        action.default = argparse.SUPPRESS
+    written = set(vars(silent.parse_args(argv)))
+    for name, advice in REFUSED.items():
+        if getattr(args, name):
+            parser.exit(2, f"{parser.prog}: error: cannot be used (--{name.replace('_', '-')}): {advice}\n")
+    return args, written

@@ -1,0 +1,63 @@
+"""Which pictures a process sees, and in which order.
+
+Training samplers yield (epoch, position, index): position counts through the whole order of all processes, and with the epoch keys the
+random numbers of a picture's augmentation. So a run's data do not depend on how many processes or workers share the work.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+REPEATS = 3  # of each picture under repeated augmentation
+RA_MULTIPLE = 256  # repeated augmentation keeps a multiple of this many pictures
+
+
+class ShuffleSampler(Sampler):
+    """A new order each epoch, dealt out to `world` processes in turn; the same order as torch's DistributedSampler.
+
+    Where the length is no multiple of world, the first pictures of the order are used twice, so that processes have equally many.
+    """
+
+    repeats = 1
+
+    def __init__(self, length: int, *, seed: int = 0, rank: int = 0, world: int = 1):
+        self.length, self.seed, self.rank, self.world = length, seed, rank, world
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def order(self) -> torch.Tensor:
+        """The order of all processes together, of a length that is a multiple of world."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats)
+        missing = -len(order) % self.world
+        return torch.cat([order, order.repeat(math.ceil(missing / len(order)))[:missing]]) if missing else order
+
+    def __len__(self) -> int:
+        return math.ceil(self.length * self.repeats / self.world)
+
+    def __iter__(self) -> Iterator[tuple[int, int, int]]:
+        epoch, mine = self.epoch, self.order()[self.rank :: self.world].tolist()
+        for i, index in enumerate(mine[: len(self)]):
+            yield epoch, self.rank + self.world * i, index
+
+
+class RASampler(ShuffleSampler):
+    """Repeated augmentation (arXiv:1902.05509): each picture three times in a row, in different processes where there are several.
+
+    An epoch keeps as many samples as there are pictures, rounded down to a multiple of 256 as published; below 256 pictures, all of them.
+    """
+
+    repeats = REPEATS
+
+    def __len__(self) -> int:
+        kept = self.length // RA_MULTIPLE * RA_MULTIPLE or self.length
+        return kept // self.world
+
+
+def eval_indices(length: int, *, rank: int = 0, world: int = 1) -> range:
+    """The pictures that a process evaluates: every one belongs to exactly one process, none is repeated."""
+    return range(rank, length, world)

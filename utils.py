@@ -1,0 +1,289 @@
+"""Processes, meters, random states and records: what the other files of the classification code share."""
+
+import contextlib
+import datetime
+import os
+import platform
+import random
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something the user can put right, as one line: WHAT (WHERE): WHAT TO DO. Exit code 2."""
+
+
+class NonFiniteError(Exception):
+    """A loss or gradient that is not finite. Exit code 1."""
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error, also of one that a data-loading worker sent with its traceback around it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def say(*words: object) -> None:
+    """Print, in one process of a run."""
+    if is_main_process():
+        print(*words, flush=True)
+
+
+def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from torchrun's variables or Slurm's. None: a single process."""
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return {"LOCAL_RANK": "0"} | {k: environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if k in environ}
+    if "SLURM_PROCID" not in environ or int(environ.get("SLURM_NTASKS", 1)) == 1:
+        return None
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
+    prefix, first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes).groups()  # node[03-07,9],other -> node03
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": environ["SLURM_NTASKS"],
+        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": environ.get("MASTER_ADDR", prefix + (first or "")),
+        # The same for all tasks of a job, and another one for the next job on the same node.
+        "MASTER_PORT": environ.get("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)),
+    }
+
+
+def init_device(name: str, *, written: bool, dist_url: str = "env://") -> torch.device:
+    """Choose the device, and join the other processes of the run where a launcher started several (NCCL on GPUs, gloo on a CPU)."""
+    kind = torch.device(name).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        if written:
+            raise UserError(f"no CUDA device (--device {name}, torch {torch.__version__}): write --device cpu, or leave it away")
+        kind = "cpu"
+    variables = launcher_variables(os.environ)
+    if variables is None:
+        device = torch.device(name if kind == "cuda" else kind)
+    else:
+        os.environ.update(variables)
+        rank, world, local_rank = (int(variables[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} found): start fewer")
+            torch.cuda.set_device(device)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        print(f"| distributed init (rank {rank}): {dist_url}", flush=True)
+        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world)
+    if variables is None:
+        say("Not using distributed mode")
+    if kind == "cpu" and not written:
+        say("device: cpu (no CUDA device found)")
+    return device
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Leave the other processes in an orderly way when all went well. After an error they are the launcher's to stop."""
+    yield
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, in place; of one process, the same bits."""
+    if get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+# ---------------------------------------------------------------- random states
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def get_random_state() -> dict:
+    """This process's random states as tensors and plain values, which torch.load(weights_only=True) takes."""
+    version, keys, gauss = random.getstate()
+    name, numpy_keys, *rest = np.random.get_state()
+    state = {
+        "python": [version, list(keys), gauss],
+        "numpy": [name, torch.from_numpy(numpy_keys.astype(np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+    }
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+
+
+def set_random_state(state: dict) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, numpy_keys, *rest = state["numpy"]
+    np.random.set_state((name, numpy_keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def gather_random_states() -> list[dict]:
+    """The random state of each process, in every process."""
+    states = [None] * get_world_size()
+    if get_world_size() == 1:
+        return [get_random_state()]
+    dist.all_gather_object(states, get_random_state())
+    return states
+
+
+# ---------------------------------------------------------------- meters
+
+
+class Meter:
+    """A running series: the median and mean of its last 20 values, and the mean of all."""
+
+    def __init__(self, form: str = "{median:.4f} ({mean:.4f})", window: int = 20):
+        self.form, self.recent = form, deque(maxlen=window)
+        self.total, self.count = 0.0, 0
+
+    def update(self, value: float, n: int = 1) -> None:
+        self.recent.append(value)
+        self.total += value * n
+        self.count += n
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.count if self.count else 0.0
+
+    def __str__(self) -> str:
+        recent = sorted(self.recent) or [0.0]
+        return self.form.format(
+            median=recent[(len(recent) - 1) // 2], mean=self.mean, avg=sum(recent) / len(recent), value=(self.recent or [0.0])[-1]
+        )
+
+
+def peak_memory_mb() -> float:
+    """Of the GPU's allocator where CUDA is in use, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class MetricLogger:
+    """Meters by name, and a line about them every few steps of a loop."""
+
+    def __init__(self, **forms: str):
+        self.meters = {name: Meter(form) for name, form in forms.items()}
+        self.step_time, self.data_time, self.pictures, self.seconds = Meter("{avg:.4f}"), Meter("{avg:.4f}"), 0, 0.0
+
+    def update(self, n: int = 1, **values: float) -> None:
+        for name, value in values.items():
+            self.meters[name].update(value, n)
+
+    def __str__(self) -> str:
+        return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
+
+    def log_every(self, batches: Iterable, steps: int, header: str, every: int = 10) -> Iterator:
+        """Yield the first `steps` batches, measuring the time for data and for the step. The number of pictures is the first tensor's."""
+        start = end = time.perf_counter()
+        width = len(str(steps))
+        batches = iter(batches)
+        for i in range(steps):
+            batch = next(batches)
+            self.data_time.update(time.perf_counter() - end)
+            self.pictures += len(batch[0])
+            yield batch
+            now = time.perf_counter()
+            self.step_time.update(now - end)
+            end = now
+            if i % every == 0 or i == steps - 1:
+                eta = datetime.timedelta(seconds=int(self.step_time.mean * (steps - 1 - i)))
+                say(
+                    f"{header}  [{i:>{width}}/{steps}]  eta: {eta}  {self}  time: {self.step_time}  data: {self.data_time}"
+                    f"  max mem: {peak_memory_mb():.0f}"
+                )
+        self.seconds = time.perf_counter() - start
+        total = datetime.timedelta(seconds=int(self.seconds))
+        say(f"{header} Total time: {total} ({self.seconds / max(steps, 1):.4f} s / it)")
+
+    def rates(self) -> dict[str, float]:
+        """Seconds, data seconds, pictures per second of all processes, and peak memory of the last loop."""
+        per_s = self.pictures * get_world_size() / self.seconds if self.seconds else 0.0
+        times = {"time": round(self.seconds, 3), "data_time": round(self.data_time.total, 3), "images_per_s": round(per_s, 2)}
+        return times | {"max_memory_mb": round(peak_memory_mb())}
+
+
+# ---------------------------------------------------------------- records
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace a file as a whole: at every moment it holds either what it held, or all that `write` writes."""
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the new name is durable once its folder is
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def git_commit() -> str:
+    """The commit of this code, with a mark if files differ from it; empty outside a checkout."""
+    try:
+        run = dict(cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **run).stdout.strip()
+        return commit + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def environment(device: torch.device, seed: int) -> dict:
+    """What a run was made with: command, commit, versions, machine."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": git_commit(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in ("torch", "torchvision", "timm", "numpy", "pillow")},
+        "device": f"{device.type}: {name}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": get_world_size(),
+        "seed": seed,
+    }
