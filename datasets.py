@@ -3,6 +3,9 @@
 A data set's items are (picture, class index); its `classes` are the names of the classes in the order of their indices.
 """
 
+import torchvision_cpu  # noqa: F401  before timm, see there
+
+# isort: split
 import contextlib
 import json
 import random

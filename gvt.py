@@ -9,10 +9,12 @@ Names of modules, and the order in which they are registered, are those of the p
 Shapes: B pictures; a map of H x W tokens, kept as (B, H, W, C); N queries, M keys; D channels of a head; windows of h x w tokens.
 """
 
+import torchvision_cpu  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
+
+# isort: split
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torchvision_cpu  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -262,9 +264,7 @@ class Twins(nn.Module):
         channels = (in_chans, *variant.dims)
         parts = {
             "patch_embeds": nn.ModuleList(PatchEmbed(channels[k], dim, patch=PATCHES[k]) for k, dim in enumerate(variant.dims)),
-            "blocks": nn.ModuleList(
-                nn.ModuleList(block(stage, index) for index in range(depth)) for stage, depth in enumerate(variant.depths)
-            ),
+            "blocks": nn.ModuleList(nn.ModuleList(block(stage, index) for index in range(depth)) for stage, depth in enumerate(variant.depths)),
             "norm": nn.LayerNorm(self.num_features, eps=1e-6),
             "head": nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity(),
             "pos_block": nn.ModuleList(PEG(dim) for dim in variant.dims),
@@ -331,9 +331,7 @@ class Twins(nn.Module):
         found = [taken[k] if output_fmt == "NHWC" else taken[k].permute(0, 3, 1, 2) for k in sorted(wanted)]
         return found if intermediates_only else (final.flatten(1, 2), found)
 
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
+    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop what the maps of `indices` do not need: later stages, and the final norm and classifier as asked. Returns the stages."""
         wanted = self._stages(indices)
         keep = max(wanted) + 1
@@ -408,9 +406,7 @@ def _cfg(variant: Variant) -> dict:
     )
 
 
-default_cfgs = generate_default_cfgs(
-    {f"{name}.in1k" if VARIANTS[key].timm else name: _cfg(VARIANTS[key]) for name, key in MODEL_NAMES.items()}
-)
+default_cfgs = generate_default_cfgs({f"{name}.in1k" if VARIANTS[key].timm else name: _cfg(VARIANTS[key]) for name, key in MODEL_NAMES.items()})
 
 
 def _register(name: str, variant: Variant) -> None:

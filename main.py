@@ -10,32 +10,35 @@ import options
 if __name__ == "__main__":
     ARGS, WRITTEN = options.parse_args(sys.argv[1:])  # before torch is imported, so that --help and a wrong option are answered at once
 
-import argparse  # noqa: E402
-import datetime  # noqa: E402
-import difflib  # noqa: E402
-import json  # noqa: E402
-import os  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Iterable  # noqa: E402
-from pathlib import Path  # noqa: E402
+import torchvision_cpu  # noqa: F401  before timm, see there
 
-import gvt  # noqa: E402
-import timm  # noqa: E402
-import torch  # noqa: E402
-from timm.data import Mixup  # noqa: E402
-from timm.optim import create_optimizer_v2, optimizer_kwargs  # noqa: E402
-from timm.scheduler import create_scheduler  # noqa: E402
-from timm.utils import ModelEmaV3  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+# isort: split
+import argparse
+import datetime
+import difflib
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
 
-import checkpoint  # noqa: E402
-import datasets  # noqa: E402
-import utils  # noqa: E402
-from engine import evaluate, train_one_epoch  # noqa: E402
-from losses import build_criterion  # noqa: E402
-from samplers import RASampler, ShuffleSampler, eval_indices  # noqa: E402
-from utils import NonFiniteError, UserError, say  # noqa: E402
+import timm
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+import datasets
+import gvt
+import utils
+from engine import evaluate, train_one_epoch
+from losses import build_criterion
+from samplers import RASampler, ShuffleSampler, eval_indices
+from utils import NonFiniteError, UserError, say
 
 # The global batches that the published logs were made with (from their learning rates).
 RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024) | {"pcpvt_small_v0": 1280, "alt_gvt_small": 2048, "alt_gvt_demo": None}
@@ -380,8 +383,7 @@ class Run:
         if utils.is_main_process():
             lines = path.read_text().splitlines(keepends=True) if path.exists() else []
             lines = [earlier for earlier in lines if json.loads(earlier)["epoch"] < self.epoch]
-            text = "".join([*lines, json.dumps(line) + "\n"])
-            utils.atomic_write(path, lambda file: file.write(text.encode()))
+            utils.write_text(path, "".join([*lines, json.dumps(line) + "\n"]))
 
     def open_folder(self) -> None:
         """The run's folder, and beside the checkpoints what the run was made with."""
@@ -396,8 +398,7 @@ class Run:
                 "class_names.json": self.classes,
             }
             for name, record in records.items():
-                text = json.dumps(record, indent=1) + "\n"
-                utils.atomic_write(self.folder / name, lambda file: file.write(text.encode()))
+                utils.write_text(self.folder / name, json.dumps(record, indent=1) + "\n")
 
     def banner(self) -> None:
         args, world = self.args, utils.get_world_size()

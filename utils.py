@@ -261,6 +261,10 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         os.close(folder)
 
 
+def write_text(path: Path, text: str) -> None:
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
 def git_commit() -> str:
     """The commit of this code, with a mark if files differ from it; empty outside a checkout."""
     try:
@@ -278,7 +282,7 @@ def environment(device: torch.device, seed: int) -> dict:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": git_commit(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         **{package: metadata.version(package) for package in ("torch", "torchvision", "timm", "numpy", "pillow")},
         "device": f"{device.type}: {name}",
