@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, trunc_normal_, use_fused_attn
+from timm.layers import DropPath, Mlp, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -209,7 +209,8 @@ class PEG(nn.Module):
 def init_weights(module: nn.Module) -> None:
     """The published initial distributions: linear N(0, 0.02^2), convolution N(0, 2 / fan_out) with fan_out = k * k * out / groups."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        # Published: truncated at 100 standard deviations, which is no truncation, by a sampler that now and then draws that very end.
+        nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
         fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
@@ -274,8 +275,11 @@ class Twins(nn.Module):
         self.pos_drops = nn.ModuleList(nn.Dropout(drop_rate) for _ in variant.dims)
         self.apply(init_weights)
 
-    def forward_maps(self, x: Tensor, indices: Sequence[int]) -> list[Tensor]:
-        """(B, in_chans, H, W) -> the maps (B, H / 2^(k+2), W / 2^(k+2), C_k) of stages k in `indices`, in order, before any output norm."""
+    def forward_maps(self, x: Tensor, indices: Sequence[int], *, norms: Sequence[nn.Module] | None = None) -> list[Tensor]:
+        """(B, in_chans, H, W) -> the maps (B, H / 2^(k+2), W / 2^(k+2), C_k) of stages k in `indices`, in order, before the final norm.
+
+        norms: one for each stage, applied to its map, which goes on to the next stage so (published SVT for dense tasks).
+        """
         if min(x.shape[-2:]) < SMALLEST:
             raise ValueError(f"pictures are {x.shape[-2]} x {x.shape[-1]} pixels: Twins needs at least {SMALLEST} x {SMALLEST}")
         maps = []
@@ -285,6 +289,8 @@ class Twins(nn.Module):
                 x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
                 if index == 0:
                     x = peg(x)  # once a stage, after its first block (section 3.1)
+            if norms is not None:
+                x = norms[stage](x)
             if stage in indices:
                 maps.append(x)
             if stage == max(indices):

@@ -1,0 +1,100 @@
+"""What the tests share: one thread, no network, golden weights, small data sets, and the command line as a subprocess."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is: threads that wait leave the cores to other processes
+
+import json
+import math
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import gvt  # noqa: F401  first: it lets torchvision be imported, and registers the models
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(ROOT / "tools"))
+
+torch.set_num_threads(2)
+
+
+def golden(name: str) -> dict:
+    return json.loads((GOLDEN / f"{name}.json").read_text())
+
+
+@torch.no_grad()
+def golden_weights(model: torch.nn.Module, prefix: str = "") -> torch.nn.Module:
+    """Fill every parameter by the formula that the golden numbers were made with, by its name. In float64."""
+    model.double()
+    for name, parameter in model.named_parameters():
+        name = prefix + name
+        phase = (zlib.crc32(name.encode()) % 10007) / 10007 * 2 * math.pi
+        wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * 0.7548776662466927 + phase)
+        matrix = parameter.dim() >= 2
+        scale = (parameter[0].numel()) ** -0.5 if matrix else 0.1
+        base = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        parameter.copy_((base + scale * wave).reshape(parameter.shape))
+    return model
+
+
+def golden_pictures(batch: int, height: int, width: int) -> torch.Tensor:
+    return torch.sin(torch.arange(batch * 3 * height * width, dtype=torch.float64) * 0.5698402909980532).reshape(batch, 3, height, width)
+
+
+def relative(value, expected) -> float:
+    """The largest difference, relative to the expected number."""
+    value, expected = torch.as_tensor(value, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64)
+    return ((value - expected).abs() / expected.abs()).max().item()
+
+
+def make_pictures(folder: Path, *, classes: tuple[str, ...], each: int, size: int = 40, seed: int = 0) -> None:
+    """folder/CLASS/N.png: noise around a colour of the class, so that there is something to learn."""
+    random = np.random.default_rng(seed)
+    for index, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        colour = np.array([40 + 60 * (index % 4), 200 - 50 * (index % 3), 60 * (index % 5)])
+        for number in range(each):
+            pixels = np.clip(colour + random.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory) -> Path:
+    """A data set of 4 classes: 48 train pictures, 101 val pictures in uneven classes."""
+    root = tmp_path_factory.mktemp("toy")
+    make_pictures(root / "train", classes=("ant", "bee", "cat", "dog"), each=12)
+    make_pictures(root / "val", classes=("ant", "bee", "cat", "dog"), each=25, seed=1)
+    Image.new("RGB", (50, 40), (40, 200, 0)).save(root / "val" / "ant" / "extra.png")
+    return root
+
+
+SMALL_RUN = ["--model", "alt_gvt_demo", "--input-size", "32", "--batch-size", "8", "--num_workers", "0", "--epochs", "2", "--device", "cpu"]
+
+
+def run_main(*words: object, launcher: tuple[str, ...] = (), env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+    """main.py as a user runs it, one thread a process. The result has rc as returncode, stdout and stderr."""
+    command = [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, words)]
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"} | (env or {})
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=settings, cwd=ROOT)
+
+
+def launch(processes: int) -> tuple[str, ...]:
+    """The published launcher's words, on a free port."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return ("-m", "torch.distributed.launch", f"--nproc_per_node={processes}", f"--master_port={port}", "--use_env")
+
+
+def log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]

@@ -1,0 +1,194 @@
+"""tools/readme_tables.py: what the tables say, and that --check notices a README that says something else."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import readme_tables
+
+import gvt
+import main
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN = "<!-- table: {} (python tools/readme_tables.py) -->"
+END = "<!-- end table -->"
+counted = functools.cache(readme_tables.count)
+
+
+@pytest.fixture(autouse=True)
+def count_each_model_once(monkeypatch):
+    monkeypatch.setattr(readme_tables, "count", counted)
+
+
+@pytest.fixture
+def no_runs(monkeypatch, tmp_path):
+    monkeypatch.setitem(readme_tables.TABLES, "runs", lambda: readme_tables.runs(tmp_path))
+
+
+def readme(folder: Path, *lines: str) -> Path:
+    path = folder / "README.md"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def cells(table: list[str]) -> list[list[str]]:
+    """The rows of a table, without its heading."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[2:]]
+
+
+# ---------------------------------------------------------------- what the tables say
+
+
+def test_classification():
+    found = [[row[0], *row[1:5], row[6].split("]")[0]] for row in cells(readme_tables.classification())]
+    assert found == [
+        ["PCPVT-Small", "`pcpvt_small_v0`", "81.2", "3.8 / 3.7", "24.1", "[81.23 (286)"],
+        ["Twins-SVT-Small", "`alt_gvt_small`", "81.7", "2.9 / 2.8", "24.1", "[81.72 (291)"],
+        ["PCPVT-Base", "`pcpvt_base_v0`", "82.7", "6.7 / 6.4", "43.8", "[82.72 (292)"],
+        ["Twins-SVT-Base", "`alt_gvt_base`", "83.2", "8.6 / 8.3", "56.1", "[83.16 (298)"],
+        ["PCPVT-Large", "`pcpvt_large_v0`", "83.1", "9.8 / 9.5", "61.0", "[83.06 (292)"],
+        ["Twins-SVT-Large", "`alt_gvt_large`", "83.7", "15.1 / 14.8", "99.3", "[83.67 (290)"],
+    ]
+
+
+def test_links_of_classification():
+    links = [row[5] for row in cells(readme_tables.classification())]
+    assert links[1] == "[alt_gvt_small.pth](https://drive.google.com/file/d/131SVOphM_-SaBytf4kWjo3ony5hpOt4S/view)"
+    assert len(set(links)) == 6
+    for row in cells(readme_tables.classification()):
+        assert (ROOT / row[6].split("](")[1].removesuffix(")")).is_file()
+
+
+def test_recipes():
+    launch = "python -m torch.distributed.launch --nproc_per_node=8 --use_env main.py --model"
+    rows = cells(readme_tables.recipes())
+    assert [row[:5] for row in rows] == [
+        ["`pcpvt_small_v0`", "1280", "5", "0.2", "0.00125"],
+        ["`alt_gvt_small`", "2048", "5", "0.2", "0.002"],
+        ["`pcpvt_base_v0`", "1024", "5", "0.3", "0.001"],
+        ["`alt_gvt_base`", "1024", "5", "0.3", "0.001"],
+        ["`pcpvt_large_v0`", "1024", "5", "0.5", "0.001"],
+        ["`alt_gvt_large`", "1024", "20", "0.5", "0.001"],
+    ]
+    assert rows[0][5] == f"`{launch} pcpvt_small_v0 --batch-size 160 --data-path path_to_imagenet --dist-eval --drop-path 0.2`"
+    assert rows[5][5] == f"`{launch} alt_gvt_large --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.5 --warmup-epochs 20`"
+
+
+def test_paper_agrees_with_the_models_and_the_trainer():
+    rows = readme_tables.paper()
+    assert {row["model"] for row in rows} == set(gvt.VARIANTS) - {"alt_gvt_demo"}
+    for row in rows:
+        assert int(row["global_batch"]) == main.RECIPE_BATCH[readme_tables.REGISTERED[row["model"]]]
+
+
+def test_paper_agrees_with_the_published_logs():
+    """Acc@1 is the log's best, rounded; the rate peaks after the warm-up, one epoch late, just below the recipe's."""
+    logs = readme_tables.published_logs()
+    for row in readme_tables.paper():
+        log = logs[row["log"]]
+        assert f"{max(epoch['test_acc1'] for epoch in log):.1f}" == row["acc1"]
+        peak = max(log, key=lambda epoch: epoch["train_lr"])
+        assert peak["epoch"] == int(row["warmup_epochs"]) + 1
+        assert peak["train_lr"] == pytest.approx(5e-4 * int(row["global_batch"]) / 512, rel=0.02)
+
+
+def make_run(logs: Path, name: str, *, commit: str, epochs: int, data_path: str = "/data/digits") -> Path:
+    folder = logs / name
+    folder.mkdir(parents=True)
+    lines = [
+        dict(train_lr=1e-3, train_loss=2.0, test_loss=1.0, test_acc1=acc1, test_acc5=99.0, epoch=epoch, n_parameters=1, images_per_s=rate)
+        for epoch, (acc1, rate) in enumerate([(10.0, 1.0), (90.126, 300.4), (80.5, 500.0)])
+    ]
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "args.json").write_text(json.dumps(dict(model="alt_gvt_demo", data_path=data_path, epochs=epochs)))
+    (folder / "environment.json").write_text(json.dumps(dict(device="cpu: x86_64", commit=commit)))
+    return folder
+
+
+def test_runs(tmp_path):
+    make_run(tmp_path, "b_unfinished", commit="", epochs=20, data_path="data/pets/")
+    make_run(tmp_path, "a_finished", commit="0123456789abcdef+changes", epochs=3)
+    (make_run(tmp_path, "not_ours", commit="", epochs=3) / "environment.json").unlink()
+    (tmp_path / "published").mkdir()
+    assert cells(readme_tables.runs(tmp_path)) == [
+        ["[a_finished](logs/a_finished)", "`alt_gvt_demo`", "digits", "3", "90.13 (1)", "80.50", "300", "cpu: x86_64", "01234567+changes"],
+        ["[b_unfinished](logs/b_unfinished)", "`alt_gvt_demo`", "pets", "3 of 20", "90.13 (1)", "80.50", "300", "cpu: x86_64", "unknown"],
+    ]
+
+
+def test_no_runs(tmp_path):
+    assert readme_tables.runs(tmp_path) == ["none yet"]
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_fills_the_tables_and_nothing_else(tmp_path, capsys, no_runs):
+    path = readme(tmp_path, "# Title", BEGIN.format("recipes"), "old", "older", END, "text", "", BEGIN.format("runs"), END, "last")
+    assert readme_tables.run(["--readme", str(path)]) == 0
+    expected = ["# Title", BEGIN.format("recipes"), *readme_tables.recipes(), END, "text", "", BEGIN.format("runs"), "none yet", END, "last"]
+    assert path.read_text() == "\n".join(expected) + "\n"
+    assert "wrote recipes, runs" in capsys.readouterr().out
+    assert readme_tables.run(["--readme", str(path), "--check"]) == 0
+    assert "up to date" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, digit, other", [("classification", "81.7", "81.8"), ("recipes", "0.00125", "0.00126"), ("runs", "none", "none,")])
+def test_check_notices_a_changed_figure(name, digit, other, tmp_path, capsys, no_runs):
+    lines = [line for table in readme_tables.TABLES for line in (BEGIN.format(table), END)]
+    path = readme(tmp_path, *lines)
+    assert readme_tables.run(["--readme", str(path)]) == 0
+    assert readme_tables.run(["--readme", str(path), "--check"]) == 0
+    capsys.readouterr()
+    changed = path.read_text().replace(digit, other, 1)
+    assert changed != path.read_text()
+    path.write_text(changed)
+    assert readme_tables.run(["--readme", str(path), "--check"]) == 1
+    out, error = capsys.readouterr()
+    assert (out, error) == ("", f"readme_tables.py: out of date ({path}, {name}): run python tools/readme_tables.py\n")
+    assert path.read_text() == changed
+
+
+BAD = {
+    "unknown table": ([BEGIN.format("detection"), END], "unknown table"),
+    "misspelt marker": (["<!-- table: runs -->", END], "unknown table"),
+    "open at the end": (["text", BEGIN.format("runs"), "none yet"], "table runs is not closed"),
+    "open at the next": ([BEGIN.format("recipes"), BEGIN.format("runs"), END], "table recipes is not closed"),
+    "end of nothing": ([BEGIN.format("runs"), END, END], "line 3): write the line"),
+}
+
+
+@pytest.mark.parametrize("mode", [[], ["--check"]], ids=["write", "check"])
+@pytest.mark.parametrize("lines, part", BAD.values(), ids=BAD)
+def test_bad_markers_are_one_line(lines, part, mode, tmp_path, capsys):
+    path = readme(tmp_path, *lines)
+    before = path.read_text()
+    assert_one_line(["--readme", str(path), *mode], part, capsys)
+    assert path.read_text() == before
+
+
+def test_other_errors_are_one_line(tmp_path, capsys, monkeypatch):
+    assert_one_line(["--readme", str(tmp_path / "none.md")], "none.md): give a file", capsys)
+    path = readme(tmp_path, BEGIN.format("runs"), END)
+    monkeypatch.setitem(readme_tables.TABLES, "runs", lambda: readme_tables.runs(tmp_path / "logs"))
+    folder = make_run(tmp_path / "logs", "mine", commit="", epochs=3)
+    (folder / "args.json").write_text("{}")
+    assert_one_line(["--readme", str(path)], "no model, data_path, epochs", capsys)
+    (folder / "args.json").unlink()
+    assert_one_line(["--readme", str(path)], "args.json): put back", capsys)
+    (folder / "log.txt").write_text("")
+    assert_one_line(["--readme", str(path)], "empty log", capsys)
+
+
+def assert_one_line(argv, part, capsys):
+    assert readme_tables.run(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("readme_tables.py: error: ")
+    assert part in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the project has no README.md yet")
+def test_the_projects_readme(capsys):
+    assert readme_tables.run(["--check"]) == 0, capsys.readouterr().err

@@ -1,0 +1,196 @@
+"""Write the tables of the README from the models and from logs/: python tools/readme_tables.py [--check] [--readme FILE].
+
+What stands between two lines such as these is replaced:
+
+    <!-- table: classification (python tools/readme_tables.py) -->
+    <!-- end table -->
+
+--check writes nothing, and ends with 1 where a table is not what would be written.
+"""
+
+import csv
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from count import count
+from plot_logs import KEYS, LogError, published_logs, read_log
+
+import gvt
+import utils
+from options import Parser, get_parser
+from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+LOGS = ROOT / "logs"
+GPUS = 8  # of the published commands
+START = re.compile(r"<!-- table: (\S+) \(python tools/readme_tables\.py\) -->")
+END = "<!-- end table -->"
+REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    header = list(header)
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def paper() -> list[dict[str, str]]:
+    """A row for each model of the paper: see logs/README.md."""
+    with open(LOGS / "published" / "paper.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def best(log: list[dict]) -> str:
+    epoch = max(log, key=lambda epoch: epoch["test_acc1"])
+    return f"{epoch['test_acc1']:.2f} ({epoch['epoch']:.0f})"
+
+
+def classification() -> list[str]:
+    header = "Name", "Alias in this code", "Acc@1", "FLOPs (G), with / without attention products", "#params (M)", "URL", "Log: best Acc@1 (epoch)"
+    logs, rows = published_logs(), []
+    for row in paper():
+        counts = count(REGISTERED[row["model"]])
+        rows.append(
+            (
+                row["name"],
+                f"`{REGISTERED[row['model']]}`",
+                row["acc1"],
+                f"{counts['gmacs']:.1f} / {counts['gmacs_without_attention']:.1f}",
+                f"{counts['params'] / 1e6:.1f}",
+                f"[{row['model']}.pth](https://drive.google.com/file/d/{row['drive_id']}/view)",
+                f"[{best(logs[row['log']])}](logs/published/classification.csv)",
+            )
+        )
+    return markdown(header, rows)
+
+
+def recipes() -> list[str]:
+    """The peak learning rate and the command follow from main.py's defaults."""
+    header = "Model", "Global batch", "Warm-up epochs", "Drop path", "Peak lr", "Command"
+    default, rows = get_parser().get_default, []
+    for row in paper():
+        name, batch, warmup = REGISTERED[row["model"]], int(row["global_batch"]), int(row["warmup_epochs"])
+        command = (
+            f"python -m torch.distributed.launch --nproc_per_node={GPUS} --use_env main.py --model {name} --batch-size {batch // GPUS} "
+            f"--data-path path_to_imagenet --dist-eval --drop-path {row['drop_path']}"
+        )
+        if warmup != default("warmup_epochs"):
+            command += f" --warmup-epochs {warmup}"
+        rate = default("lr") * batch / 512
+        rows.append((f"`{name}`", str(batch), str(warmup), row["drop_path"], f"{rate:g}", f"`{command}`"))
+    return markdown(header, rows)
+
+
+def runs(logs: Path = LOGS) -> list[str]:
+    """Ours: the folders of logs/ that main.py wrote."""
+    header = "Run", "Model", "Data", "Epochs", "Best Acc@1 (epoch)", "Last Acc@1", "Images/s (median)", "Device", "Commit"
+    folders = sorted(path.parent for path in logs.glob("*/log.txt") if path.with_name("environment.json").exists())
+    return markdown(header, map(run_row, folders)) if folders else ["none yet"]
+
+
+def run_row(folder: Path) -> list[str]:
+    log = read_log(folder, keys=(*KEYS, "images_per_s"))
+    args = read_json(folder / "args.json", "model", "data_path", "epochs")
+    environment = read_json(folder / "environment.json", "device", "commit")
+    commit, plus, changes = environment["commit"].partition("+")
+    return [
+        f"[{folder.name}](logs/{folder.name})",
+        f"`{args['model']}`",
+        Path(args["data_path"]).name,
+        str(len(log)) if len(log) == args["epochs"] else f"{len(log)} of {args['epochs']}",
+        best(log),
+        f"{log[-1]['test_acc1']:.2f}",
+        f"{statistics.median(epoch['images_per_s'] for epoch in log):.0f}",
+        environment["device"],
+        commit[:8] + plus + changes if commit else "unknown",
+    ]
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({path}): put back what main.py wrote") from error
+    lacking = [key for key in keys if key not in record]
+    if lacking:
+        raise UserError(f"no {', '.join(lacking)} ({path}): put back what main.py wrote")
+    return record
+
+
+TABLES = {"classification": classification, "recipes": recipes, "runs": runs}
+
+
+# ---------------------------------------------------------------- the README
+
+
+def find_tables(lines: list[str], source: Path) -> list[tuple[str, int, int]]:
+    """-> (name, first, stop) for each pair of markers, in order: lines[first:stop] is what stands between them."""
+    found, opened = [], None
+    for index, line in enumerate(lines):
+        where = f"{source}, line {index + 1}"
+        if line.startswith("<!-- table:"):
+            if opened:
+                break
+            match = START.fullmatch(line)
+            if not match or match[1] not in TABLES:
+                raise UserError(f"unknown table ({where}): expected <!-- table: NAME (python tools/readme_tables.py) --> of {', '.join(TABLES)}")
+            opened = match[1], index + 1
+        elif line == END:
+            if not opened:
+                raise UserError(f"end of no table ({where}): write the line that begins it, or take this one away")
+            found.append((*opened, index))
+            opened = None
+    if opened:
+        raise UserError(f"table {opened[0]} is not closed ({source}, line {opened[1]}): write {END} where it ends")
+    return found
+
+
+def fill(lines: list[str], source: Path) -> tuple[list[str], list[str]]:
+    """-> the lines of a README with its tables made anew, and the names of the tables that differ."""
+    new, changed, end = [], [], 0
+    for name, first, stop in find_tables(lines, source):
+        table = TABLES[name]()
+        new += lines[end:first] + table
+        end = stop
+        if table != lines[first:stop]:
+            changed.append(name)
+    return new + lines[end:], changed
+
+
+def main(argv: list[str]) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date, by the exit code")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="(the project's)")
+    args = parser.parse_args(argv)
+    try:
+        text = args.readme.read_text()
+    except OSError as error:
+        raise UserError(f"cannot be read (--readme {args.readme}): give a file") from error
+    lines, changed = fill(text.split("\n"), args.readme)
+    if args.check and changed:
+        print(f"readme_tables.py: out of date ({args.readme}, {', '.join(changed)}): run python tools/readme_tables.py", file=sys.stderr)
+        return 1
+    if changed:
+        utils.write_text(args.readme, "\n".join(lines))
+    print(f"{args.readme}: {'wrote ' + ', '.join(changed) if changed else 'tables are up to date'}")
+    return 0
+
+
+def run(argv: list[str]) -> int:
+    try:
+        return main(argv)
+    except (UserError, LogError) as error:
+        print(f"readme_tables.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
