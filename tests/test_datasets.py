@@ -1,0 +1,297 @@
+"""Data sets: the published augmentation, classes that are never scored wrong, random numbers by position, errors that name the file."""
+
+import json
+import random
+
+import datasets
+import numpy as np
+import options
+import pytest
+import torch
+from conftest import make_pictures
+from PIL import Image
+from samplers import RASampler, ShuffleSampler
+from timm.data import ImageNetInfo, auto_augment
+from torchvision import transforms
+from utils import UserError
+
+
+def arguments(*words):
+    return options.parse_args([str(word) for word in words])[0]
+
+
+def names(pipeline):
+    return [type(step).__name__ for step in pipeline.transforms]
+
+
+# ---------------------------------------------------------------- transforms
+
+
+def test_the_published_training_pipeline():
+    crop, flip, augment, tensor, normalize, erase = datasets.build_transform(True, arguments()).transforms
+    assert type(crop).__name__ == "RandomResizedCropAndInterpolation"
+    assert (crop.size, tuple(crop.scale), tuple(crop.ratio)) == ((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
+    assert crop.interpolation == transforms.InterpolationMode.BICUBIC
+    assert isinstance(flip, transforms.RandomHorizontalFlip) and flip.p == 0.5
+    assert augment.num_layers == 2 and augment.choice_weights is None
+    assert [op.name for op in augment.ops] == (
+        "AutoContrast Equalize Invert Rotate PosterizeIncreasing SolarizeIncreasing SolarizeAdd ColorIncreasing ContrastIncreasing "
+        "BrightnessIncreasing SharpnessIncreasing ShearX ShearY TranslateXRel TranslateYRel"
+    ).split()
+    for op in augment.ops:
+        assert (op.prob, op.magnitude, op.magnitude_std, op.magnitude_max) == (0.5, 9, 0.5, None)
+        assert op.kwargs == {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BICUBIC}
+    assert type(tensor).__name__ in ("ToTensor", "MaybeToTensor")
+    assert normalize.mean.tolist() == pytest.approx([0.485, 0.456, 0.406]) and normalize.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
+    assert (erase.probability, erase.min_area, erase.max_area, erase.rand_color, erase.per_pixel) == (0.25, 0.02, 1 / 3, False, True)
+    assert (erase.min_count, erase.max_count) == (1, 1)
+
+
+def test_ranges_of_the_strengths():
+    """As the published timm had them at strengths 0 and 10: what each operation is given."""
+    ops = {op.name: op for op in datasets.build_transform(True, arguments()).transforms[2].ops}
+    expected = {
+        "Rotate": (0.0, 30.0),
+        "PosterizeIncreasing": (4, 0),
+        "SolarizeIncreasing": (256, 0),
+        "SolarizeAdd": (0, 110),
+        "ColorIncreasing": (1.0, 1.9),
+        "ShearX": (0.0, 0.3),
+        "TranslateXRel": (0.0, 0.45),
+    }
+    for name, (weakest, strongest) in expected.items():
+        random.seed(0)
+        for strength, value in ((0.0, weakest), (10.0, strongest)):
+            found = {abs(ops[name].level_fn(strength, ops[name].hparams)[0]) for _ in range(50)}
+            allowed = {value} if not name.startswith("Color") else {value, round(2 - value, 10)}
+            assert {round(v, 10) for v in found} <= allowed, name
+
+
+@pytest.mark.parametrize("size", [32, 48, 96, 224, 256, 384])
+def test_the_evaluation_pipeline(size):
+    pipeline = datasets.build_transform(False, arguments("--input-size", size))
+    if size <= 32:
+        assert names(pipeline) == ["FitSquare", "ToTensor", "Normalize"]
+    else:
+        resize, crop, _, _ = pipeline.transforms
+        assert resize.size == int(256 / 224 * size) and resize.interpolation == transforms.InterpolationMode.BICUBIC
+        assert tuple(crop.size) == (size, size)
+    assert pipeline(Image.new("RGB", (90, 60))).shape == (3, size, size)
+
+
+def test_the_crop_ratio_can_be_timms():
+    assert datasets.build_transform(False, arguments("--eval-crop-ratio", 0.9)).transforms[0].size == 248
+
+
+def test_small_pictures_are_shifted_as_published():
+    pipeline = datasets.build_transform(True, arguments("--input-size", 32, "--hflip", 0))
+    assert names(pipeline)[:2] == ["FitSquare", "RandomCrop"] and pipeline.transforms[1].padding == 4
+    picture = Image.new("RGB", (32, 32))
+    assert pipeline.transforms[0](picture) is picture  # a picture of that size is left alone
+    assert pipeline(Image.new("RGB", (8, 100))).shape == (3, 32, 32)
+
+
+def test_posterize_to_nothing_is_black():
+    """timm asks for 0 bits about once in 600 pictures; Pillow 13 refuses, the published Pillow gave black."""
+    op = next(op for op in datasets.build_transform(True, arguments()).transforms[2].ops if op.name == "PosterizeIncreasing")
+    picture = Image.effect_noise((16, 16), 80).convert("RGB")
+    assert op.level_fn(10.0, op.hparams) == (0,)
+    assert not np.asarray(op.aug_fn(picture, 0, **op.kwargs)).any()
+    assert np.array_equal(np.asarray(op.aug_fn(picture, 3, **op.kwargs)), np.asarray(auto_augment.posterize(picture, 3)))
+
+
+def test_augmentation_of_many_pictures_never_fails():
+    pipeline = datasets.build_transform(True, arguments("--input-size", 48))
+    noise = Image.effect_noise((60, 60), 80).convert("RGB")
+    for position in range(1500):
+        with datasets.random_numbers(0, 0, position):
+            assert pipeline(noise).isfinite().all()
+
+
+def test_options_reach_the_pipeline():
+    words = ["--hflip", 0, "--scale", 0.5, 0.9, "--ratio", 1, 1, "--aa", "", "--reprob", 0, "--color-jitter", 0.2]
+    pipeline = datasets.build_transform(True, arguments(*words))
+    assert names(pipeline)[:2] == ["RandomResizedCropAndInterpolation", "ColorJitter"] and "RandomErasing" not in names(pipeline)
+    assert tuple(pipeline.transforms[0].scale) == (0.5, 0.9) and tuple(pipeline.transforms[0].ratio) == (1, 1)
+    with pytest.raises(UserError, match="no such augmentation"):
+        datasets.build_transform(True, arguments("--aa", "rand-x9"))
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+class Draws(torch.utils.data.Dataset):
+    """What the three generators give, instead of pictures."""
+
+    def __getitem__(self, index):
+        return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item(), index])
+
+    def __len__(self):
+        return 12
+
+
+def draws(workers, *, kind=ShuffleSampler, rank=0, world=1, epoch=3, seed=0):
+    sampler = kind(12, seed=0, rank=rank, world=world)
+    sampler.set_epoch(epoch)
+    options = dict(batch_size=3, workers=workers, pin_memory=False, drop_last=True)
+    loader = datasets.build_loader(datasets.Keyed(Draws(), seed), sampler, **options)
+    return torch.cat(list(loader))
+
+
+def test_random_numbers_do_not_depend_on_workers_or_processes():
+    alone = draws(0)
+    assert torch.equal(alone, draws(2))
+    shares = [draws(0, rank=rank, world=2) for rank in range(2)]
+    together = torch.stack(shares, 1).flatten(0, 1)  # positions 0 1 2 ... of the global order
+    assert torch.equal(together, alone)
+
+
+def test_random_numbers_follow_position_epoch_and_seed_not_the_index():
+    repeated = draws(0, kind=RASampler)
+    assert len(set(repeated[:, 3].tolist())) < len(repeated) == len({tuple(row) for row in repeated[:, :3].tolist()})
+    assert not torch.equal(draws(0)[:, :3], draws(0, epoch=4)[:, :3]) and not torch.equal(draws(0)[:, :3], draws(0, seed=1)[:, :3])
+    assert torch.equal(draws(0, seed=-1), draws(0, seed=-1))
+
+
+def test_the_process_keeps_its_own_random_states():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = [random.random(), np.random.rand(), torch.rand(3).tolist()]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    draws(0)
+    assert [random.random(), np.random.rand(), torch.rand(3).tolist()] == expected
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_val_is_scored_with_trainings_indices(tmp_path):
+    make_pictures(tmp_path / "train", classes=("ant", "bee", "cat"), each=2)
+    make_pictures(tmp_path / "val", classes=("bee", "cat"), each=2)
+    args = arguments("--data-path", tmp_path)
+    train = datasets.build_dataset("train", args, transform=None)
+    val = datasets.build_dataset("val", args, transform=None, classes=train.classes)
+    assert val.missing == ["ant"] and sorted({label for _, label in val.samples}) == [1, 2]
+    make_pictures(tmp_path / "val", classes=("dog",), each=1)
+    with pytest.raises(UserError, match="a class that training does not know .*dog"):
+        datasets.build_dataset("val", args, transform=None, classes=train.classes)
+
+
+def test_classes_of_weights():
+    match, imagenet = datasets.match_classes, ImageNetInfo().label_names()
+    assert match(["b", "a"], None, 2) == ["a", "b"]
+    assert match(["a"], ["a", "b"], 2) == ["a", "b"]
+    assert match(imagenet[500:510], None, 1000) == imagenet
+    for found, head in ((["a"], 2), (["a", "b", "c"], 2), (["cat"], 1000)):
+        with pytest.raises(UserError, match=f"val has {len(found)} classes, the weights {head}"):
+            match(found, None, head)
+
+
+def test_imagenets_names_are_in_sorted_order():
+    """So that a whole ImageNet folder and a part of one give the same indices."""
+    assert ImageNetInfo().label_names() == sorted(ImageNetInfo().label_names())
+
+
+@pytest.mark.parametrize(
+    ("build", "says"),
+    [
+        (lambda root: None, "no such data folder"),
+        (lambda root: (root / "train").mkdir(), "expected a folder for each class"),
+        (lambda root: (root / "train" / "ant").mkdir(parents=True), "no pictures"),
+        (lambda root: (make_pictures(root / "train", classes=("ant",), each=1), (root / "train" / "bee").mkdir()), "a class without pictures"),
+    ],
+)
+def test_bad_folders_are_named(tmp_path, build, says):
+    build(tmp_path)
+    with pytest.raises(UserError, match=says) as caught:
+        datasets.build_dataset("train", arguments("--data-path", tmp_path), transform=None)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    make_pictures(tmp_path / "train", classes=("ant", ".cache"), each=1)
+    assert datasets.build_dataset("train", arguments("--data-path", tmp_path), transform=None).classes == ["ant"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(40)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_picture_is_named_and_never_replaced(tmp_path, content, workers):
+    make_pictures(tmp_path / "val", classes=("ant", "bee"), each=2)
+    (tmp_path / "val" / "bee" / "broken.png").write_bytes(content)
+    args = arguments("--data-path", tmp_path, "--input-size", 32)
+    dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args))
+    loader = datasets.build_loader(dataset, range(len(dataset)), batch_size=2, workers=workers, pin_memory=False, drop_last=False)
+    from utils import one_line
+
+    with pytest.raises(UserError) as caught:
+        list(loader)
+    assert one_line(caught.value).startswith(f"cannot read a picture ({tmp_path / 'val' / 'bee' / 'broken.png'}): ")
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.new(mode, (9, 7)).save(path)
+    assert datasets.read_picture(str(path)).mode == "RGB"
+
+
+# ---------------------------------------------------------------- other data sets
+
+
+def test_cifar(tmp_path):
+    import hashlib
+    import pickle
+
+    args = arguments("--data-path", tmp_path, "--data-set", "CIFAR10")
+    with pytest.raises(UserError, match="no CIFAR10 .*cifar-10-batches-py"):
+        datasets.build_dataset("train", args, transform=None)
+
+    class Tiny(datasets.CIFAR10):  # the same files with two pictures each, and their own checksums
+        pass
+
+    folder = tmp_path / Tiny.base_folder
+    folder.mkdir()
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    batch = {"data": np.zeros((2, 3072), np.uint8), "labels": [3, 9]}
+    Tiny.train_list = [[name, write(name, batch)] for name, _ in Tiny.train_list]
+    Tiny.test_list = [[name, write(name, batch)] for name, _ in Tiny.test_list]
+    labels = {"label_names": [f"class{i}" for i in range(10)]}
+    Tiny.meta = Tiny.meta | {"md5": write(Tiny.meta["filename"], labels)}
+    original, datasets.CIFAR10 = datasets.CIFAR10, Tiny
+    try:
+        train = datasets.build_dataset("train", args, transform=datasets.build_transform(True, arguments("--input-size", 32)))
+        val = datasets.build_dataset("val", args, transform=None, classes=train.classes)
+    finally:
+        datasets.CIFAR10 = original
+    assert (len(train), len(val), len(train.classes)) == (10, 2, 10) and train[0][0].shape == (3, 32, 32) and train[0][1] == 3
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize(("kind", "year"), [("INAT", 2018), ("INAT19", 2019)])
+def test_inaturalist(tmp_path, kind, year, flat):
+    """Labels come from the annotations, classes from a category; both folder layouts are found."""
+    categories = [{"id": 4, "genus": "Apis", "name": "Apis mellifera"}, {"id": 9, "genus": "Apis", "name": "Apis cerana"}]
+    categories.append({"id": 2, "genus": "Felis", "name": "Felis catus"})
+    (tmp_path / "categories.json").write_text(json.dumps(categories))
+    for split, ids in (("train", [4, 2, 9]), ("val", [9, 2])):
+        images, annotations = [], []
+        for number, category in enumerate(ids):
+            name = f"train_val{year}/Animals/{category}/{split}{number}.png"
+            path = tmp_path / (name.replace("Animals/", "") if flat else name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40)).save(path)
+            images.append({"id": number, "file_name": name})
+            annotations.append({"image_id": number, "category_id": category})
+        (tmp_path / f"{split}{year}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    to_tensor = transforms.ToTensor()
+    for category, classes, labels in (("name", 3, [2, 1]), ("genus", 2, [0, 1])):
+        args = arguments("--data-path", tmp_path, "--data-set", kind, "--inat-category", category)
+        train = datasets.build_dataset("train", args, transform=to_tensor)
+        val = datasets.build_dataset("val", args, transform=to_tensor, classes=train.classes)
+        assert len(train.classes) == classes and [val[i][1] for i in range(2)] == labels and val[0][0].shape == (3, 40, 40)
+    (tmp_path / "categories.json").unlink()
+    with pytest.raises(UserError, match="categories.json"):
+        datasets.build_dataset("train", args, transform=None)

@@ -1,0 +1,69 @@
+"""The shape of the tree: imports point one way, one door for checkpoints, no prints in modules, no code of others' machines."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+# What each file may import of ours. main.py alone knows all the others, and nobody imports it.
+ARROWS = {
+    "torchvision_cpu": set(),
+    "gvt": {"torchvision_cpu"},
+    "options": set(),
+    "utils": set(),
+    "samplers": set(),
+    "losses": {"torchvision_cpu"},
+    "datasets": {"torchvision_cpu", "utils"},
+    "engine": {"utils"},
+    "checkpoint": {"utils"},
+    "main": {"torchvision_cpu", "gvt", "options", "utils", "samplers", "losses", "datasets", "engine", "checkpoint"},
+}
+
+
+def tree(name):
+    return ast.parse((ROOT / f"{name}.py").read_text())
+
+
+def imported(name):
+    for node in ast.walk(tree(name)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_every_file_is_listed():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(ARROWS)
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_imports_point_one_way(name):
+    assert set(imported(name)) & set(ARROWS) == ARROWS[name]
+
+
+def test_options_needs_the_standard_library_only():
+    assert set(imported("options")) <= {"argparse", "difflib"}
+
+
+def calls(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+
+
+SOURCES = [path for folder in (".", "tools") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_only_checkpoint_opens_checkpoints_and_never_unsafely(path):
+    for name, keywords in calls(path):
+        if name in ("torch.load", "torch.save", "torch.hub.load_state_dict_from_url"):
+            assert path.stem == "checkpoint"
+            assert name == "torch.save" or keywords["weights_only"] == "True"
+        assert name not in ("pickle.load", "pickle.loads", "eval", "exec", "yaml.load"), name
+        assert "shell" not in keywords
+
+
+@pytest.mark.parametrize("name", sorted(ARROWS.keys() - {"main", "utils"}))
+def test_modules_do_not_print(name):
+    assert "print" not in [function for function, _ in calls(ROOT / f"{name}.py")]

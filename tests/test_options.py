@@ -1,0 +1,172 @@
+"""The command line: every published option with its default, one-line errors, and answers before torch is imported."""
+
+import subprocess
+import sys
+import time
+
+import options
+import pytest
+from conftest import ROOT
+
+# Read off the published main.py: 58 options. --model alone differs: its published default, pvt_small, is registered nowhere.
+PUBLISHED = {
+    "batch_size": 64,
+    "epochs": 300,
+    "model": "alt_gvt_small",
+    "input_size": 224,
+    "drop": 0.0,
+    "drop_path": 0.1,
+    "opt": "adamw",
+    "opt_eps": 1e-8,
+    "opt_betas": None,
+    "clip_grad": 5,
+    "momentum": 0.9,
+    "weight_decay": 0.05,
+    "sched": "cosine",
+    "lr": 5e-4,
+    "lr_noise": None,
+    "lr_noise_pct": 0.67,
+    "lr_noise_std": 1.0,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-5,
+    "decay_epochs": 30,
+    "warmup_epochs": 5,
+    "cooldown_epochs": 10,
+    "patience_epochs": 10,
+    "decay_rate": 0.1,
+    "color_jitter": 0.4,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "smoothing": 0.1,
+    "train_interpolation": "bicubic",
+    "repeated_aug": False,
+    "reprob": 0.25,
+    "remode": "pixel",
+    "recount": 1,
+    "resplit": False,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "cutmix_minmax": None,
+    "mixup_prob": 1.0,
+    "mixup_switch_prob": 0.5,
+    "mixup_mode": "batch",
+    "finetune": "",
+    "data_path": "/datasets01/imagenet_full_size/061417/",
+    "data_set": "IMNET",
+    "use_mcloader": False,
+    "inat_category": "name",
+    "output_dir": "",
+    "device": "cuda",
+    "seed": 0,
+    "resume": "",
+    "start_epoch": 0,
+    "eval": False,
+    "dist_eval": False,
+    "num_workers": 10,
+    "pin_mem": True,
+    "world_size": 1,
+    "dist_url": "env://",
+    "throughout": False,
+}
+PUBLISHED_FLAGS = ["--no-repeated-aug", "--no-pin-mem"]  # with the 56 above, 58
+OURS = {
+    "amp_dtype": None,
+    "grad_accum_steps": 1,
+    "torchcompile": None,
+    "channels_last": False,
+    "grad_checkpointing": False,
+    "model_ema": False,
+    "model_ema_decay": 0.9998,
+    "hflip": 0.5,
+    "scale": (0.08, 1.0),
+    "ratio": (3 / 4, 4 / 3),
+    "eval_crop_ratio": 0.875,
+    "overwrite": False,
+    "local_rank": None,
+}
+
+
+def parse(*words):
+    return options.parse_args(list(words))
+
+
+def test_published_options_are_frozen():
+    assert len(PUBLISHED) + len(PUBLISHED_FLAGS) == 58
+    args, written = parse()
+    assert vars(args) == PUBLISHED | OURS and written == set()
+    parse(*PUBLISHED_FLAGS, "--dr", "0.1")
+
+
+def test_dashes_and_underscores_are_alike():
+    for name in PUBLISHED.keys() | OURS.keys():
+        action = next(a for a in options.get_parser()._actions if a.dest == name)
+        value = [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else ["1"] * (2 if action.nargs == 2 else 1)
+        if name in options.REFUSED:
+            continue
+        for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):
+            args, written = parse(spelling, *value)
+            assert written == {name}, spelling
+    assert parse("--batch_size=8")[0].batch_size == 8
+    assert parse("--output-dir", "a_b-c")[0].output_dir == "a_b-c"
+
+
+def test_throughput_is_an_alias():
+    assert parse("--throughput")[0].throughout and parse("--throughout")[0].throughout
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--batchsize", "8"], "unknown option (command line, --batchsize): did you mean --batch-size?"),
+        (["--zzz"], "unknown option (command line, --zzz): --help lists the options"),
+        (["--epochs", "many"], "invalid"),
+        (["--batch-size", "0"], "0 is not a number from 1 up"),
+        (["--drop-path", "1.5"], "1.5 is not between 0 and 1"),
+        (["--data-set", "MNIST"], "invalid choice"),
+        (["--use-mcloader"], "cannot be used (--use-mcloader): "),
+        (["--resplit"], "cannot be used (--resplit): "),
+        (["--model"], "expected one argument"),
+    ],
+)
+def test_wrong_options_are_one_line_and_exit_2(words, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse(*words)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.startswith("main.py: error: ") and says in error
+    assert error.count("\n") == 1 and len(error) < 300
+
+
+@pytest.mark.parametrize(
+    ("words", "silent"),
+    [
+        (["--color-jitter", "0.4"], ["--color-jitter", "0.4", "--aa", ""]),
+        (["--cooldown-epochs", "5"], []),
+        (["--decay-epochs", "5"], ["--decay-epochs", "5", "--sched", "step"]),
+        (["--momentum", "0.9"], ["--momentum", "0.9", "--opt", "sgd"]),
+        (["--recount", "2", "--reprob", "0"], ["--recount", "2"]),
+        (["--mixup-mode", "elem", "--mixup", "0", "--cutmix", "0"], ["--mixup-mode", "elem"]),
+        (["--inat-category", "genus"], ["--inat-category", "genus", "--data-set", "INAT"]),
+        (["--world_size", "8"], []),
+    ],
+)
+def test_options_without_effect_are_named_once(words, silent):
+    name = words[0].removeprefix("--").replace("-", "_")
+    assert list(options.without_effect(*parse(*words))) == [name]
+    assert not options.without_effect(*parse(*silent))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--batchsize", "3"]])
+def test_answers_without_importing_torch(words):
+    """Within half a second: measured against the time that python itself takes to start."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "main.py"), *words]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    took = time.perf_counter() - start
+    assert done.returncode == (0 if words == ["--help"] else 2)
+    assert "torch" not in [line.split("|")[-1].strip() for line in done.stderr.splitlines()]
+    assert took < 0.5 or took < 5 * min(python_start() for _ in range(3))
+
+
+def python_start() -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import argparse, difflib"], check=True)
+    return time.perf_counter() - start

@@ -1,0 +1,105 @@
+"""Launchers' variables, meters, random states and whole files."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+import utils
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, None),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}),
+        (
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "2"},
+            {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"},
+        ),
+        (
+            {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu-[07-09,12],x1", "SLURM_JOB_ID": "41003"},
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu-07", "MASTER_PORT": "21003"},
+        ),
+        (
+            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "a,b", "MASTER_PORT": "5", "MASTER_ADDR": "c"},
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "c", "MASTER_PORT": "5"},
+        ),
+    ],
+)
+def test_launcher_variables(environ, expected):
+    assert utils.launcher_variables(environ) == expected
+
+
+def test_a_device_that_is_not_there_is_an_error_only_if_written(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(utils.UserError, match="no CUDA device"):
+        utils.init_device("cuda", written=True)
+    assert utils.init_device("cuda", written=False) == torch.device("cpu")
+    assert capsys.readouterr().out.splitlines() == ["Not using distributed mode", "device: cpu (no CUDA device found)"]
+
+
+def test_random_states_survive_a_file(tmp_path):
+    import checkpoint
+
+    random.gauss(0, 1), np.random.randn()  # both keep a second normal number for the next call
+    checkpoint.save(tmp_path / "s.pth", {"states": utils.gather_random_states()})
+    draw = lambda: (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(2).tolist())  # noqa: E731
+    expected = draw()
+    utils.seed_everything(5)
+    utils.set_random_state(checkpoint.load(str(tmp_path / "s.pth"))["states"][0])
+    assert draw() == expected
+
+
+def test_meter():
+    meter = utils.Meter(window=3)
+    for value in (5.0, 1.0, 2.0, 4.0):
+        meter.update(value)
+    assert str(meter) == "2.0000 (3.0000)" and meter.mean == 3.0
+    meter.update(10.0, n=4)
+    assert meter.mean == 52 / 8
+
+
+def test_lines_of_a_loop(capsys):
+    log = utils.MetricLogger(lr="{value:.6f}", loss="{median:.4f} ({mean:.4f})")
+    for i, _ in enumerate(log.log_every([(torch.zeros(4),)] * 30, 25, "Epoch: [3]")):
+        log.update(lr=1e-3, loss=float(i))
+    lines = capsys.readouterr().out.splitlines()
+    import re
+
+    form = (
+        r"Epoch: \[3\]  \[ ?\d+/25\]  eta: \d:\d\d:\d\d  lr: 0\.001000  loss: [\d.]{6,7} \([\d.]{6,7}\)"
+        r"  time: \d\.\d{4}  data: \d\.\d{4}  max mem: \d+"
+    )
+    assert [int(line.split("[")[2].split("/")[0]) for line in lines[:-1]] == [0, 10, 20, 24]
+    assert all(re.fullmatch(form, line) for line in lines[:-1])
+    assert re.fullmatch(r"Epoch: \[3\] Total time: \d:\d\d:\d\d \(\d\.\d{4} s / it\)", lines[-1])
+    assert log.pictures == 100 and log.rates()["images_per_s"] > 0
+
+
+def test_a_workers_error_is_one_line():
+    message = 'Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File "x.py"\nutils.UserError: cannot read (a: b.png): no\n'
+    assert utils.one_line(utils.UserError(message)) == "cannot read (a: b.png): no"
+    assert utils.one_line(utils.UserError("plain")) == "plain"
+
+
+def test_atomic_write_keeps_the_old_file_on_an_error(tmp_path):
+    path = tmp_path / "f"
+    utils.write_text(path, "old")
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        utils.atomic_write(path, fail)
+    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_environment_names_the_commit_and_versions():
+    record = utils.environment(torch.device("cpu"), 7)
+    assert record["torch"].startswith(torch.__version__.split("+")[0]) and record["seed"] == 7 and record["processes"] == 1
+    assert record["command"].startswith("python ")
