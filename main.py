@@ -233,7 +233,10 @@ class Run:
         self.global_batch = args.batch_size * world * args.grad_accum_steps
         self.lr = args.lr * self.global_batch / 512
         self.optimizer = self.build_optimizer()
-        self.scheduler, _ = create_scheduler(args, self.optimizer)
+        try:
+            self.scheduler, _ = create_scheduler(args, self.optimizer)
+        except ValueError as error:
+            raise UserError(f"no such schedule (--sched {args.sched}): {str(error).splitlines()[0]}, the published one is cosine") from error
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(args, device) == torch.float16)
         self.epoch, self.evaluated, self.best, self.stats = args.start_epoch - 1, True, 0.0, {}
         if args.resume:

@@ -79,7 +79,12 @@ def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
 
 def init_device(name: str, *, written: bool, dist_url: str = "env://") -> torch.device:
     """Choose the device, and join the other processes of the run where a launcher started several (NCCL on GPUs, gloo on a CPU)."""
-    kind = torch.device(name).type
+    try:
+        kind, index = torch.device(name).type, torch.device(name).index or 0
+    except RuntimeError:
+        raise UserError(f"no such device (--device {name}): write cuda or cpu") from None
+    if kind == "cuda" and torch.cuda.is_available() and index >= torch.cuda.device_count():
+        raise UserError(f"no such device (--device {name}): this machine has {torch.cuda.device_count()}")
     if kind == "cuda" and not torch.cuda.is_available():
         if written:
             raise UserError(f"no CUDA device (--device {name}, torch {torch.__version__}): write --device cpu, or leave it away")

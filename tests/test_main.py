@@ -1,0 +1,436 @@
+"""main.py as its users run it: the published command lines, launchers, resume, and bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import checkpoint
+import main
+import options
+import pytest
+import torch
+from conftest import ROOT, SMALL_RUN, launch, log_lines, make_pictures, run_main
+
+RESULT = re.compile(r"^\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})$", re.M)
+ACCURACY = re.compile(r"^Accuracy of the network on the 101 test images: \d+\.\d%$", re.M)
+
+
+def here(*words):
+    """main.py inside this process: (exit code, nothing) or the error."""
+    return main.run(*options.parse_args([str(word) for word in words]))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture(scope="module")
+def trained(toy, tmp_path_factory):
+    """A run of two epochs, in this process."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert here(*SMALL_RUN, "--data-path", toy, "--output_dir", folder) == 0
+    return folder
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+
+def test_log_and_records(trained, toy):
+    lines = log_lines(trained)
+    assert [line["epoch"] for line in lines] == [0, 1]
+    keys = "train_lr train_loss test_loss test_acc1 test_acc5 epoch n_parameters time data_time images_per_s max_memory_mb".split()
+    assert all(list(line) == keys for line in lines)
+    assert lines[0]["n_parameters"] == 2_480_068
+    assert json.loads((trained / "class_names.json").read_text()) == ["ant", "bee", "cat", "dog"]
+    assert json.loads((trained / "args.json").read_text())["data_path"] == str(toy)
+    assert {"command", "commit", "torch", "timm", "device", "seed"} <= json.loads((trained / "environment.json").read_text()).keys()
+
+
+def test_checkpoints_have_the_published_format_and_load_without_an_allow_list(trained):
+    for name in ("checkpoint.pth", "checkpoint_best.pth"):
+        payload = torch.load(trained / name, weights_only=True)
+        assert list(payload)[:6] == ["model", "optimizer", "lr_scheduler", "epoch", "scaler", "args"]
+        assert type(payload["args"]) is dict and payload["class_names"] == ["ant", "bee", "cat", "dog"] and payload["evaluated"]
+    assert payload["max_accuracy"] == max(line["test_acc1"] for line in log_lines(trained))
+
+
+def test_the_seed_decides_the_bits(trained, toy, tmp_path):
+    """Again, with two workers: the same weights and figures. With another seed: others."""
+    for seed, workers, equal in ((0, 2, True), (1, 0, False)):
+        folder = tmp_path / str(seed)
+        words = [*SMALL_RUN, "--data-path", toy, "--output_dir", folder, "--seed", seed, "--num_workers", workers]
+        assert here(*words) == 0
+        a, b = (checkpoint.load(str(path / "checkpoint.pth"))["model"] for path in (trained, folder))
+        assert same(a, b) == equal
+        assert (log_lines(trained)[1]["train_loss"] == log_lines(folder)[1]["train_loss"]) == equal
+
+
+def test_resume_ends_with_the_same_bits(trained, toy, tmp_path, monkeypatch):
+    """Stopped after the first epoch: weights, optimizer, random states, log and best as of the run that was not."""
+    words = [*SMALL_RUN, "--data-path", toy, "--output_dir", tmp_path]
+    original = main.train_one_epoch
+
+    def stop(*args, **kwargs):
+        if args[5] == 1:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(main, "train_one_epoch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        here(*words)
+    monkeypatch.setattr(main, "train_one_epoch", original)
+    assert here(*words, "--resume", tmp_path / "checkpoint.pth") == 0
+    a, b = (checkpoint.load(str(folder / "checkpoint.pth")) for folder in (trained, tmp_path))
+    assert same(a["model"], b["model"]) and a["max_accuracy"] == b["max_accuracy"] and a["lr_scheduler"] == b["lr_scheduler"]
+    for key, state in a["optimizer"]["state"].items():
+        assert same(state, b["optimizer"]["state"][key])
+    assert torch.equal(a["random_states"][0]["torch"], b["random_states"][0]["torch"])
+    timeless = [{k: v for k, v in line.items() if k not in ("time", "data_time", "images_per_s", "max_memory_mb")} for line in log_lines(trained)]
+    assert timeless == [{k: line[k] for k in timeless[0]} for line in log_lines(tmp_path)]
+
+
+def test_an_epoch_that_was_not_evaluated_is_evaluated_on_resume(trained, toy, tmp_path, monkeypatch, capsys):
+    words = [*SMALL_RUN, "--data-path", toy, "--output_dir", tmp_path]
+    original = main.evaluate
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "evaluate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        here(*words)
+    assert not checkpoint.load(str(tmp_path / "checkpoint.pth"))["evaluated"] and not (tmp_path / "log.txt").exists()
+    monkeypatch.setattr(main, "evaluate", original)
+    assert here(*words, "--resume", tmp_path / "checkpoint.pth") == 0
+    assert "epoch 0 was trained but not evaluated: evaluating it" in capsys.readouterr().out
+    assert [(line["epoch"], line["test_acc1"]) for line in log_lines(tmp_path)] == [(line["epoch"], line["test_acc1"]) for line in log_lines(trained)]
+
+
+def test_the_best_is_never_replaced_by_a_worse_one_after_a_resume(trained, toy, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    payload = checkpoint.load(str(folder / "checkpoint.pth"))
+    checkpoint.save(folder / "checkpoint.pth", payload | {"max_accuracy": 100.0})
+    before = (folder / "checkpoint_best.pth").read_bytes()
+    words = [*SMALL_RUN, "--data-path", toy, "--output_dir", folder, "--epochs", 3, "--resume", folder / "checkpoint.pth"]
+    assert here(*words) == 0
+    assert (folder / "checkpoint_best.pth").read_bytes() == before and log_lines(folder)[-1]["epoch"] == 2
+
+
+# ---------------------------------------------------------------- ways to train
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model-ema", "--grad-accum-steps", "2", "--channels-last"],
+        ["--repeated-aug", "--amp-dtype", "bfloat16", "--grad-checkpointing", "--opt", "lamb", "--sched", "step"],
+        ["--amp-dtype", "float16", "--mixup", "0", "--cutmix", "0", "--smoothing", "0", "--torchcompile", "eager"],
+        ["--mixup", "0", "--cutmix-minmax", "0.2", "0.8", "--opt", "momentum", "--input-size", "40"],
+        ["--mixup", "0", "--cutmix", "1", "--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "0"],
+    ],
+    ids=["ema", "bfloat16", "float16", "minmax", "cutmix"],
+)
+def test_options_together(words, toy, tmp_path, capsys):
+    words = [*SMALL_RUN, "--data-path", toy, "--output_dir", tmp_path, *words]
+    assert here(*words) == 0
+    last = log_lines(tmp_path)[-1]
+    assert last["epoch"] == 1 and last["train_loss"] > 0
+    out = capsys.readouterr().out
+    if "--model-ema" in words:
+        assert "Accuracy of the EMA network on the 101 test images" in out and "global batch 16 (8 x 1 processes x 2 steps)" in out
+        assert here("--eval", "--model-ema", *words[:-4], "--resume", tmp_path / "checkpoint.pth") == 0
+        scored = float(RESULT.findall(capsys.readouterr().out)[-1][0])
+        assert scored == pytest.approx(last["ema_test_acc1"], abs=5e-4)
+
+
+def test_the_ema_is_the_formula(toy, tmp_path):
+    args, written = options.parse_args([*SMALL_RUN, "--data-path", str(toy), "--output_dir", str(tmp_path), "--model-ema", "--model-ema-decay", "0.9"])
+    run = main.Run(args, written, torch.device("cpu"))
+    average = run.model.norm.weight.detach().clone()
+    for value in (1.0, 3.0):
+        with torch.no_grad():
+            run.model.norm.weight.fill_(value)
+        run.ema.update(run.model)
+        average = 0.9 * average + 0.1 * value
+    assert torch.allclose(run.ema.module.norm.weight, average)
+
+
+def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path, capsys):
+    data = tmp_path / "data"
+    for part in ("train", "val"):
+        make_pictures(data / part, classes=("x", "y"), each=8)
+    words = ["--model", "alt_gvt_demo", "--device", "cpu", "--num_workers", 0, "--batch-size", 8, "--data-path", data, "--input-size", 64]
+    words += ["--finetune", trained / "checkpoint.pth", "--output_dir", tmp_path / "run", "--epochs", 1, "--lr", 0, "--min-lr", 0, "--warmup-epochs", 0]
+    assert here(*words) == 0
+    out = capsys.readouterr().out
+    assert "has 4 classes, this data set 2: made anew" in out
+    assert re.search(r"finetune: \d+ of \d+ tensors loaded from .*; not loaded: head.bias, head.weight", out)
+    before, after = checkpoint.load(str(trained / "checkpoint.pth"))["model"], checkpoint.load(str(tmp_path / "run/checkpoint.pth"))["model"]
+    assert after["head.weight"].shape == (2, 256)
+    assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head."))
+
+
+def test_banner_warns_of_another_batch_than_the_recipes(toy, tmp_path, capsys):
+    words = ["--model", "alt_gvt_small", "--input-size", 32, "--batch-size", 16, "--num_workers", 0, "--data-path", toy, "--device", "cpu"]
+    args, written = options.parse_args([str(w) for w in [*words, "--output_dir", tmp_path]])
+    main.Run(args, written, torch.device("cpu")).banner()
+    out = capsys.readouterr().out
+    assert "global batch 16 (16 x 1 processes x 1 steps), lr 1.5625e-05 (0.0005 x 16 / 512)" in out
+    assert "was trained with a global batch of 2048, not 16" in out and "3 updates an epoch, 23549" in out
+
+
+# ---------------------------------------------------------------- evaluation and throughput
+
+
+def evaluation(trained, toy, *words):
+    return ["--eval", "--resume", trained / "checkpoint.pth", "--model", "alt_gvt_demo", "--data-path", toy, "--input-size", 32, "--batch-size", 8, *words]
+
+
+def test_evaluation_needs_only_val_and_makes_nothing(trained, toy, tmp_path, capsys, monkeypatch):
+    (tmp_path / "data").mkdir()
+    os.symlink(toy / "val", tmp_path / "data" / "val")
+    monkeypatch.chdir(tmp_path)
+    assert here(*evaluation(trained, tmp_path / "data", "--num_workers", 0)) == 0
+    out = capsys.readouterr().out
+    assert float(RESULT.search(out)[1]) == pytest.approx(log_lines(trained)[-1]["test_acc1"], abs=5e-4)
+    assert RESULT.search(out)[2] == "100.000" and ACCURACY.search(out)  # four classes: top-5 is everything
+    assert os.listdir(tmp_path) == ["data"]
+
+
+def test_a_val_without_some_classes_is_scored_with_trainings_indices(trained, toy, tmp_path, capsys):
+    shutil.copytree(toy / "val" / "cat", tmp_path / "val" / "cat")
+    assert here(*evaluation(trained, tmp_path, "--num_workers", 0)) == 0
+    out = capsys.readouterr().out
+    assert "val has no pictures of 3 of 4 classes (ant, bee, dog): scored with training's indices" in out
+    cats = RESULT.search(out)[1]
+    counted = hand_count(trained, tmp_path / "val" / "cat", label=2)
+    assert cats == f"{100 * counted / 25:.3f}"
+
+
+def hand_count(trained, folder, label):
+    import timm
+    from PIL import Image
+    from torchvision import transforms
+
+    model = timm.create_model("alt_gvt_demo", num_classes=4).eval()
+    model.load_state_dict(torch.load(trained / "checkpoint.pth", weights_only=True)["model"])
+    prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    with torch.inference_mode():
+        pictures = [prepare(Image.open(path).convert("RGB").resize((32, 32), Image.BICUBIC)) for path in sorted(folder.iterdir())]
+        return (model(torch.stack(pictures)).argmax(1) == label).sum().item()
+
+
+def test_weights_without_names(trained, toy, tmp_path, capsys):
+    """As the published ones: as many folders as outputs are taken in sorted order, fewer are refused."""
+    bare = tmp_path / "bare.pth"
+    torch.save(checkpoint.load(str(trained / "checkpoint.pth"))["model"], bare)
+    words = evaluation(trained, toy, "--num_workers", 0)
+    words[2] = bare
+    assert here(*words) == 0
+    assert float(RESULT.search(capsys.readouterr().out)[1]) == pytest.approx(log_lines(trained)[-1]["test_acc1"], abs=5e-4)
+    shutil.copytree(toy / "val" / "cat", tmp_path / "val" / "cat")
+    words[words.index(toy)] = tmp_path
+    assert here(*words) == 2
+    assert "val has 1 classes, the weights 4 (and the weights do not say which)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["alt_gvt_demo", "pcpvt_small_v0"])
+def test_throughput_without_a_data_set(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert here("--throughout", "--model", name, "--input-size", 32, "--batch-size", 2, "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    assert "throughput averaged with 30 times" in out and re.search(r"^batch_size 3 throughput \d+\.\d+$", out, re.M)
+    assert not list(tmp_path.iterdir())
+
+
+def test_throughput_with_a_data_set(toy, capsys):
+    assert here("--throughput", *SMALL_RUN, "--data-path", toy) == 0
+    assert re.search(r"^batch_size 12 throughput \d+\.\d+$", capsys.readouterr().out, re.M)
+
+
+# ---------------------------------------------------------------- launchers
+
+
+def test_a_plain_run_as_a_program(toy, tmp_path):
+    done = run_main(*SMALL_RUN[:-2], "--epochs", 1, "--data-path", toy, "--output_dir", tmp_path, "--color-jitter", 0.3)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "Not using distributed mode",
+        "device: cpu (no CUDA device found)",
+        "Creating model: alt_gvt_demo",
+        "number of params: 2480068",
+        "Start training for 1 epochs",
+    ):
+        assert line in done.stdout.splitlines()
+    for form in (r"^Namespace\(", r"^Epoch: \[0\]  \[0/6\]  eta: ", r"^Averaged stats: lr: ", r"^Max accuracy: \d+\.\d\d%$", r"^Training time \d:"):
+        assert re.search(form, done.stdout, re.M), form
+    assert done.stderr.splitlines() == ["main.py: warning: --color-jitter has no effect (--aa is set)"]
+    assert "\r" not in done.stdout
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_published_training_command(processes, toy, tmp_path):
+    words = [*SMALL_RUN[:-4], "--batch-size", 4, "--epochs", 1, "--data-path", toy, "--dist-eval", "--drop-path", 0.3, "--output_dir", tmp_path]
+    done = run_main(*words, launcher=launch(processes))
+    assert done.returncode == 0, done.stderr
+    assert sorted(re.findall(r"distributed init \(rank (\d)\): env://", done.stdout)) == [str(rank) for rank in range(processes)]
+    assert done.stdout.count("Start training") == 1 and ACCURACY.search(done.stdout)
+    assert f"global batch {4 * processes} (4 x {processes} processes x 1 steps)" in done.stdout
+    assert len(checkpoint.load(str(tmp_path / "checkpoint.pth"))["random_states"]) == processes
+    assert [line["epoch"] for line in log_lines(tmp_path)] == [0]
+
+
+@pytest.mark.slow
+def test_resume_with_two_processes_ends_with_the_same_bits(toy, tmp_path):
+    words = [*SMALL_RUN, "--data-path", toy, "--batch-size", 4, "--repeated-aug", "--model-ema"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_main(*words, "--output_dir", whole, launcher=launch(2)).returncode == 0
+    stop = "import sys; sys.argv[0] = 'main.py'; import options, main; a = options.parse_args(sys.argv[1:]); t = main.Run.finish_epoch\n"
+    stop += "def f(self):\n t(self); sys.exit(0)\nmain.Run.finish_epoch = f; main.main(*a)"
+    (tmp_path / "stop.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{stop}")
+    launcher = [sys.executable, *launch(2), str(tmp_path / "stop.py"), *map(str, words), "--output_dir", str(parts)]
+    subprocess.run(launcher, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    assert len(log_lines(parts)) == 1
+    done = run_main(*words, "--output_dir", parts, "--resume", parts / "checkpoint.pth", launcher=launch(2))
+    assert done.returncode == 0, done.stderr
+    a, b = (checkpoint.load(str(folder / "checkpoint.pth")) for folder in (whole, parts))
+    assert same(a["model"], b["model"]) and same(a["model_ema"], b["model_ema"])
+    assert [line["train_loss"] for line in log_lines(whole)] == [line["train_loss"] for line in log_lines(parts)]
+
+
+@pytest.fixture(scope="module")
+def alone(trained, toy):
+    done = run_main(*evaluation(trained, toy))
+    assert done.returncode == 0, done.stderr
+    return RESULT.search(done.stdout).groups()
+
+
+def test_the_published_evaluation_command(alone, trained):
+    assert float(alone[0]) == pytest.approx(log_lines(trained)[-1]["test_acc1"], abs=5e-4)
+
+
+@pytest.mark.parametrize("processes", [pytest.param(n, marks=[] if n == 3 else pytest.mark.slow) for n in (2, 3, 4)])
+def test_evaluation_is_exact_for_any_number_of_processes(processes, alone, trained, toy):
+    """101 pictures are no multiple of 2, 3 or 4: none is left out or counted twice."""
+    done = run_main(*evaluation(trained, toy, "--dist-eval"), launcher=launch(processes))
+    assert done.returncode == 0, done.stderr
+    assert RESULT.search(done.stdout).groups() == alone and ACCURACY.search(done.stdout)
+
+
+def test_torchrun_and_two_agents_that_meet(trained, toy, alone):
+    """Two nodes, each with its own launcher: here on one machine."""
+    port = launch(1)[3].split("=")[1]
+    agents = []
+    for node in range(2):
+        rendezvous = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, str(ROOT / "main.py"), *map(str, evaluation(trained, toy, "--dist-eval"))]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT))
+    outputs = [agent.communicate(timeout=240) for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert RESULT.search(outputs[0][0]).groups() == alone and not RESULT.search(outputs[1][0])
+
+
+@pytest.mark.slow
+def test_slurms_variables(trained, toy, alone):
+    port = launch(1)[3].split("=")[1]
+    tasks = []
+    for task in range(2):
+        slurm = {"SLURM_PROCID": str(task), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(task), "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": port}
+        command = [sys.executable, str(ROOT / "main.py"), *map(str, evaluation(trained, toy, "--dist-eval"))]
+        env = os.environ | {"OMP_NUM_THREADS": "1"} | slurm
+        tasks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT))
+    outputs = [task.communicate(timeout=240) for task in tasks]
+    assert [task.returncode for task in tasks] == [0, 0], outputs
+    assert RESULT.search(outputs[0][0]).groups() == alone
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_a_loss_that_is_not_finite_stops_every_process(toy, tmp_path):
+    """Exit code 1, step and loss in a line; the last good checkpoint stays as it was."""
+    words = [*SMALL_RUN[:-4], "--batch-size", 4, "--epochs", 2, "--data-path", toy, "--output_dir", tmp_path, "--warmup-epochs", 0]
+    good = tmp_path / "checkpoint.pth"
+    assert here(*words, "--epochs", 1, "--num_workers", 0, "--device", "cpu") == 0
+    before = good.read_bytes()
+    words = [*words, "--resume", good, "--lr", 1e30, "--clip-grad", 0, "--epochs", 3]
+    patch = "import sys; sys.argv[0] = 'main.py'; import options, main, checkpoint\nload = checkpoint.load\n"
+    patch += "def bare(source):\n    return {'model': load(source)['model']}\ncheckpoint.load = bare\nsys.exit(main.run(*options.parse_args(sys.argv[1:])))"
+    (tmp_path / "start.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{patch}")  # weights only: --lr counts
+    command = [sys.executable, *launch(2), str(tmp_path / "start.py"), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, cwd=ROOT)
+    assert done.returncode == 1
+    errors = re.findall(r"main.py: error: the loss is (?:nan|inf) \(epoch 0, step (\d+)\)", done.stderr)
+    assert len(errors) == 2 and len(set(errors)) == 1
+    assert good.read_bytes() == before
+
+
+BAD = {
+    "missing folder": (["--data-path", "/nowhere/at/all"], "no such data folder (/nowhere/at/all/train)"),
+    "unknown model": (["--model", "alt_gvt_smal"], "unknown model (--model alt_gvt_smal): did you mean alt_gvt_small"),
+    "the published default": (["--model", "pvt_small"], "alt_gvt_small"),
+    "odd batch": (["--batch-size", 7], "an odd batch with Mixup (--batch-size 7)"),
+    "large batch": (["--batch-size", 64], "a global batch larger than the data set"),
+    "too many steps": (["--grad-accum-steps", 50], "a global batch larger than the data set"),
+    "small input": (["--input-size", 28], "too small (--input-size 28)"),
+    "no weights": (["--eval"], "nothing to evaluate (--eval)"),
+    "missing weights": (["--eval", "--resume", "/nowhere.pth"], "no such file (/nowhere.pth)"),
+    "missing checkpoint": (["--resume", "/nowhere.pth"], "no such file (/nowhere.pth)"),
+    "missing finetune": (["--finetune", "/nowhere.pth"], "no such file (/nowhere.pth)"),
+    "no such optimizer": (["--opt", "adamv"], "no such optimizer (--opt adamv)"),
+    "no such schedule": (["--sched", "cosinus"], "no such schedule (--sched cosinus)"),
+    "no such policy": (["--aa", "rand-z1"], "no such augmentation (--aa rand-z1)"),
+    "no such device": (["--device", "cuda:99"], "--device"),
+    "device in words": (["--device", "gpu"], "--device gpu"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, toy, tmp_path, capsys):
+    words, says = BAD[case]
+    assert here(*SMALL_RUN, "--data-path", toy, "--output_dir", tmp_path / "run", *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("main.py: error: ") and error.count("\n") == 1 and says in error and len(error) < 300
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(trained, toy, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    words = [*SMALL_RUN, "--data-path", toy, "--output_dir", folder]
+    assert here(*words) == 2
+    assert "the folder holds a run" in capsys.readouterr().err
+    assert here(*words, "--overwrite", "--batch-size", 7) == 2  # another mistake: nothing is deleted
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert here(*words, "--overwrite", "--epochs", 1) == 0
+    assert [line["epoch"] for line in log_lines(folder)] == [0]
+
+
+def test_an_unreadable_picture_ends_a_run_with_its_name(trained, toy, tmp_path, capsys):
+    shutil.copytree(toy / "val", tmp_path / "val")
+    (tmp_path / "val" / "bee" / "zz.png").write_bytes(b"no picture")
+    for workers in (0, 1):
+        assert here(*evaluation(trained, tmp_path, "--num_workers", workers)) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("main.py: error: cannot read a picture (") and "zz.png" in error and error.count("\n") == 1
+
+
+def test_other_classes_than_the_checkpoints_are_refused(trained, tmp_path, capsys):
+    for part in ("train", "val"):
+        make_pictures(tmp_path / part, classes=("ant", "bee", "cat", "eel"), each=4)
+    assert here(*evaluation(trained, tmp_path, "--num_workers", 0)) == 2
+    assert "a class that training does not know" in capsys.readouterr().err
+    assert here(*SMALL_RUN, "--data-path", tmp_path, "--output_dir", tmp_path / "run", "--resume", trained / "checkpoint.pth") == 2
+    assert "other classes than the checkpoint's" in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("TWINS_DEBUG", "1")
+    with pytest.raises(main.UserError):
+        here("--model", "pvt_small")
