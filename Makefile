@@ -9,7 +9,7 @@ DIGITS := data/digits
 DEMO := output/demo
 DEMO_MODEL := --model alt_gvt_demo --data-path $(DIGITS) --input-size 32
 # Mirrored or mixed digits are not digits, so the augmentations that would make them are off.
-DEMO_TRAINING := --epochs 20 --warmup-epochs 2 --lr 4e-3 --hflip 0 --mixup 0 --cutmix 0 --aa "" --color-jitter 0 --reprob 0
+DEMO_TRAINING := --epochs 20 --warmup-epochs 0 --lr 4e-3 --hflip 0 --mixup 0 --cutmix 0 --aa "" --color-jitter 0 --reprob 0
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-fast lint

@@ -47,12 +47,12 @@ RUN_FILES = ("checkpoint.pth", "checkpoint_best.pth", "log.txt")  # a folder wit
 
 
 def main(args: argparse.Namespace, written: set[str]) -> None:
-    for name, reason in options.without_effect(args, written).items():
-        print(f"main.py: warning: --{name.replace('_', '-')} has no effect ({reason})", file=sys.stderr)
     check_model_name(args.model)
     check_folder(args)
     device = utils.init_device(args.device, written="device" in written, dist_url=args.dist_url)
     with utils.process_group():
+        for name, reason in options.without_effect(args, written).items():
+            utils.warn(f"--{name.replace('_', '-')} has no effect ({reason})")
         if args.throughout:
             throughput(args, written, device)
         elif args.eval:
@@ -413,7 +413,7 @@ class Run:
         say(f"{updates} updates an epoch, {self.n_parameters} parameters, {where}, output in {self.folder}")
         recipe = RECIPE_BATCH.get(args.model)
         if recipe and recipe != self.global_batch:
-            say(f"warning: the published {args.model} was trained with a global batch of {recipe}, not {self.global_batch}: expect another result")
+            utils.warn(f"the published {args.model} was trained with a global batch of {recipe}, not {self.global_batch}: expect another result")
 
 
 def run(args: argparse.Namespace, written: set[str]) -> int:

@@ -171,7 +171,6 @@ def without_effect(args: argparse.Namespace, written: set[str]) -> dict[str, str
         "train_interpolation": args.input_size <= 32 and "pictures of 32 pixels or less are not resized",
         "scale": args.input_size <= 32 and "pictures of 32 pixels or less are shifted, not cropped",
         "ratio": args.input_size <= 32 and "pictures of 32 pixels or less are shifted, not cropped",
-        "local_rank": "the launcher's variables say it",
     }
     for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode"):
         reasons[name] = not mixing and "--mixup and --cutmix are 0"

@@ -59,6 +59,12 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
+def warn(message: str) -> None:
+    """A line on the error stream, in one process of a run."""
+    if is_main_process():
+        print(f"main.py: warning: {message}", file=sys.stderr, flush=True)
+
+
 def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from torchrun's variables or Slurm's. None: a single process."""
     if "RANK" in environ and "WORLD_SIZE" in environ:

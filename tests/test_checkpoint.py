@@ -5,10 +5,11 @@ import pickle
 import zipfile
 from pathlib import Path
 
-import checkpoint
 import pytest
 import torch
 from torch import nn
+
+import checkpoint
 from utils import UserError
 
 

@@ -3,16 +3,17 @@
 import json
 import random
 
-import datasets
 import numpy as np
-import options
 import pytest
 import torch
 from conftest import make_pictures
 from PIL import Image
-from samplers import RASampler, ShuffleSampler
 from timm.data import ImageNetInfo, auto_augment
 from torchvision import transforms
+
+import datasets
+import options
+from samplers import RASampler, ShuffleSampler
 from utils import UserError
 
 
@@ -34,10 +35,23 @@ def test_the_published_training_pipeline():
     assert crop.interpolation == transforms.InterpolationMode.BICUBIC
     assert isinstance(flip, transforms.RandomHorizontalFlip) and flip.p == 0.5
     assert augment.num_layers == 2 and augment.choice_weights is None
-    assert [op.name for op in augment.ops] == (
-        "AutoContrast Equalize Invert Rotate PosterizeIncreasing SolarizeIncreasing SolarizeAdd ColorIncreasing ContrastIncreasing "
-        "BrightnessIncreasing SharpnessIncreasing ShearX ShearY TranslateXRel TranslateYRel"
-    ).split()
+    assert [op.name for op in augment.ops] == [
+        "AutoContrast",
+        "Equalize",
+        "Invert",
+        "Rotate",
+        "PosterizeIncreasing",
+        "SolarizeIncreasing",
+        "SolarizeAdd",
+        "ColorIncreasing",
+        "ContrastIncreasing",
+        "BrightnessIncreasing",
+        "SharpnessIncreasing",
+        "ShearX",
+        "ShearY",
+        "TranslateXRel",
+        "TranslateYRel",
+    ]
     for op in augment.ops:
         assert (op.prob, op.magnitude, op.magnitude_std, op.magnitude_max) == (0.5, 9, 0.5, None)
         assert op.kwargs == {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BICUBIC}

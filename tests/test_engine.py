@@ -3,18 +3,19 @@
 import csv
 from types import SimpleNamespace
 
-import engine
-import main
-import options
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, golden, golden_pictures, golden_weights, relative
-from losses import build_criterion
 from timm.data import Mixup
 from timm.scheduler import create_scheduler
 from torch import nn
+
+import engine
+import main
+import options
+from losses import build_criterion
 
 CPU = torch.device("cpu")
 OFF = torch.amp.GradScaler("cpu", enabled=False)
@@ -41,7 +42,9 @@ def test_the_published_trajectory(compile_backend):
     trained = torch.compile(model, backend=compile_backend, dynamic=False) if compile_backend else model
     optimizer = optimizer_of(args, model, 2)
     scheduler, _ = create_scheduler(args, optimizer)
-    groups = [{"n": len(g["params"]), "numel": sum(p.numel() for p in g["params"]), "weight_decay": g["weight_decay"]} for g in optimizer.param_groups]
+    groups = [
+        {"n": len(g["params"]), "numel": sum(p.numel() for p in g["params"]), "weight_decay": g["weight_decay"]} for g in optimizer.param_groups
+    ]
     assert groups == expected["groups"]
     assert list(optimizer.param_groups[0]["betas"]) == expected["betas"] and optimizer.param_groups[0]["eps"] == expected["eps"]
     images, labels = golden_pictures(6, 224, 224), torch.tensor([3, 1, 4, 1, 5, 9])
@@ -122,9 +125,7 @@ def small():
 
 def batches(count=4, size=4):
     generator = torch.Generator().manual_seed(1)
-    return [
-        (torch.randn(size, 3, 2, 2, generator=generator), torch.randint(0, 3, (size,), generator=generator)) for _ in range(count)
-    ]
+    return [(torch.randn(size, 3, 2, 2, generator=generator), torch.randint(0, 3, (size,), generator=generator)) for _ in range(count)]
 
 
 OPTIMIZERS = {

@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 
-import checkpoint
-import main
-import options
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, launch, log_lines, make_pictures, run_main
+
+import checkpoint
+import main
+import options
 
 RESULT = re.compile(r"^\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})$", re.M)
 ACCURACY = re.compile(r"^Accuracy of the network on the 101 test images: \d+\.\d%$", re.M)
@@ -41,7 +42,19 @@ def trained(toy, tmp_path_factory):
 def test_log_and_records(trained, toy):
     lines = log_lines(trained)
     assert [line["epoch"] for line in lines] == [0, 1]
-    keys = "train_lr train_loss test_loss test_acc1 test_acc5 epoch n_parameters time data_time images_per_s max_memory_mb".split()
+    keys = [
+        "train_lr",
+        "train_loss",
+        "test_loss",
+        "test_acc1",
+        "test_acc5",
+        "epoch",
+        "n_parameters",
+        "time",
+        "data_time",
+        "images_per_s",
+        "max_memory_mb",
+    ]
     assert all(list(line) == keys for line in lines)
     assert lines[0]["n_parameters"] == 2_480_068
     assert json.loads((trained / "class_names.json").read_text()) == ["ant", "bee", "cat", "dog"]
@@ -148,7 +161,9 @@ def test_options_together(words, toy, tmp_path, capsys):
 
 
 def test_the_ema_is_the_formula(toy, tmp_path):
-    args, written = options.parse_args([*SMALL_RUN, "--data-path", str(toy), "--output_dir", str(tmp_path), "--model-ema", "--model-ema-decay", "0.9"])
+    args, written = options.parse_args(
+        [*SMALL_RUN, "--data-path", str(toy), "--output_dir", str(tmp_path), "--model-ema", "--model-ema-decay", "0.9"]
+    )
     run = main.Run(args, written, torch.device("cpu"))
     average = run.model.norm.weight.detach().clone()
     for value in (1.0, 3.0):
@@ -164,7 +179,20 @@ def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path,
     for part in ("train", "val"):
         make_pictures(data / part, classes=("x", "y"), each=8)
     words = ["--model", "alt_gvt_demo", "--device", "cpu", "--num_workers", 0, "--batch-size", 8, "--data-path", data, "--input-size", 64]
-    words += ["--finetune", trained / "checkpoint.pth", "--output_dir", tmp_path / "run", "--epochs", 1, "--lr", 0, "--min-lr", 0, "--warmup-epochs", 0]
+    words += [
+        "--finetune",
+        trained / "checkpoint.pth",
+        "--output_dir",
+        tmp_path / "run",
+        "--epochs",
+        1,
+        "--lr",
+        0,
+        "--min-lr",
+        0,
+        "--warmup-epochs",
+        0,
+    ]
     assert here(*words) == 0
     out = capsys.readouterr().out
     assert "has 4 classes, this data set 2: made anew" in out
@@ -178,7 +206,7 @@ def test_banner_warns_of_another_batch_than_the_recipes(toy, tmp_path, capsys):
     words = ["--model", "alt_gvt_small", "--input-size", 32, "--batch-size", 16, "--num_workers", 0, "--data-path", toy, "--device", "cpu"]
     args, written = options.parse_args([str(w) for w in [*words, "--output_dir", tmp_path]])
     main.Run(args, written, torch.device("cpu")).banner()
-    out = capsys.readouterr().out
+    out = "".join(capsys.readouterr())
     assert "global batch 16 (16 x 1 processes x 1 steps), lr 1.5625e-05 (0.0005 x 16 / 512)" in out
     assert "was trained with a global batch of 2048, not 16" in out and "3 updates an epoch, 23549" in out
 
@@ -187,7 +215,20 @@ def test_banner_warns_of_another_batch_than_the_recipes(toy, tmp_path, capsys):
 
 
 def evaluation(trained, toy, *words):
-    return ["--eval", "--resume", trained / "checkpoint.pth", "--model", "alt_gvt_demo", "--data-path", toy, "--input-size", 32, "--batch-size", 8, *words]
+    return [
+        "--eval",
+        "--resume",
+        trained / "checkpoint.pth",
+        "--model",
+        "alt_gvt_demo",
+        "--data-path",
+        toy,
+        "--input-size",
+        32,
+        "--batch-size",
+        8,
+        *words,
+    ]
 
 
 def test_evaluation_needs_only_val_and_makes_nothing(trained, toy, tmp_path, capsys, monkeypatch):
@@ -327,7 +368,14 @@ def test_torchrun_and_two_agents_that_meet(trained, toy, alone):
     agents = []
     for node in range(2):
         rendezvous = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
-        command = [sys.executable, "-m", "torch.distributed.run", *rendezvous, str(ROOT / "main.py"), *map(str, evaluation(trained, toy, "--dist-eval"))]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *rendezvous,
+            str(ROOT / "main.py"),
+            *map(str, evaluation(trained, toy, "--dist-eval")),
+        ]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT))
     outputs = [agent.communicate(timeout=240) for agent in agents]

@@ -4,9 +4,10 @@ import subprocess
 import sys
 import time
 
-import options
 import pytest
 from conftest import ROOT
+
+import options
 
 # Read off the published main.py: 58 options. --model alone differs: its published default, pvt_small, is registered nowhere.
 PUBLISHED = {

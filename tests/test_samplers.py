@@ -5,8 +5,9 @@ import math
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samplers import RASampler, ShuffleSampler, eval_indices
 from torch.utils.data import DistributedSampler
+
+from samplers import RASampler, ShuffleSampler, eval_indices
 
 lengths, worlds, epochs = st.integers(1, 700), st.integers(1, 8), st.integers(0, 400)
 

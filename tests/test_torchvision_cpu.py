@@ -5,8 +5,9 @@ import sys
 
 import pytest
 import torch
-import torchvision_cpu
 from conftest import ROOT
+
+import torchvision_cpu
 
 
 def python(code: str) -> subprocess.CompletedProcess:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import gvt  # noqa: F401  registers the models
 import matplotlib
 import numpy as np
 import timm
@@ -18,6 +17,7 @@ import torch
 
 import checkpoint
 import datasets
+import gvt  # noqa: F401  registers the models
 from utils import UserError
 
 matplotlib.use("Agg")

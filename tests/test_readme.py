@@ -1,0 +1,41 @@
+"""What README says can be run and found."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+import options
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted({line for line in re.findall(r"(?:^|`)((?:python|torchrun|srun) [^`\n]*?main\.py[^`\n#]*)", README, re.M) if "..." not in line})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command):
+    words = shlex.split(command)
+    words = words[words.index("main.py") + 1 :]
+    if words != ["--help"]:
+        args, written = options.parse_args(words)
+        assert not options.without_effect(args, written)
+
+
+def test_the_published_commands_are_there_word_for_word():
+    train = "python -m torch.distributed.launch --nproc_per_node=8 --use_env main.py --model alt_gvt_base --batch-size 128 "
+    assert train + "--data-path path_to_imagenet --dist-eval --drop-path 0.3" in COMMANDS
+    assert "python main.py --eval --resume alt_gvt_large.pth --model alt_gvt_large --data-path path_to_imagenet" in COMMANDS
+    assert len(COMMANDS) >= 8  # and one for each model
+
+
+def test_files_and_tests_that_are_named_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`(tools/\w+\.py|\w+\.py)`", README):
+        assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
+    for file, name in re.findall(r"(test_\w+\.py)::(test_\w+)", README):
+        assert f"def {name}" in (ROOT / "tests" / file).read_text(), name
+
+
+def test_make_targets_that_are_named_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.M):
+        assert re.search(rf"^{target}:", makefile, re.M), target

@@ -1,0 +1,27 @@
+"""The demo's data set."""
+
+import digits
+import numpy as np
+from PIL import Image
+
+
+def pictures(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.png"))}
+
+
+def test_the_layout_is_stratified_seeded_and_done_once(tmp_path):
+    a, b, c = (tmp_path / name for name in "abc")
+    assert digits.lay_out(a, size=32, seed=0) == {"train": 1437, "val": 360}
+    digits.lay_out(b, size=32, seed=0)
+    assert pictures(a) == pictures(b) and len(pictures(a)) == 1797
+    digits.lay_out(c, size=32, seed=1)
+    assert pictures(c).keys() != pictures(a).keys()
+    for part, low, high in (("train", 139, 147), ("val", 34, 37)):
+        counts = [len(list((a / part / str(digit)).iterdir())) for digit in range(10)]
+        assert min(counts) >= low and max(counts) <= high
+    path = next((a / "val" / "0").iterdir())
+    picture = Image.open(path)
+    assert picture.size == (32, 32) and picture.mode == "RGB" and np.asarray(picture).max() > 200
+    before = path.stat().st_mtime_ns
+    digits.lay_out(a, size=32, seed=0)
+    assert path.stat().st_mtime_ns == before
