@@ -1,8 +1,5 @@
 """What only a GPU can show. Without one, these tests are skipped."""
 
-import engine
-import main
-import options
 import pytest
 import timm
 import torch
@@ -10,6 +7,10 @@ import torch.nn.functional as F
 from conftest import log_lines
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import engine
+import main
+import options
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
