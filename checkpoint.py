@@ -28,8 +28,11 @@ def save(path: Path, payload: dict) -> None:
 def load(source: str) -> dict:
     """Read a checkpoint or bare weights, from a file or an https address, onto the CPU. Nothing in the file can run."""
     if source.startswith("https://"):
-        with torch.serialization.safe_globals(PUBLISHED_TYPES):
-            return torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
+        try:
+            with torch.serialization.safe_globals(PUBLISHED_TYPES):
+                return torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
+        except Exception as error:  # of the network, the hash or the file
+            raise UserError(f"no checkpoint from there ({source}): {(str(error).splitlines() or [type(error).__name__])[0][:120]}") from error
     path = Path(source)
     if not path.is_file():
         raise UserError(f"no such file ({path}): expected a checkpoint")
@@ -50,11 +53,11 @@ def load(source: str) -> dict:
     return dict(payload)
 
 
-def weights(payload: Mapping, *, key: str | None = None) -> dict[str, Tensor]:
+def weights(payload: Mapping, *, source: str, key: str | None = None) -> dict[str, Tensor]:
     """The weights by name in what `load` gave. key: where they must be ("model_ema"), else wherever files keep them."""
     if key is not None:
         if key not in payload:
-            raise UserError(f"no {key} in the checkpoint: it was trained without --model-ema")
+            raise UserError(f"no averaged weights ({source}): it was trained without --model-ema")
         payload = payload[key]
     else:
         payload = next((payload[name] for name in WRAPPERS if isinstance(payload.get(name), Mapping)), payload)
@@ -63,7 +66,7 @@ def weights(payload: Mapping, *, key: str | None = None) -> dict[str, Tensor]:
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     if not state:
-        raise UserError("no weights in the checkpoint: expected tensors by name")
+        raise UserError(f"no weights ({source}): expected tensors by name")
     return state
 
 

@@ -69,7 +69,7 @@ def build_transform(is_train: bool, args, *, mean=IMAGENET_DEFAULT_MEAN, std=IMA
         if size <= SMALL:
             transform.transforms[:1] = [FitSquare(size), transforms.RandomCrop(size, padding=4)]
         for step in transform.transforms:
-            for operation in getattr(step, "ops", []):
+            for operation in [*getattr(step, "ops", []), *(op for policy in getattr(step, "policy", []) for op in policy)]:
                 if getattr(operation, "aug_fn", None) is auto_augment.posterize:
                     operation.aug_fn = posterize_or_black
         return transform
@@ -115,13 +115,15 @@ class INat(Dataset):
     def __init__(self, root: Path, split: str, transform: Callable, *, year: int, category: str):
         self.transform = transform
         train, part, categories = (read_json(root / name) for name in (f"train{year}.json", f"{split}{year}.json", "categories.json"))
-        names = {entry["id"]: entry[category] for entry in categories} if isinstance(categories, list) else None
-        if names is None:
-            raise UserError(f"not a list of categories ({root / 'categories.json'}): take the file of the same year's competition")
-        self.classes = list(dict.fromkeys(str(names[a["category_id"]]) for a in train["annotations"]))
-        index = {name: i for i, name in enumerate(self.classes)}
-        labels = {a["image_id"]: str(names[a["category_id"]]) for a in part["annotations"]}
-        self.samples = [(str(self.locate(root, image["file_name"])), index[labels[image["id"]]]) for image in part["images"]]
+        try:
+            names = {entry["id"]: str(entry[category]) for entry in categories}
+            self.classes = list(dict.fromkeys(names[a["category_id"]] for a in train["annotations"]))
+            index = {name: i for i, name in enumerate(self.classes)}
+            labels = {a["image_id"]: index[names[a["category_id"]]] for a in part["annotations"]}
+            self.samples = [(str(self.locate(root, image["file_name"])), labels[image["id"]]) for image in part["images"]]
+        except (KeyError, TypeError) as error:
+            where = f"{root}, {split}{year}.json, --inat-category {category}"
+            raise UserError(f"files that do not belong together ({where}): {error} is in one of them only") from None
 
     @staticmethod
     def locate(root: Path, name: str) -> Path:

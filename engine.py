@@ -102,10 +102,9 @@ def train_one_epoch(
             scaler.scale(loss * poison / accum_steps).backward()
         if updates:
             scaler.unscale_(optimizer)
-            if clip_grad > 0:
-                norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
-                if not scaler.is_enabled():  # with a loss scale, an overflow of the gradients is skipped and the scale halved
-                    finite = finite & torch.isfinite(norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad if clip_grad > 0 else math.inf)
+            if not scaler.is_enabled():  # with a loss scale, an overflow of the gradients is skipped and the scale halved
+                finite = finite & torch.isfinite(norm)
             step_if(group_finite & finite, optimizer, scaler)
             group_finite = torch.ones_like(group_finite)
             optimizer.zero_grad()

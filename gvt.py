@@ -12,6 +12,7 @@ Shapes: B pictures; a map of H x W tokens, kept as (B, H, W, C); N queries, M ke
 import torchvision_cpu  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
 SMALLEST = 32  # pixels: below it, the last stage has no token
 PADS = ("mask", "zero", "published")
+MOST_ROWS = 65_535  # of a batch in one call of a fused CUDA kernel, whose grid ends there; windows of 1,024 pictures of 224 go beyond
 
 
 @dataclass(frozen=True)
@@ -77,12 +79,19 @@ def real_keys(H: int, W: int, h: int, w: int, *, device: torch.device) -> Tensor
     return to_windows(real, h, w).reshape(-1, 1, 1, h * w)
 
 
+def beyond_the_grid(q: Tensor) -> bool:
+    return q.is_cuda and q.shape[0] > MOST_ROWS
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.Dropout, fused: bool) -> Tensor:
     """softmax(q k^T / sqrt(D)) v. q is (B, heads, N, D), k and v are (B, heads, M, D).
 
     mask broadcasts to (B, heads, N, M), True where a key may be seen. The unfused way sends the map (B, heads, N, M) through `dropout`,
     where a forward hook can look at it.
     """
+    if fused and beyond_the_grid(q):
+        parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)), itertools.repeat(None) if mask is None else mask.split(MOST_ROWS))
+        return torch.cat([attend(*part, dropout=dropout, fused=True) for part in parts])
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout.p if dropout.training else 0.0)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)

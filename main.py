@@ -42,7 +42,7 @@ from utils import NonFiniteError, UserError, say
 
 # The global batches that the published logs were made with (from their learning rates).
 RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024) | {"pcpvt_small_v0": 1280, "alt_gvt_small": 2048, "alt_gvt_demo": None}
-FUSED = ("adam", "adamw", "sgd")  # optimizers that torch can run in one kernel, and skip on the device
+FUSED = ("adam", "adamw")  # optimizers that torch can run in one kernel, and skip on the device (sgd's skips leave momentum unset)
 RUN_FILES = ("checkpoint.pth", "checkpoint_best.pth", "log.txt")  # a folder with one of them holds a run
 
 
@@ -50,9 +50,11 @@ def main(args: argparse.Namespace, written: set[str]) -> None:
     check_model_name(args.model)
     check_folder(args)
     device = utils.init_device(args.device, written="device" in written, dist_url=args.dist_url)
+    torch.backends.cudnn.benchmark = True
     with utils.process_group():
         for name, reason in options.without_effect(args, written).items():
             utils.warn(f"--{name.replace('_', '-')} has no effect ({reason})")
+        say(args)
         if args.throughout:
             throughput(args, written, device)
         elif args.eval:
@@ -76,8 +78,13 @@ def check_folder(args: argparse.Namespace) -> None:
         raise UserError("nothing to evaluate (--eval): give the weights as --resume FILE")
     if args.input_size < gvt.SMALLEST and args.model in gvt.MODEL_NAMES:
         raise UserError(f"too small (--input-size {args.input_size}): Twins needs pictures of at least {gvt.SMALLEST} x {gvt.SMALLEST}")
-    if args.eval or args.throughout or args.resume or args.overwrite:
-        return
+    if args.sched == "plateau":
+        raise UserError("a schedule that needs scores (--sched plateau): the rate is set by the epoch alone, choose cosine or step")
+    if not (args.eval or args.throughout or args.resume or args.overwrite):
+        check_no_run(args)
+
+
+def check_no_run(args: argparse.Namespace) -> None:
     held = [name for name in RUN_FILES if (output_dir(args) / name).exists()]
     if held:
         raise UserError(f"the folder holds a run ({output_dir(args) / held[0]}): --resume it, or --overwrite it, or choose another --output_dir")
@@ -89,7 +96,8 @@ def output_dir(args: argparse.Namespace) -> Path:
 
 def workers(args: argparse.Namespace, written: set[str]) -> int:
     """As written; else the published 10, but no more than this process's share of the machine's cores."""
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return args.num_workers if "num_workers" in written else min(args.num_workers, max(share, 1))
 
 
@@ -102,11 +110,13 @@ def memory_format(args: argparse.Namespace) -> torch.memory_format:
 
 
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
+    say(f"Creating model: {args.model}")
     return timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
 
 
 def ready(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The model on its device, as the options want it laid out."""
+    say(f"number of params: {sum(p.numel() for p in model.parameters() if p.requires_grad)}")
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model.to(device, memory_format=memory_format(args))
@@ -114,15 +124,18 @@ def ready(model: nn.Module, args: argparse.Namespace, device: torch.device) -> n
 
 def compiled(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     # dynamic=False: the last, smaller batch compiles once more, which takes much less than one graph for any size.
-    return torch.compile(model, backend=args.torchcompile, dynamic=False) if args.torchcompile else model
+    try:
+        return torch.compile(model, backend=args.torchcompile, dynamic=False) if args.torchcompile else model
+    except RuntimeError as error:
+        raise UserError(f"no such compiler (--torchcompile {args.torchcompile}): write it without a name for inductor") from error
 
 
-def build_eval_loader(args: argparse.Namespace, written: set[str], dataset) -> Iterable:
+def build_eval_loader(args: argparse.Namespace, written: set[str], dataset, device: torch.device) -> Iterable:
     shares = dict(rank=utils.get_rank(), world=utils.get_world_size()) if args.dist_eval else {}
     indices = eval_indices(len(dataset), **shares)
     if missing := getattr(dataset, "missing", []):
         say(f"val has no pictures of {len(missing)} of {len(dataset.classes)} classes ({', '.join(missing[:3])}): scored with training's indices")
-    pin = args.pin_mem and torch.cuda.is_available()
+    pin = args.pin_mem and device.type == "cuda"
     batch = int(1.5 * args.batch_size)
     return datasets.build_loader(dataset, indices, batch_size=batch, workers=workers(args, written), pin_memory=pin, drop_last=False)
 
@@ -132,7 +145,7 @@ def build_eval_loader(args: argparse.Namespace, written: set[str], dataset) -> I
 
 def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: torch.device) -> None:
     payload = checkpoint.load(args.resume)
-    state = checkpoint.weights(payload, key="model_ema" if args.model_ema else None)
+    state = checkpoint.weights(payload, source=args.resume, key="model_ema" if args.model_ema else None)
     head = state.get("head.weight")
     if head is None:
         raise UserError(f"no classifier in the weights ({args.resume}): expected head.weight, --finetune can add one")
@@ -147,7 +160,7 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
     model = build_model(args, len(head))
     checkpoint.load_into(model, state, source=args.resume)
     model = compiled(ready(model, args, device), args)
-    loader = build_eval_loader(args, written, dataset)
+    loader = build_eval_loader(args, written, dataset, device)
     options = dict(amp_dtype=precision(args, device), memory_format=memory_format(args))
     stats = evaluate(loader, model, device, shared=args.dist_eval, **options)
     say(f"Accuracy of the network on the {len(dataset)} test images: {stats['acc1']:.1f}%")
@@ -159,7 +172,7 @@ def throughput(args: argparse.Namespace, written: set[str], device: torch.device
     batch = int(1.5 * args.batch_size)
     if "data_path" in written:
         dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args))
-        images = next(iter(build_eval_loader(args, written, dataset)))[0]
+        images = next(iter(build_eval_loader(args, written, dataset, device)))[0]
         batch = len(images)
     else:
         say("pictures: random numbers (no --data-path)")
@@ -194,10 +207,6 @@ class Run:
         self.args, self.device, self.folder = args, device, output_dir(args)
         rank, world = utils.get_rank(), utils.get_world_size()
         utils.seed_everything(args.seed + rank)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-        say(args)
-
         train_set = datasets.build_dataset("train", args, transform=datasets.build_transform(True, args))
         self.classes = list(train_set.classes)
         val_set = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args), classes=self.classes)
@@ -206,7 +215,7 @@ class Run:
         pin = args.pin_mem and device.type == "cuda"
         loading = dict(batch_size=args.batch_size, workers=workers(args, written), pin_memory=pin, drop_last=True)
         self.loader = datasets.build_loader(datasets.Keyed(train_set, args.seed), self.sampler, **loading)
-        self.val_loader = build_eval_loader(args, written, val_set)
+        self.val_loader = build_eval_loader(args, written, val_set, device)
         self.val_size = len(val_set)
         if len(self.loader) < args.grad_accum_steps:
             shares = f"--batch-size {args.batch_size} x {world} processes x --grad-accum-steps {args.grad_accum_steps}"
@@ -218,17 +227,16 @@ class Run:
         self.mixup = self.build_mixup() if mixing else None
         self.criterion = build_criterion(mixing=mixing, smoothing=args.smoothing)
 
-        say(f"Creating model: {args.model}")
         self.model = build_model(args, len(self.classes))
         if args.finetune:
             self.load_finetune(args.finetune)
         ready(self.model, args, device)
-        self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay) if args.model_ema else None
         self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        say(f"number of params: {self.n_parameters}")
         self.compiled = compiled(self.model, args)
         ids = [device.index] if device.type == "cuda" else None
         self.parallel = DistributedDataParallel(self.compiled, device_ids=ids) if world > 1 else self.compiled
+        # After DistributedDataParallel has given all processes the weights of the first.
+        self.ema = ModelEmaV3(self.model, decay=args.model_ema_decay) if args.model_ema else None
 
         self.global_batch = args.batch_size * world * args.grad_accum_steps
         self.lr = args.lr * self.global_batch / 512
@@ -261,12 +269,12 @@ class Run:
             settings["fused"] = True
         try:
             return create_optimizer_v2(self.model, **settings)
-        except ValueError as error:
-            raise UserError(f"no such optimizer (--opt {self.args.opt}): {str(error).splitlines()[0]}") from error
+        except (ValueError, IndexError, TypeError) as error:
+            raise UserError(f"cannot make the optimizer (--opt {self.args.opt}): {str(error).splitlines()[0]}") from error
 
     def load_finetune(self, source: str) -> None:
         """Weights of another training; a classifier of another size is left as it is, new."""
-        state, own, may_lack = checkpoint.weights(checkpoint.load(source)), self.model.state_dict(), ()
+        state, own, may_lack = checkpoint.weights(checkpoint.load(source), source=source), self.model.state_dict(), ()
         if "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
             say(f"finetune: the classifier of {source} has {len(state['head.weight'])} classes, this data set {len(self.classes)}: made anew")
             state = {name: value for name, value in state.items() if not name.startswith("head.")}
@@ -308,22 +316,45 @@ class Run:
         stored = payload.get("class_names")
         if stored is not None and stored != self.classes:
             raise UserError(f"other classes than the checkpoint's ({args.data_path}): {len(self.classes)} here, {len(stored)} in {args.resume}")
-        checkpoint.load_into(self.model, checkpoint.weights(payload), source=args.resume)
-        if self.ema:
-            source = payload.get("model_ema", payload.get("model", payload))
-            checkpoint.load_into(self.ema.module, checkpoint.weights(source), source=args.resume)
+        state = checkpoint.weights(payload, source=args.resume)
         if not {"optimizer", "lr_scheduler", "epoch"} <= set(payload):
+            if not args.overwrite:
+                check_no_run(args)
+            checkpoint.load_into(self.model, state, source=args.resume)
+            if self.ema:
+                self.ema.set(self.model)
             return say(f"resume: weights only in {args.resume}, the schedule starts at epoch {args.start_epoch}")
-        self.optimizer.load_state_dict(payload["optimizer"])
-        self.scheduler.load_state_dict(payload["lr_scheduler"])
-        if payload.get("scaler") and self.scaler.is_enabled():
-            self.scaler.load_state_dict(payload["scaler"])
+        earlier = payload.get("args")
+        for name in ("opt", "sched"):
+            was = earlier.get(name) if isinstance(earlier, dict) else getattr(earlier, name, None)
+            if was not in (None, getattr(args, name)):
+                raise UserError(f"another --{name} than the run's ({args.resume}): {was} there, {getattr(args, name)} here")
+        checkpoint.load_into(self.model, state, source=args.resume)
+        if self.ema:
+            average = checkpoint.weights(payload, source=args.resume, key="model_ema") if "model_ema" in payload else state
+            checkpoint.load_into(self.ema.module, average, source=args.resume)
+        try:
+            self.load_optimizer(payload["optimizer"])
+            self.scheduler.load_state_dict(payload["lr_scheduler"])
+            if payload.get("scaler") and self.scaler.is_enabled():
+                self.scaler.load_state_dict(payload["scaler"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise UserError(f"the optimizer's state does not fit ({args.resume}): {str(error).splitlines()[0]}, resume as trained") from error
         self.epoch, self.best = payload["epoch"], payload.get("max_accuracy", 0.0)
         self.evaluated, self.stats = payload.get("evaluated", True), payload.get("train_stats", {})
         states = payload.get("random_states", [])
         if len(states) == utils.get_world_size():
             utils.set_random_state(states[utils.get_rank()])
         say(f"resume: {args.resume}, after epoch {self.epoch}, max accuracy {self.best:.2f}%")
+
+    def load_optimizer(self, state: dict) -> None:
+        """The optimizer's state; how it is computed (fused or not, and settings that older files lack) stays this optimizer's."""
+        for saved, own in zip(state["param_groups"], self.optimizer.param_groups):
+            for name in own.keys() - {"params"}:
+                saved.setdefault(name, own[name])
+            for name in own.keys() & {"fused", "foreach", "capturable"}:
+                saved[name] = own[name]
+        self.optimizer.load_state_dict(state)
 
     # ------------------------------------------------------------ the loop
 
@@ -375,7 +406,8 @@ class Run:
         self.best, self.evaluated = max(self.best, test["acc1"]), True
         say(f"Max accuracy: {self.best:.2f}%")
         self.write_log(test, ema)
-        self.save("checkpoint.pth", *(["checkpoint_best.pth"] if best else []))
+        # The best first: after a kill between the two, the epoch counts as not evaluated, and both are written again.
+        self.save(*(["checkpoint_best.pth"] if best else []), "checkpoint.pth")
 
     def write_log(self, test: dict, ema: dict) -> None:
         """One JSON line an epoch, the published keys first. An epoch that was logged before a restart is not logged twice."""
@@ -392,7 +424,10 @@ class Run:
     def open_folder(self) -> None:
         """The run's folder, and beside the checkpoints what the run was made with."""
         if utils.is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder (--output_dir {self.folder}): {error.strerror}") from error
             if self.args.overwrite and not self.args.resume:
                 for name in RUN_FILES:
                     (self.folder / name).unlink(missing_ok=True)
@@ -426,6 +461,11 @@ def run(args: argparse.Namespace, written: set[str]) -> int:
             raise
         print(f"main.py: error: {utils.one_line(error)}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, UserError) else 1
+    except RuntimeError as error:
+        if not utils.is_lost_process(error):
+            raise
+        print("main.py: error: another process of this run has stopped (see its message): stopped too", file=sys.stderr, flush=True)
+        return 1
 
 
 if __name__ == "__main__":

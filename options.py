@@ -5,6 +5,7 @@ Nothing here imports torch, so that --help and a wrong option are answered at on
 
 import argparse
 import difflib
+import sys
 
 # What the published code accepts and this one cannot honour: each ends with what to use instead.
 REFUSED = {
@@ -20,6 +21,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
         names = {name.replace("_", "-"): name for name in self._option_string_actions}
         spelled = []
         for token in args:
@@ -58,6 +60,13 @@ def probability(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
     return value
 
 
@@ -111,7 +120,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--color-jitter", type=float, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)")
     group.add_argument("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
-    group.add_argument("--train-interpolation", default="bicubic", metavar="NAME", help="random, bilinear, bicubic (%(default)s)")
+    group.add_argument("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic", "lanczos"), help="(%(default)s)")
     group.add_argument("--repeated-aug", action="store_true", dest="repeated_aug", default=False, help="each picture three times an epoch")
     group.add_argument("--no-repeated-aug", action="store_false", dest="repeated_aug", help="(default)")
     group.add_argument("--reprob", type=probability, default=0.25, metavar="P", help="of random erasing (%(default)s)")
@@ -138,7 +147,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--num_workers", type=count, default=10, metavar="N", help="per process; not written: at most its share of cores")
     group.add_argument("--pin-mem", action="store_true", dest="pin_mem", default=True, help="(default)")
     group.add_argument("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU")
-    group.add_argument("--eval-crop-ratio", type=float, default=0.875, metavar="F", help="of the resized side in evaluation (%(default)s)")
+    group.add_argument("--eval-crop-ratio", type=share, default=0.875, metavar="F", help="of the resized side in evaluation (%(default)s)")
     group.add_argument("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
 
     group = parser.add_argument_group("run")
@@ -185,6 +194,10 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     for action in silent._actions:
         action.default = argparse.SUPPRESS
     written = set(vars(silent.parse_args(argv)))
+    for name in ("scale", "ratio", "cutmix_minmax"):
+        bounds = getattr(args, name)
+        if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]):
+            parser.error(f"argument --{name.replace('_', '-')}: expected two numbers above 0, the smaller first")
     for name, advice in REFUSED.items():
         if getattr(args, name):
             parser.exit(2, f"{parser.prog}: error: cannot be used (--{name.replace('_', '-')}): {advice}\n")

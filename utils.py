@@ -69,15 +69,18 @@ def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from torchrun's variables or Slurm's. None: a single process."""
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return {"LOCAL_RANK": "0"} | {k: environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if k in environ}
-    if "SLURM_PROCID" not in environ or int(environ.get("SLURM_NTASKS", 1)) == 1:
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
+    # A batch script has the variables of its job's first task, but is no task itself unless srun started it.
+    only_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
+    if "SLURM_PROCID" not in environ or int(tasks) == 1 or only_script:
         return None
     nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
-    prefix, first = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes).groups()  # node[03-07,9],other -> node03
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes).group()  # rack[1-2]-node[03-07,9],other -> rack1-node03
     return {
         "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": environ["SLURM_NTASKS"],
+        "WORLD_SIZE": tasks,
         "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": environ.get("MASTER_ADDR", prefix + (first or "")),
+        "MASTER_ADDR": environ.get("MASTER_ADDR", re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)),
         # The same for all tasks of a job, and another one for the next job on the same node.
         "MASTER_PORT": environ.get("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)),
     }
@@ -96,24 +99,30 @@ def init_device(name: str, *, written: bool, dist_url: str = "env://") -> torch.
             raise UserError(f"no CUDA device (--device {name}, torch {torch.__version__}): write --device cpu, or leave it away")
         kind = "cpu"
     variables = launcher_variables(os.environ)
-    if variables is None:
-        device = torch.device(name if kind == "cuda" else kind)
-    else:
+    if variables is not None:
         os.environ.update(variables)
-        rank, world, local_rank = (int(variables[k]) for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        device = torch.device("cuda", local_rank) if kind == "cuda" else torch.device(kind)
-        if kind == "cuda":
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(f"process {local_rank} of this machine has no GPU of its own ({torch.cuda.device_count()} found): start fewer")
-            torch.cuda.set_device(device)
-        backend = "nccl" if kind == "cuda" else "gloo"
-        print(f"| distributed init (rank {rank}): {dist_url}", flush=True)
-        dist.init_process_group(backend, init_method=dist_url, rank=rank, world_size=world)
+        index = int(variables["LOCAL_RANK"])
+        if kind == "cuda" and "SLURM_LOCALID" in os.environ:
+            index %= torch.cuda.device_count()  # Slurm may show each task only its own GPU
+        if kind == "cuda" and index >= torch.cuda.device_count():
+            raise UserError(f"process {index} of this machine has no GPU of its own ({torch.cuda.device_count()} found): start fewer")
+    device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
     if variables is None:
         say("Not using distributed mode")
+    else:
+        rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+        print(f"| distributed init (rank {rank}): {dist_url}", flush=True)
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", init_method=dist_url, rank=rank, world_size=world)
     if kind == "cpu" and not written:
         say("device: cpu (no CUDA device found)")
     return device
+
+
+def is_lost_process(error: RuntimeError) -> bool:
+    """Whether the error is only the echo of another process that ended."""
+    return get_world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "closed by peer" in str(error))
 
 
 @contextlib.contextmanager
@@ -150,7 +159,7 @@ def get_random_state() -> dict:
         "numpy": [name, torch.from_numpy(numpy_keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
 
 
 def set_random_state(state: dict) -> None:
@@ -159,7 +168,7 @@ def set_random_state(state: dict) -> None:
     name, numpy_keys, *rest = state["numpy"]
     np.random.set_state((name, numpy_keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 
@@ -200,7 +209,7 @@ class Meter:
 
 def peak_memory_mb() -> float:
     """Of the GPU's allocator where CUDA is in use, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 

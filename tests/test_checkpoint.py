@@ -44,7 +44,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_published_checkpoint_loads_and_its_types_are_allowed_only_then(tmp_path):
     path = tmp_path / "published.pth"
     torch.save({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1.0, output_dir=Path("x"))}, path)
-    assert checkpoint.weights(checkpoint.load(str(path)))["w"] == 1
+    assert checkpoint.weights(checkpoint.load(str(path)), source="x")["w"] == 1
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
 
@@ -87,16 +87,16 @@ def test_what_is_no_checkpoint(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="it holds a list"):
         checkpoint.load(str(tmp_path / "list.pth"))
-    with pytest.raises(UserError, match="no weights"):
-        checkpoint.weights({"epoch": 3})
-    with pytest.raises(UserError, match="no model_ema"):
-        checkpoint.weights({"model": {}}, key="model_ema")
+    with pytest.raises(UserError, match=r"no weights \(x.pth\)"):
+        checkpoint.weights({"epoch": 3}, source="x.pth")
+    with pytest.raises(UserError, match=r"no averaged weights \(x.pth\)"):
+        checkpoint.weights({"model": {}}, source="x.pth", key="model_ema")
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
 def test_weights_are_found_however_they_are_wrapped(wrap):
     state = nn.Linear(2, 3).state_dict()
-    assert checkpoint.weights(wrap(state)).keys() == state.keys()
+    assert checkpoint.weights(wrap(state), source="x").keys() == state.keys()
 
 
 def test_every_difference_is_an_error():

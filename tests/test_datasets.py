@@ -114,8 +114,9 @@ def test_posterize_to_nothing_is_black():
     assert np.array_equal(np.asarray(op.aug_fn(picture, 3, **op.kwargs)), np.asarray(auto_augment.posterize(picture, 3)))
 
 
-def test_augmentation_of_many_pictures_never_fails():
-    pipeline = datasets.build_transform(True, arguments("--input-size", 48))
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0-mstd0.5", "original"])
+def test_augmentation_of_many_pictures_never_fails(policy):
+    pipeline = datasets.build_transform(True, arguments("--input-size", 48, "--aa", policy))
     noise = Image.effect_noise((60, 60), 80).convert("RGB")
     for position in range(1500):
         with datasets.random_numbers(0, 0, position):
@@ -306,6 +307,9 @@ def test_inaturalist(tmp_path, kind, year, flat):
         train = datasets.build_dataset("train", args, transform=to_tensor)
         val = datasets.build_dataset("val", args, transform=to_tensor, classes=train.classes)
         assert len(train.classes) == classes and [val[i][1] for i in range(2)] == labels and val[0][0].shape == (3, 40, 40)
+    (tmp_path / "categories.json").write_text(json.dumps(categories[:1]))
+    with pytest.raises(UserError, match="files that do not belong together"):
+        datasets.build_dataset("train", args, transform=None)
     (tmp_path / "categories.json").unlink()
     with pytest.raises(UserError, match="categories.json"):
         datasets.build_dataset("train", args, transform=None)

@@ -226,6 +226,16 @@ def test_tensors_reach_the_fused_kernel():
     assert calls.get("aten::_scaled_dot_product_flash_attention_for_cpu") == sum(VARIANTS[DEMO].depths)
 
 
+@pytest.mark.parametrize("pad", ["mask", "zero"])
+def test_more_windows_than_a_cuda_grid_are_taken_in_parts(pad, monkeypatch):
+    model, x = build(DEMO, pad=pad).double().eval(), torch.randn(3, 3, 72, 104, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = model(x)
+        monkeypatch.setattr(gvt, "MOST_ROWS", 4)
+        monkeypatch.setattr(gvt, "beyond_the_grid", lambda q: q.shape[0] > gvt.MOST_ROWS)
+        assert torch.allclose(model(x), expected, rtol=1e-12)
+
+
 def test_attention_maps():
     """timm's extractor sees each block's map: rows sum to one, and nothing falls on padding."""
     model = build(DEMO).eval()
@@ -304,7 +314,7 @@ def test_gradient_checkpointing_gives_equal_gradients(name):
         assert torch.equal(p.grad, q.grad), key
 
 
-@pytest.mark.parametrize("name", MODEL_NAMES)
+@pytest.mark.parametrize("name", [DEMO, *ALL_SIZES])
 def test_every_parameter_gets_a_gradient(name):
     torch.manual_seed(0)
     model = build(name, num_classes=3)
@@ -322,7 +332,7 @@ def test_drop_path_rates_grow_linearly():
 # ---------------------------------------------------------------- initial weights
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", ALL_SIZES)
 def test_initial_moments(name):
     """Linear N(0, 0.02^2), convolution N(0, 2 / fan_out), bias 0, norm 1 and 0 (published _init_weights)."""
     torch.manual_seed(0)
@@ -341,7 +351,7 @@ def test_initial_moments(name):
             assert module.bias.eq(0).all(), key
 
 
-@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("name", ALL_SIZES)
 def test_a_fresh_models_loss_for_a_uniform_target(name):
     torch.manual_seed(0)
     with torch.inference_mode():

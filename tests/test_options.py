@@ -100,7 +100,8 @@ def test_published_options_are_frozen():
 def test_dashes_and_underscores_are_alike():
     for name in PUBLISHED.keys() | OURS.keys():
         action = next(a for a in options.get_parser()._actions if a.dest == name)
-        value = [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else ["1"] * (2 if action.nargs == 2 else 1)
+        several = action.nargs == 2 or name == "cutmix_minmax"
+        value = [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else ["1"] * (2 if several else 1)
         if name in options.REFUSED:
             continue
         for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):
@@ -126,6 +127,10 @@ def test_throughput_is_an_alias():
         (["--use-mcloader"], "cannot be used (--use-mcloader): "),
         (["--resplit"], "cannot be used (--resplit): "),
         (["--model"], "expected one argument"),
+        (["--eval-crop-ratio", "0"], "0 is not above 0 and up to 1"),
+        (["--train-interpolation", "cubic"], "invalid choice"),
+        (["--scale", "1", "0.5"], "argument --scale: expected two numbers above 0, the smaller first"),
+        (["--cutmix-minmax", "0.2"], "argument --cutmix-minmax: expected two numbers"),
     ],
 )
 def test_wrong_options_are_one_line_and_exit_2(words, says, capsys):

