@@ -13,6 +13,7 @@ import torchvision_cpu  # noqa: F401  before timm: lets torchvision be imported 
 
 # isort: split
 import itertools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -427,6 +428,9 @@ default_cfgs = generate_default_cfgs({f"{name}.in1k" if VARIANTS[key].timm else 
 def _register(name: str, variant: Variant) -> None:
     def entry(pretrained: bool = False, **kwargs) -> Twins:
         build = dict(feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), variant=name, pretrained=pretrained)
+        hub_log = logging.getLogger("huggingface_hub")
+        level = hub_log.level
+        hub_log.setLevel(logging.ERROR)  # without a network: not a line for each retry, but the one below
         try:
             return build_model_with_cfg(lambda **options: Twins(variant, **options), **build, **kwargs)
         except OSError as error:  # what the hub's client raises without a network, whatever the transport
@@ -435,6 +439,8 @@ def _register(name: str, variant: Variant) -> None:
             hub = f"https://huggingface.co/timm/{variant.timm}.in1k"
             reason = str(error).splitlines()[0]
             raise RuntimeError(f"{name}: no weights from {hub} ({reason}): connect, or give a file as checkpoint_path=") from None
+        finally:
+            hub_log.setLevel(level)
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"{name}: see VARIANTS. Options are those of Twins, and timm's."
