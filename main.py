@@ -161,8 +161,8 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
     checkpoint.load_into(model, state, source=args.resume)
     model = compiled(ready(model, args, device), args)
     loader = build_eval_loader(args, written, dataset, device)
-    options = dict(amp_dtype=precision(args, device), memory_format=memory_format(args))
-    stats = evaluate(loader, model, device, shared=args.dist_eval, **options)
+    score = dict(amp_dtype=precision(args, device), memory_format=memory_format(args), shared=args.dist_eval)
+    stats = evaluate(loader, model, device, **score)
     say(f"Accuracy of the network on the {len(dataset)} test images: {stats['acc1']:.1f}%")
 
 
