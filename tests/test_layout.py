@@ -64,6 +64,19 @@ def test_only_checkpoint_opens_checkpoints_and_never_unsafely(path):
         assert "shell" not in keywords
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_the_shim_comes_before_timm_and_torchvision(path):
+    """In the order of the lines, so that each file can be the first that a program imports."""
+    modules = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import):
+            modules += [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules.append(node.module.split(".")[0])
+    shim = min(modules.index(name) if name in modules else len(modules) for name in ("torchvision_cpu", "gvt"))
+    assert not {"timm", "torchvision"} & set(modules[:shim])
+
+
 @pytest.mark.parametrize("name", sorted(ARROWS.keys() - {"main", "utils"}))
 def test_modules_do_not_print(name):
     assert "print" not in [function for function, _ in calls(ROOT / f"{name}.py")]

@@ -10,6 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import gvt  # noqa: F401  registers the models, and comes before timm
+
+# isort: split
 import matplotlib
 import numpy as np
 import timm
@@ -17,7 +20,6 @@ import torch
 
 import checkpoint
 import datasets
-import gvt  # noqa: F401  registers the models
 from utils import UserError
 
 matplotlib.use("Agg")
