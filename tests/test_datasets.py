@@ -114,7 +114,7 @@ def test_posterize_to_nothing_is_black():
     assert np.array_equal(np.asarray(op.aug_fn(picture, 3, **op.kwargs)), np.asarray(auto_augment.posterize(picture, 3)))
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "v0-mstd0.5", "original"])
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v0-mstd0.5", "original"))])
 def test_augmentation_of_many_pictures_never_fails(policy):
     pipeline = datasets.build_transform(True, arguments("--input-size", 48, "--aa", policy))
     noise = Image.effect_noise((60, 60), 80).convert("RGB")
@@ -227,8 +227,10 @@ def test_hidden_folders_are_no_classes(tmp_path):
     assert datasets.build_dataset("train", arguments("--data-path", tmp_path), transform=None).classes == ["ant"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(40)])
-@pytest.mark.parametrize("workers", [0, 1])
+BROKEN = [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(40)]
+
+
+@pytest.mark.parametrize(("content", "workers"), [*((content, 0) for content in BROKEN), pytest.param(BROKEN[1], 1, marks=pytest.mark.slow)])
 def test_an_unreadable_picture_is_named_and_never_replaced(tmp_path, content, workers):
     make_pictures(tmp_path / "val", classes=("ant", "bee"), each=2)
     (tmp_path / "val" / "bee" / "broken.png").write_bytes(content)

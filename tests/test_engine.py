@@ -33,7 +33,8 @@ def optimizer_of(args, model, global_batch):
 # ---------------------------------------------------------------- the published training
 
 
-@pytest.mark.parametrize("compile_backend", [None, pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compile_backend", [None, "eager"])
 def test_the_published_trajectory(compile_backend):
     """Twelve steps in float64: losses, rates, groups and final weights."""
     expected = golden("training")["alt_gvt_small"]

@@ -105,8 +105,12 @@ def test_golden_maps_of_the_published_dense_backbones(key, size):
 # ---------------------------------------------------------------- timm's models
 
 
-@pytest.mark.parametrize(("size", "pad"), [((224, 224), "mask"), ((256, 320), "zero")])
-@pytest.mark.parametrize("name", ALL_SIZES)
+LARGER = ((256, 320), "zero")  # in the everyday tests only where there is something to pad
+SIZED = [*((name, (224, 224), "mask") for name in PAPER), *((name, *LARGER) for name in PAPER)]
+EVERYDAY = {("pcpvt_small_v0", (224, 224), "mask"), ("alt_gvt_small", (224, 224), "mask"), ("alt_gvt_small", *LARGER)}
+
+
+@pytest.mark.parametrize(("name", "size", "pad"), [pytest.param(*case, marks=[] if case in EVERYDAY else pytest.mark.slow) for case in SIZED])
 def test_logits_and_gradients_equal_timms(name, size, pad):
     torch.manual_seed(0)
     ours = build(name, num_classes=10, pad=pad).double().eval()
@@ -250,8 +254,8 @@ def test_attention_maps():
     assert torch.allclose(corner[0, 0, 0, 0], torch.ones(())) and corner[0, 0].sum() == corner[0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("size", [(64, 64), (72, 104)])
-@pytest.mark.parametrize("name", [DEMO, "pcpvt_small_v0"])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (72, 104)])
+@pytest.mark.parametrize("name", [DEMO, pytest.param("pcpvt_small_v0", marks=pytest.mark.slow)])
 def test_no_graph_break_under_compile(name, size):
     model = build(name, num_classes=5).eval()
     x = torch.randn(2, 3, *size)
@@ -273,6 +277,7 @@ def test_inductor_gives_the_same_logits_and_gradients():
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_export(fused):
     model = build(DEMO, num_classes=5).eval()

@@ -133,6 +133,7 @@ def test_the_best_is_never_replaced_by_a_worse_one_after_a_resume(trained, toy, 
     assert (folder / "checkpoint_best.pth").read_bytes() == before and log_lines(folder)[-1]["epoch"] == 2
 
 
+@pytest.mark.slow
 def test_a_published_training_checkpoint_continues(toy, tmp_path):
     """A Namespace, groups without today's settings, steps as plain numbers, the scheduler's old names."""
     import argparse
@@ -176,7 +177,7 @@ def test_bare_weights_do_not_write_over_a_run(trained, toy, tmp_path, capsys):
     "words",
     [
         pytest.param(["--model-ema", "--grad-accum-steps", "2", "--channels-last"], id="ema"),
-        pytest.param(["--amp-dtype", "float16", "--mixup", "0", "--cutmix", "0", "--smoothing", "0"], id="float16"),
+        pytest.param(["--amp-dtype", "float16", "--mixup", "0", "--cutmix", "0", "--smoothing", "0"], id="float16", marks=pytest.mark.slow),
         pytest.param(["--torchcompile", "eager"], id="compiled", marks=pytest.mark.slow),
         pytest.param(
             ["--repeated-aug", "--amp-dtype", "bfloat16", "--grad-checkpointing", "--opt", "lamb", "--sched", "step"],
@@ -321,7 +322,7 @@ def test_weights_without_names(trained, toy, tmp_path, capsys):
     assert "val has 1 classes, the weights 4 (and the weights do not say which)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["alt_gvt_demo", "pcpvt_small_v0"])
+@pytest.mark.parametrize("name", ["alt_gvt_demo", pytest.param("pcpvt_small_v0", marks=pytest.mark.slow)])
 def test_throughput_without_a_data_set(name, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert here("--throughout", "--model", name, "--input-size", 32, "--batch-size", 2, "--device", "cpu") == 0
@@ -396,7 +397,7 @@ def test_the_published_evaluation_command(alone, trained):
     assert float(alone[0]) == pytest.approx(log_lines(trained)[-1]["test_acc1"], abs=5e-4)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(n, marks=[] if n == 3 else pytest.mark.slow) for n in (2, 3, 4)])
+@pytest.mark.parametrize("processes", [pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4)])
 def test_evaluation_is_exact_for_any_number_of_processes(processes, alone, trained, toy):
     """101 pictures are no multiple of 2, 3 or 4: none is left out or counted twice."""
     done = run_main(*evaluation(trained, toy, "--dist-eval"), launcher=launch(processes))
@@ -460,6 +461,7 @@ sys.exit(main.run(*options.parse_args(sys.argv[1:])))
 """
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_every_process(trained, toy, tmp_path):
     """In one process of two: exit code 1, step and loss in a line of each; the last good checkpoint stays as it was."""
     folder = tmp_path / "run"
@@ -521,13 +523,13 @@ def test_a_folder_that_holds_a_run_is_not_written_over(trained, toy, tmp_path, c
     assert [line["epoch"] for line in log_lines(folder)] == [0]
 
 
-def test_an_unreadable_picture_ends_a_run_with_its_name(trained, toy, tmp_path, capsys):
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_unreadable_picture_ends_a_run_with_its_name(workers, trained, toy, tmp_path, capsys):
     shutil.copytree(toy / "val", tmp_path / "val")
     (tmp_path / "val" / "bee" / "zz.png").write_bytes(b"no picture")
-    for workers in (0, 1):
-        assert here(*evaluation(trained, tmp_path, "--num_workers", workers)) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("main.py: error: cannot read a picture (") and "zz.png" in error and error.count("\n") == 1
+    assert here(*evaluation(trained, tmp_path, "--num_workers", workers)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("main.py: error: cannot read a picture (") and "zz.png" in error and error.count("\n") == 1
 
 
 def test_other_classes_than_the_checkpoints_are_refused(trained, tmp_path, capsys):

@@ -21,6 +21,7 @@ def test_transforms_data_sets_and_timm_work():
     assert transforms.Resize and datasets.ImageFolder and timm.create_model
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torchvision_cpu.LIBRARY is None, reason="torchvision's own library loads here")
 def test_without_it_torchvision_cannot_be_imported():
     """If this fails, torchvision has mended it and the shim can go."""
@@ -41,6 +42,7 @@ def test_it_does_nothing_where_the_library_loads(monkeypatch):
     assert torchvision_cpu.declare_operators() is None
 
 
+@pytest.mark.slow
 def test_the_library_is_tried_without_importing_torchvision():
     done = python("import sys, torchvision_cpu; assert 'torchvision' not in sys.modules")
     assert done.returncode == 0, done.stderr

@@ -77,6 +77,7 @@ def test_a_wrong_option_is_one_line(argv, part, capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_json_as_a_script_from_elsewhere(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "count.py"), "--model", "alt_gvt_demo", "--input-size", "32", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
