@@ -109,6 +109,15 @@ def memory_format(args: argparse.Namespace) -> torch.memory_format:
     return torch.channels_last if args.channels_last else torch.contiguous_format
 
 
+def numerics(args: argparse.Namespace, device: torch.device) -> dict:
+    """What training and evaluation take alike."""
+    return dict(amp_dtype=precision(args, device), memory_format=memory_format(args))
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
     say(f"Creating model: {args.model}")
     return timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
@@ -116,7 +125,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 
 def ready(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The model on its device, as the options want it laid out."""
-    say(f"number of params: {sum(p.numel() for p in model.parameters() if p.requires_grad)}")
+    say(f"number of params: {count_parameters(model)}")
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model.to(device, memory_format=memory_format(args))
@@ -161,8 +170,7 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
     checkpoint.load_into(model, state, source=args.resume)
     model = compiled(ready(model, args, device), args)
     loader = build_eval_loader(args, written, dataset, device)
-    score = dict(amp_dtype=precision(args, device), memory_format=memory_format(args), shared=args.dist_eval)
-    stats = evaluate(loader, model, device, **score)
+    stats = evaluate(loader, model, device, shared=args.dist_eval, **numerics(args, device))
     say(f"Accuracy of the network on the {len(dataset)} test images: {stats['acc1']:.1f}%")
 
 
@@ -231,7 +239,7 @@ class Run:
         if args.finetune:
             self.load_finetune(args.finetune)
         ready(self.model, args, device)
-        self.n_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        self.n_parameters = count_parameters(self.model)
         self.compiled = compiled(self.model, args)
         ids = [device.index] if device.type == "cuda" else None
         self.parallel = DistributedDataParallel(self.compiled, device_ids=ids) if world > 1 else self.compiled
@@ -367,7 +375,6 @@ class Run:
             self.finish_epoch()
         say(f"Start training for {args.epochs} epochs")
         start = time.perf_counter()
-        settings = dict(amp_dtype=precision(args, self.device), memory_format=memory_format(args))
         after_step = (lambda: self.ema.update(self.model)) if self.ema else None
         for epoch in range(self.epoch + 1, args.epochs):
             self.sampler.set_epoch(epoch)
@@ -383,7 +390,7 @@ class Run:
                 mixup=self.mixup,
                 accum_steps=args.grad_accum_steps,
                 after_step=after_step,
-                **settings,
+                **numerics(args, self.device),
             )
             # After the epoch, as published: epochs 0 and 1 both train at the first rate, and the last one at that of epochs - 2.
             self.scheduler.step(epoch)
@@ -394,7 +401,7 @@ class Run:
 
     def finish_epoch(self) -> None:
         """Evaluate the epoch that was trained last, keep it if it is the best, and write its line."""
-        score = dict(amp_dtype=precision(self.args, self.device), memory_format=memory_format(self.args), shared=self.args.dist_eval)
+        score = dict(shared=self.args.dist_eval, **numerics(self.args, self.device))
         test = evaluate(self.val_loader, self.compiled, self.device, **score)
         say(f"Accuracy of the network on the {self.val_size} test images: {test['acc1']:.1f}%")
         ema = {}
