@@ -16,6 +16,7 @@ ARROWS = {
     "datasets": {"torchvision_cpu", "utils"},
     "engine": {"utils"},
     "checkpoint": {"utils"},
+    "formats": {"gvt", "utils"},
     "main": {"torchvision_cpu", "gvt", "options", "utils", "samplers", "losses", "datasets", "engine", "checkpoint"},
 }
 

@@ -1,0 +1,221 @@
+"""Names of the weights in other libraries' files, both ways: published, timm, mmsegmentation, mmpretrain.
+
+The published names are the common tongue: `to_published` reads a file's names, `from_published` writes them. Values are never changed, only
+joined and split where mmsegmentation keeps q, k and v of a GSA block in one tensor. timm's names are the published ones in another order.
+
+A rule is (published, theirs): the module at the front of a name, * for a number.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from gvt import VARIANTS, Twins
+from utils import UserError
+
+FORMATS = ("published", "timm", "mmseg", "mmpretrain", "safetensors", "hub")
+
+MMSEG = (
+    ("patch_embeds.*.proj", "patch_embeds.*.projection"),
+    ("pos_block.*.proj.0", "position_encodings.*.proj"),
+    ("blocks.*.*.norm1", "layers.*.*.norm1"),
+    ("blocks.*.*.attn", "layers.*.*.attn"),
+    ("blocks.*.*.norm2", "layers.*.*.norm2"),
+    ("blocks.*.*.mlp.fc1", "layers.*.*.ffn.layers.0.0"),
+    ("blocks.*.*.mlp.fc2", "layers.*.*.ffn.layers.1"),
+)
+MMPRETRAIN = (
+    *((published, theirs.replace("layers", "stages", 1) if theirs.startswith("layers") else theirs) for published, theirs in MMSEG),
+    ("norm", "norm_after_stage3"),
+    ("head", "head.fc"),
+)
+BACKBONE = "backbone."
+# What stands beside the backbone in files of segmentors and detectors.
+OTHER_PARTS = ("neck.", "decode_head.", "auxiliary_head.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "data_preprocessor.")
+# What a network may lack: the classifier, the final norm (mmsegmentation's models), the norms after each stage (all but dense SVT).
+OPTIONAL = ("head.", "norm.", "norm_list.")
+# What the networks of a format never have.
+NOT_HELD = {"mmseg": ("head.",), "timm": ("norm_list.",), "hub": ("norm_list.",), "mmpretrain": ("norm_list.",)}
+
+TIMM_ORDER = ("patch_embeds", "blocks", "pos_block", "norm", "head")
+TIMM_BLOCK_ORDER = ("norm1", "attn", "norm2", "mlp")
+
+
+def to_published(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str, Tensor], str, list[str]]:
+    """Tensors as a file names them -> the same by published names, the name of the file's format, and the names that were left out.
+
+    Left out is what belongs to other parts of a segmentor or detector. A name that no rule knows stays as it is. Raises UserError where
+    two tensors would have one name. Published names come back as they are.
+    """
+    if state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    left_out, fmt = [], "published"
+    if any(name.startswith(BACKBONE) for name in state):
+        fmt = "dense"
+        left_out = [name for name in state if name.startswith(OTHER_PARTS)]
+        backbone = {name: value for name, value in state.items() if not name.startswith(OTHER_PARTS)}
+        state = _renamed(backbone, lambda name: name.removeprefix(BACKBONE), source=source)
+    blocks = [found[0] for name in state if (found := re.match(r"(layers|stages|blocks)(?=\.[0-9]+\.[0-9]+\.)", name))]
+    usual = max(set(blocks), key=blocks.count, default=None)  # not the first: a strange name does not change how the others are read
+    if usual == "layers":
+        fmt, state = "mmseg", _renamed(_split(state), lambda name: _rename(name, _inverse(MMSEG)), source=source)
+    elif usual == "stages":
+        fmt, state = "mmpretrain", _renamed(state, lambda name: _rename(name, _inverse(MMPRETRAIN)), source=source)
+    return dict(state), fmt, left_out
+
+
+def from_published(state: Mapping[str, Tensor], fmt: str, *, source: str, no_head: bool = False) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Published names -> the same tensors by the names of `fmt`, in its order; the names that it does not hold; and what else to know.
+
+    fmt is one of FORMATS; all but mmseg are for classification. Raises UserError where the weights are no Twins, or where they lack what a
+    classifier has and no_head is not given. no_head also leaves a classifier out.
+    """
+    variant = variant_of(state, source=source)
+    if fmt == "hub" and not VARIANTS[variant].timm:
+        raise UserError(f"timm has no {variant} ({source}): a hub folder is for timm, take another format")
+    if fmt == "hub" and "norm.weight" not in state:
+        raise UserError(f"no final norm ({source}): a hub folder is for timm, whose model needs it, take another format")
+    order = {name: rank for rank, name in enumerate(_shapes(variant))}
+    lacking = [what for what, name in (("classifier", "head.weight"), ("final norm", "norm.weight")) if name not in state]
+    if lacking and fmt != "mmseg" and not no_head:
+        raise UserError(f"no {' and no '.join(lacking)} ({source}): give --no-head to write {fmt} weights without")
+    absent = NOT_HELD.get(fmt, ()) + (("head.",) if no_head else ())
+    names = sorted(state, key=order.get)
+    left_out = [name for name in names if name.startswith(absent)]
+    held = {name: state[name] for name in names if not name.startswith(absent)}
+    notes = [f"no {what} in the source" for what in lacking if fmt != "mmseg"]
+    if fmt in ("timm", "hub"):
+        held = {name: held[name] for name in sorted(held, key=_timm_rank)}
+    elif fmt == "mmseg":
+        if "norm.weight" in held:
+            notes.append("norm is kept, as mmsegmentation's own converter does, but its models have none: they load with strict=False")
+        held = _renamed(_joined(held, source=source), lambda name: _rename(name, MMSEG), source=source)
+    elif fmt == "mmpretrain":
+        held = _renamed(held, _to_mmpretrain, source=source)
+    return held, left_out, notes
+
+
+def variant_of(state: Mapping[str, Tensor], *, source: str = "these weights") -> str:
+    """The key of gvt.VARIANTS whose network these published names and shapes are; any number of classes and of input channels.
+
+    The classifier, the final norm and the norms after each stage may be absent as a whole. Raises UserError with what is wrong.
+    """
+    wrong = {}
+    for key in VARIANTS:
+        expected = _expected(key, state)
+        differences = {
+            "missing": [name for name in expected if name not in state],
+            "unknown": [name for name in state if name not in expected],
+            "of another shape": [name for name in expected if name in state and expected[name] != state[name].shape],
+            "of whole numbers": [name for name in expected if name in state and not state[name].is_floating_point()],
+        }
+        wrong[key] = {kind: names for kind, names in differences.items() if names}
+        if not wrong[key]:
+            return key
+    nearest = min(wrong, key=lambda key: sum(map(len, wrong[key].values())))
+    parts = [f"{len(names)} {kind} ({', '.join(name[:60] for name in names[:3])})" for kind, names in wrong[nearest].items()]
+    raise UserError(f"these weights are no Twins ({source}): {nearest} is nearest, with {'; '.join(parts)}: is it the right file?")
+
+
+# ---------------------------------------------------------------- names
+
+
+def _inverse(rules: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(new, old) for old, new in rules]
+
+
+def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for old, new in rules:
+        found = re.fullmatch(re.escape(old).replace(r"\*", "([0-9]+)") + r"(\..+)", name)
+        if found:
+            *numbers, rest = found.groups()
+            for number in numbers:
+                new = new.replace("*", number, 1)
+            return new + rest
+    return name
+
+
+def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str], *, source: str) -> dict[str, Tensor]:
+    """The same tensors by other names, in the same order."""
+    new = {}
+    for name, value in state.items():
+        if rename(name) in new:
+            raise UserError(f"two tensors for one weight ({source}, {rename(name)}): expected one network in the file")
+        new[rename(name)] = value
+    return new
+
+
+def _to_mmpretrain(name: str) -> str:
+    return _rename(name, MMPRETRAIN) if name.startswith("head.") else BACKBONE + _rename(name, MMPRETRAIN)
+
+
+def _timm_rank(name: str) -> tuple[int, ...]:
+    """The place of a published name in timm's order. Names of equal rank keep their order, which is timm's within a module."""
+    part, *rest = name.split(".")
+    rank = (TIMM_ORDER.index(part),)
+    return (*rank, int(rest[0]), int(rest[1]), TIMM_BLOCK_ORDER.index(rest[2])) if part == "blocks" else rank
+
+
+# ---------------------------------------------------------------- q, k and v in one tensor
+
+
+def _joined(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+    """Published names -> the same but for GSA blocks, which keep q over kv as attn.attn.in_proj_*, and proj as attn.attn.out_proj."""
+    joined = {}
+    for name, value in state.items():
+        block, found, leaf = name.rpartition(".attn.")
+        module, _, kind = leaf.partition(".")  # kind: weight or bias
+        if found and f"{block}.attn.q.weight" in state:
+            if module == "q":
+                kv = state[f"{block}.attn.kv.{kind}"]
+                if kv.dtype != value.dtype:
+                    raise UserError(f"q and kv differ in type ({source}, {name}): {value.dtype} and {kv.dtype} do not fit in one tensor")
+                name, value = f"{block}.attn.attn.in_proj_{kind}", torch.cat([value, kv])
+            elif module == "kv":
+                continue
+            elif module == "proj":
+                name = f"{block}.attn.attn.out_proj.{kind}"
+        joined[name] = value
+    return joined
+
+
+def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of _joined, for names with any front. in_proj_*: (3C, ...) -> q (C, ...) and kv (2C, ...), tensors of their own."""
+    split = {}
+    for name, value in state.items():
+        block, found, leaf = name.rpartition(".attn.attn.")
+        if found and leaf in ("in_proj_weight", "in_proj_bias") and value.dim() and value.shape[0] % 3 == 0:
+            kind, dim = leaf.removeprefix("in_proj_"), value.shape[0] // 3
+            for module, rows in (("q", value[:dim]), ("kv", value[dim:])):
+                split[f"{block}.attn.{module}.{kind}"] = rows.clone(memory_format=torch.contiguous_format)
+        elif found and leaf.startswith("out_proj."):
+            split[f"{block}.attn.{leaf.removeprefix('out_')}"] = value
+        else:
+            split[name] = value
+    return split
+
+
+# ---------------------------------------------------------------- what a network holds
+
+
+@functools.cache
+def _shapes(key: str) -> dict[str, torch.Size]:
+    """Published names, in the order of registration, and shapes of a network with every part that it can have."""
+    with torch.device("meta"):
+        model = Twins(VARIANTS[key])
+        norms = {f"norm_list.{stage}.{kind}": torch.empty(dim) for stage, dim in enumerate(VARIANTS[key].dims) for kind in ("weight", "bias")}
+    return {name: value.shape for name, value in (model.state_dict() | norms).items()}
+
+
+def _expected(key: str, state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """The shapes of a variant with the optional parts, the classes and the input channels of `state`."""
+    absent = tuple(part for part in OPTIONAL if not any(name.startswith(part) for name in state))
+    shapes = {name: shape for name, shape in _shapes(key).items() if not name.startswith(absent)}
+    for names, axis in ((("head.weight", "head.bias"), 0), (("patch_embeds.0.proj.weight",), 1)):
+        size = state[names[0]].shape[axis : axis + 1] if names[0] in state else ()
+        for name in names if size and names[0] in shapes else ():
+            shapes[name] = torch.Size((*shapes[name][:axis], *size, *shapes[name][axis + 1 :]))
+    return shapes
