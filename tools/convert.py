@@ -1,0 +1,129 @@
+"""Weights from one library's file into another's: python tools/convert.py IN OUT --to FORMAT [--no-head] [--ema] [--report FILE].
+
+IN is a file or https address of weights or of a training: published, timm, mmsegmentation, mmpretrain, or ours. FORMAT:
+
+    published    {"model": ...}, as main.py and the published code read it
+    timm         timm's names in timm's order
+    mmseg        {"state_dict": ...} for mmsegmentation's PCPVT and SVT; holds no classifier
+    mmpretrain   {"state_dict": ...} for mmpretrain's classifiers
+    safetensors  published names
+    hub          a folder that timm.create_model("local-dir:OUT", pretrained=True) opens and the hub takes
+
+Values stay as they are, bit for bit. What the target does not hold is named; --report writes all names as JSON.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gvt
+
+# isort: split
+import safetensors.torch
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor
+
+import checkpoint
+import formats
+from options import Parser
+from utils import UserError, atomic_write, one_line, write_text
+
+
+def read(source: str, *, ema: bool) -> tuple[dict[str, Tensor], str, list[str]]:
+    """-> tensors by published names, the format that was found, the names that were left out."""
+    state = checkpoint.weights(checkpoint.load(source), source=source, key="model_ema" if ema else None)
+    return formats.to_published(state, source=source)
+
+
+def write(path: Path, fmt: str, state: Mapping[str, Tensor], *, variant: str) -> None:
+    """Write what formats.from_published gave. The file or folder appears whole, or not at all."""
+    if fmt in ("hub", "safetensors"):  # which refuse tensors that share memory
+        state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+    if fmt == "hub":
+        write_hub(path, state, variant=variant)
+    elif fmt == "safetensors":
+        atomic_write(path, lambda file: file.write(safetensors.torch.save(state, metadata={"format": "pt"})))
+    else:
+        checkpoint.save(path, {"published": {"model": state}, "timm": dict(state)}.get(fmt, {"state_dict": state}))
+
+
+def write_hub(path: Path, state: Mapping[str, Tensor], *, variant: str) -> None:
+    """A folder with model.safetensors and config.json, by timm's own hand from its own model."""
+    classes = len(state["head.weight"]) if "head.weight" in state else 0
+    # As in gvt.py; and neither the tag nor the license of the published weights: these may be others.
+    cfg = dict(crop_pct=0.875, tag=None, license=None)
+    with torch.device("meta"):  # without values: the weights take their places, whatever their type
+        in_chans = state["patch_embeds.0.proj.weight"].shape[1]
+        model = timm.create_model(gvt.VARIANTS[variant].timm, num_classes=classes, in_chans=in_chans, pretrained_cfg_overlay=cfg)
+    model.load_state_dict(dict(state), strict=True, assign=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_for_hf(model, str(unfinished), safe_serialization=True)
+        for part in unfinished.iterdir():
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+        os.rename(unfinished, path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def convert(source: str, out: Path, fmt: str, *, no_head: bool = False, ema: bool = False, report: Path | None = None) -> str:
+    """-> a line that says what was done. Raises UserError, and then OUT was not written, unless only the report could not be."""
+    for path in (out, report) if report else (out,):
+        if path.exists() or path.is_symlink():
+            raise UserError(f"it exists already ({path}): give another name, nothing is overwritten")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"no such folder ({path.parent}): make it first")
+    if report and report.absolute() == out.absolute():
+        raise UserError(f"one name for two files ({out}): give --report another")
+    state, found, others = read(source, ema=ema)
+    variant = formats.variant_of(state, source=source)
+    written, not_held, notes = formats.from_published(state, fmt, source=source, no_head=no_head)
+    names = {"tensors": list(written), "left_out": others + not_held, "notes": notes}
+    try:
+        write(out, fmt, written, variant=variant)
+        if report:
+            write_text(report, json.dumps({"source": source, "format": found, "written_as": fmt, **names}, indent=1) + "\n")
+    except Exception as error:  # a disk that is full ends in one of many types, torch's hides the system's
+        raise UserError(f"cannot be written ({out}): {one_line(error.__context__ or error)[:120]}: is there room, and the right to write?") from error
+    line = f"{source} ({found}, {variant}) -> {out} ({fmt}): {len(written)} tensors"
+    for what, names in (("left out with the rest of the model", others), ("not held by it", not_held)):
+        if names:
+            line += f"; {what}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return "; ".join([line, *notes])
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="IN", help="a file, or an https address")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write (hub: the folder), which must not exist yet")
+    parser.add_argument("--to", required=True, choices=formats.FORMATS, metavar="FORMAT", help=", ".join(formats.FORMATS))
+    parser.add_argument("--no-head", action="store_true", help="write no classifier")
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of a training with --model-ema")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write all names as JSON to a new file")
+    args = parser.parse_args(argv)
+    print(convert(args.source, args.out, args.to, no_head=args.no_head, ema=args.ema, report=args.report))
+
+
+def run(argv: list[str]) -> int:
+    try:
+        main(argv)
+        return 0
+    except UserError as error:
+        if os.environ.get("TWINS_DEBUG") == "1":
+            raise
+        print(f"convert.py: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
