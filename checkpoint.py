@@ -1,83 +1,360 @@
-"""The one door for weights and training states: no other file calls torch.load or torch.save.
+"""The one door for weights and training states: no other file reads or writes them.
 
-Files that we write hold tensors and plain values only: torch.load(weights_only=True) opens them as they are.
+Reading is for files that nobody vouches for: checksums first, then what a file's pickles name against a short list, then
+torch.load(weights_only=True) with stand-ins of ours, and what comes out are tensors and plain values. Nothing in a file can run.
 """
 
 import argparse
-import pathlib
+import json
+import os
+import pickletools
+import urllib.parse
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils import UserError, atomic_write
+import formats
+from lifecycle import atomic_write, write_text
+from utils import UserError
 
-# What published training checkpoints hold beside tensors. Allowed only while a file is being read.
-PUBLISHED_TYPES = [argparse.Namespace, pathlib.PosixPath]
-WRAPPERS = ("model", "state_dict", "model_state")  # keys under which files keep the weights
-PREFIXES = ("module.",)  # in front of every name, from a wrapped model
-
-
-def save(path: Path, payload: dict) -> None:
-    """Write a checkpoint: at every moment the file is the old one or the new one, whole."""
-    atomic_write(path, lambda file: torch.save(payload, file))
+WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema")  # keys under which files keep the weights, in this order
+MOST_OPCODES = 2_000_000  # of a file's pickles: each makes an object of some 50 bytes; a training state has about 50,000
+MOST_STRING = 2**24  # bytes of one value among them; configurations and histories stay far below
+MOST_HEADER = 2**24  # bytes of a safetensors header, or of a zip's directory; those of the largest model here have 100 kB
+SHOWN = 3  # names of each kind in an error's line
 
 
-def load(source: str) -> dict:
-    """Read a checkpoint or bare weights, from a file or an https address, onto the CPU. Nothing in the file can run."""
-    if source.startswith("https://"):
-        try:
-            with torch.serialization.safe_globals(PUBLISHED_TYPES):
-                return torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
-        except Exception as error:  # of the network, the hash or the file
-            raise UserError(f"no checkpoint from there ({source}): {(str(error).splitlines() or [type(error).__name__])[0][:120]}") from error
-    path = Path(source)
+# ---------------------------------------------------------------- what pickles may name
+
+
+class _Dtype:
+    """Stands in for numpy.dtype."""
+
+    def __init__(self, kind: str, *_):
+        self.text = str(kind)
+
+    def __setstate__(self, state: tuple) -> None:
+        if state[1] in ("<", ">"):
+            self.text = state[1] + self.text
+
+
+def _scalar(dtype: _Dtype, data: bytes) -> int | float | bool:
+    """Stands in for numpy's function that makes a scalar."""
+    kind = np.dtype(dtype.text)
+    if kind.kind not in "biuf" or len(data) != kind.itemsize:
+        raise ValueError(f"a numpy scalar of type {kind} in {len(data)} bytes")
+    return np.frombuffer(data, kind)[0].item()
+
+
+class _Left:
+    """Stands in for objects that are of no use here (the log history in mmengine's files): whatever they hold is left out."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What files of others hold beside tensors. Allowed only while a file is being read, and each name means the object given here.
+STAND_INS = [
+    (argparse.Namespace, "argparse.Namespace"),
+    *((os.path.join, f"pathlib{inner}.{kind}Path") for inner in ("", "._local") for kind in ("Posix", "PurePosix", "Windows", "PureWindows")),
+    *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    (_Dtype, "numpy.dtype"),
+    *((_Left, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (_Left, "numpy.ndarray"),
+    (_Left, "mmengine.logging.history_buffer.HistoryBuffer"),
+]
+NAMES = {
+    *(name for _, name in STAND_INS),
+    "collections.OrderedDict",
+    "_codecs.encode",  # how protocol 2 writes bytes
+    "torch.Size",
+    "torch.device",
+    "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch.storage.UntypedStorage",
+    *(f"torch.{kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")),
+    *(f"torch.{kind}" for kind in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")),
+}
+
+
+class _Short:
+    """A stream for pickletools, which refuses to read one value of any length that a file claims."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.readline = file, lambda: file.readline(MOST_STRING)
+
+    def read(self, length: int) -> bytes:
+        if length > MOST_STRING:
+            raise ValueError(f"a value of {length} bytes among its pickled objects")
+        return self.file.read(length)
+
+
+def _scan(file: BinaryIO, opcodes: int = 0) -> int:
+    """Refuse a pickle that names anything else, without executing it. Leaves the file behind it; counts its operations."""
+    for opcode, argument, _ in pickletools.genops(_Short(file)):
+        opcodes += 1
+        if opcodes > MOST_OPCODES:
+            raise ValueError(f"more than {MOST_OPCODES} pickled objects")
+        if opcode.name == "PROTO" and argument != 2:
+            raise ValueError(f"pickle protocol {argument}, which torch.save does not write")
+        if opcode.name == "GLOBAL":
+            name = argument.replace(" ", ".", 1)
+            if name not in NAMES:
+                raise ValueError(f"it names {name[:60]}, which no weights need: nothing of it was run")
+        elif opcode.name in ("INST", "STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+            raise ValueError(f"it names objects by {opcode.name}, which no weights need: nothing of it was run")
+    return opcodes
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load(source: str | Path) -> dict:
+    """Read a checkpoint or bare weights, from a file or an https address, onto the CPU, as tensors and plain values.
+
+    Zip files (torch.save), the older format of torch.save, and safetensors. Zip files have checksums, which are checked; the others have
+    none. Raises UserError with one line for whatever is wrong with the file.
+    """
+    path = _download(source) if str(source).startswith("https://") else Path(source)
     if not path.is_file():
-        raise UserError(f"no such file ({path}): expected a checkpoint")
+        raise UserError(f"no such file ({source}): expected a checkpoint")
     try:
-        if zipfile.is_zipfile(path):  # torch does not look at the checksums that its files carry
-            with zipfile.ZipFile(path) as archive:
-                if (damaged := archive.testzip()) is not None:
-                    raise UserError(f"a damaged checkpoint ({path}): the checksum of {damaged} is wrong, take another copy")
-        with torch.serialization.safe_globals(PUBLISHED_TYPES):
-            payload = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            start = file.read(9)
+        if start[:4] == b"PK\x03\x04":
+            payload = _read_zip(path)
+        elif start[8:] == b"{":
+            payload = _read_safetensors(path, int.from_bytes(start[:8], "little"))
+        else:
+            payload = _read_legacy(path)
+        payload = _Plain(path.stat().st_size).value(payload)
     except UserError:
         raise
+    except OSError as error:
+        raise UserError(f"cannot read ({source}): {error.strerror or error}") from error
     except Exception as error:  # a bad file ends in one of many types of error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"not a readable checkpoint ({path}): {reason[:120]}") from error
-    if not isinstance(payload, Mapping):
-        raise UserError(f"not a checkpoint ({path}): it holds a {type(payload).__name__}, expected a dictionary")
-    return dict(payload)
+        reason = " ".join((str(error).splitlines() or [""])[0].split())[:140] or type(error).__name__
+        raise UserError(f"not a readable checkpoint ({source}): {reason}") from error
+    if not isinstance(payload, dict):
+        raise UserError(f"not a checkpoint ({source}): it holds a {type(payload).__name__}, expected a dictionary")
+    return payload
+
+
+def _download(source: str) -> Path:
+    """The file in torch.hub's cache, fetched first if it is not there; a hash in its name is checked."""
+    name = os.path.basename(urllib.parse.urlparse(source).path)
+    if not name:
+        raise UserError(f"no file in the address ({source}): expected https://HOST/.../FILE")
+    try:
+        folder = Path(torch.hub.get_dir()) / "checkpoints"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / name).is_file():
+            found = torch.hub.HASH_REGEX.search(name)
+            torch.hub.download_url_to_file(source, str(folder / name), found and found.group(1), progress=False)
+    except Exception as error:  # of the network, the hash or the disk
+        raise UserError(f"no checkpoint from there ({source}): {(str(error).splitlines() or [type(error).__name__])[0][:120]}") from error
+    return folder / name
+
+
+def _read_zip(path: Path) -> object:
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if archive.start_dir > size or size - archive.start_dir > MOST_HEADER:
+            raise ValueError("its directory is too large")
+        if any(record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records):
+            raise ValueError("it is compressed, which torch.save never does: not opened")
+        if sum(record.file_size for record in records) > size or len({record.filename for record in records}) < len(records):
+            raise ValueError("its records overlap: not opened")
+        if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums that its files carry
+            raise ValueError(f"damaged, the checksum of {damaged[:60]} is wrong: take another copy")
+        opcodes = 0
+        for record in records:
+            if record.filename.endswith(".pkl"):
+                with archive.open(record) as file:
+                    opcodes = _scan(file, opcodes)
+    # Mapped, a storage that claims to be larger than its record ends at the end of the file, not in other memory.
+    return _torch_load(path, mmap=True)
+
+
+def _read_legacy(path: Path) -> object:
+    with open(path, "rb") as file:
+        opcodes = 0
+        for _ in range(5):  # a magic number, a version, the system, the object, the names of its storages
+            opcodes = _scan(file, opcodes)
+    return _torch_load(path, mmap=False)
+
+
+def _torch_load(path: Path, *, mmap: bool) -> object:
+    with torch.serialization.safe_globals(STAND_INS):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def _read_safetensors(path: Path, header: int) -> dict[str, Tensor]:
+    if header > min(MOST_HEADER, path.stat().st_size):
+        raise ValueError(f"its header claims {header} bytes")
+    return safetensors.torch.load_file(path)
+
+
+class _Plain:
+    """Takes what a file gave apart: tensors become copies of their own, everything else plain values. Raises ValueError for the rest.
+
+    Tensors that claim more than the file has (an expanded or shared storage) are refused before they are copied.
+    """
+
+    def __init__(self, file_size: int):
+        self.left, self.done, self.kept = file_size, {}, []
+
+    def value(self, value: object) -> object:
+        if value is None or isinstance(value, (bool, int, float, str, bytes)):
+            return value
+        if id(value) not in self.done:  # shared objects stay shared; without this, nested ones could be endless
+            self.done[id(value)] = None
+            self.kept.append(value)  # an id is good as long as its object lives
+            self.done[id(value)] = self.taken_apart(value)
+        return self.done[id(value)]
+
+    def taken_apart(self, value: object) -> object:
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if isinstance(value, argparse.Namespace):
+            return self.value(vars(value))
+        if isinstance(value, Mapping):
+            return {self.key(name): self.value(item) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            items = [self.value(item) for item in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, (torch.dtype, torch.device)):
+            return str(value)
+        if isinstance(value, _Left):
+            return None
+        raise ValueError(f"it holds a {type(value).__name__}")
+
+    @staticmethod
+    def key(name: object) -> str | int:
+        if not isinstance(name, (str, int)):
+            raise ValueError(f"a key of type {type(name).__name__}")
+        return name
+
+    def tensor(self, value: Tensor) -> Tensor:
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(f"a tensor on {value.device} with layout {value.layout}")
+        size = value.numel() * value.element_size()
+        self.left -= size
+        if size > value.untyped_storage().nbytes() or self.left < 0:
+            raise ValueError(f"a tensor of shape {list(value.shape)[:6]} claims more than the file has")
+        return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether no element is infinite or not a number, in parts that need little memory."""
+    return not value.is_floating_point() or all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(2**22))
+
+
+# ---------------------------------------------------------------- weights
 
 
 def weights(payload: Mapping, *, source: str, key: str | None = None) -> dict[str, Tensor]:
-    """The weights by name in what `load` gave. key: where they must be ("model_ema"), else wherever files keep them."""
-    if key is not None:
-        if key not in payload:
-            raise UserError(f"no averaged weights ({source}): it was trained without --model-ema")
-        payload = payload[key]
-    else:
-        payload = next((payload[name] for name in WRAPPERS if isinstance(payload.get(name), Mapping)), payload)
-    state = {name: value for name, value in payload.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    """The weights in what `load` gave, by their published names, whatever the file calls and wraps them.
+
+    key: where they must be ("model_ema"), else wherever files keep them. Of a segmentor or detector, the backbone.
+    """
+    return found(payload, source=source, key=key)[0]
+
+
+def found(payload: Mapping, *, source: str, key: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
+    """As `weights`; then the format that the names are in, and the names of other parts, which were left out."""
+    if key is not None and key not in payload:
+        raise UserError(f"no averaged weights ({source}): it was trained without --model-ema")
+    wrapped = payload[key] if key is not None else next((payload[name] for name in WRAPPERS if isinstance(payload.get(name), dict)), payload)
+    state = {name: value for name, value in wrapped.items() if isinstance(name, str) and isinstance(value, Tensor)} if wrapped else {}
     if not state:
         raise UserError(f"no weights ({source}): expected tensors by name")
-    return state
+    return formats.to_published(state, source=source)
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, may_lack: tuple[str, ...] = ()) -> None:
-    """Copy weights into a model. Every difference in names or shapes that `may_lack` does not name raises, with both sides."""
+def differences(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """What keeps `state` from being the model's weights, by kind."""
     own = model.state_dict()
-    lacking = [name for name in own if name not in state and not name.startswith(may_lack)]
-    strange = [name for name in state if name not in own]
-    other = [name for name in own if name in state and own[name].shape != state[name].shape]
-    if lacking or strange or other:
-        kinds = {"missing": lacking, "unknown": strange, "of another shape": other}
-        parts = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]
-        raise UserError(f"the weights do not fit the model ({source}): {'; '.join(parts)}: is --model the one they were trained as?")
-    model.load_state_dict(dict(state), strict=not may_lack)
+    shared = [name for name in own if name in state]
+    return {
+        "missing": [name for name in own if name not in state],
+        "unknown": [name for name in state if name not in own],
+        "of another shape": [name for name in shared if own[name].shape != state[name].shape],
+        "of another type": [name for name in shared if own[name].is_floating_point() != state[name].is_floating_point()],
+        "not finite": [name for name in shared if not all_finite(state[name])],
+    }
+
+
+def load_into(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    may_lack: tuple[str, ...] = (),
+    may_have: tuple[str, ...] = (),
+    report: str = "",
+) -> dict[str, list[str]]:
+    """Copy weights into a model. Names on one side only must begin with one of `may_lack` (the file's lacks) or `may_have` (its surplus).
+
+    Any other difference, also in shape or type, and numbers that are not finite, raise UserError with counts and the first names, and the
+    model stays as it is. report: a file for all of the names, whether it fits or not. Returns the names on one side only.
+    """
+    kinds = differences(model, state)
+    if report:
+        fits = [name for name in state if not any(name in names for names in kinds.values())]
+        record = {"source": str(source), "loaded": fits, **kinds, "may lack": may_lack, "may have": may_have}
+        try:
+            write_text(Path(report), json.dumps(record, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write the report (--report {report}): {error.strerror}") from error
+    one_sided = {"missing": kinds["missing"], "unknown": kinds["unknown"]}
+    allowed = {"missing": may_lack, "unknown": may_have}
+    wrong = {kind: [name for name in names if not name.startswith(allowed.get(kind, ()))] for kind, names in kinds.items()}
+    if any(wrong.values()):
+        most = None if os.environ.get("TWINS_DEBUG") == "1" else SHOWN
+        parts = [f"{len(names)} {kind} ({', '.join(names[:most])})" for kind, names in wrong.items() if names]
+        advice = "is it another --model's?" if report else "is it another --model's? --report FILE lists all"
+        raise UserError(f"the weights do not fit ({source}): {'; '.join(parts)}: {advice}")
+    model.load_state_dict({name: value for name, value in state.items() if name not in kinds["unknown"]}, strict=not kinds["missing"])
+    return one_sided
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(path: Path, payload: dict, *, keep_as: Path | None = None) -> None:
+    """Write a checkpoint: at every moment the file is the old one or the new one, whole. keep_as: another name for the old one.
+
+    Files hold tensors and plain values only: torch.load(weights_only=True) opens them as they are.
+    """
+    try:
+        atomic_write(path, lambda file: torch.save(payload, file), keep_as=keep_as)
+    except OSError as error:
+        raise UserError(f"cannot write ({path}): {error.strerror}; what was there is untouched, make room and continue with --resume auto") from error
+
+
+def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """The tensors and plain values of a checkpoint with the path of keys to each, in the order of these paths."""
+    if isinstance(value, Mapping):
+        for key in sorted(value, key=str):
+            yield from leaves(value[key], f"{name}/{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from leaves(item, f"{name}/{index}")
+    else:
+        yield name, value

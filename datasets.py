@@ -7,6 +7,7 @@ import torchvision_cpu  # noqa: F401  before timm, see there
 
 # isort: split
 import contextlib
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+from lifecycle import loading_process
 from utils import UserError
 
 SMALL = 32  # pixels: up to this size, pictures are shifted instead of cropped and resized, as published for CIFAR
@@ -185,6 +187,17 @@ def build_dataset(split: str, args, *, transform: Callable, classes: list[str] |
     return dataset
 
 
+def fingerprint(*parts: Dataset, root: str) -> str:
+    """A short name for which pictures with which labels these data sets hold, wherever `root` is: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        items = part.samples if hasattr(part, "samples") else part.targets
+        for item in items:
+            path, label = item if isinstance(item, tuple) else ("", item)
+            digest.update(f"{path.removeprefix(str(root))} {label}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:16]
+
+
 def match_classes(found: list[str], stored: list[str] | None, head: int) -> list[str]:
     """The class names of a classifier of `head` outputs, for val folders `found`; `stored`: the names its checkpoint gives, if any.
 
@@ -238,8 +251,13 @@ class Keyed(Dataset):
             return self.dataset[index]
 
 
-def build_loader(dataset: Dataset, sampler: Iterable, *, batch_size: int, workers: int, pin_memory: bool, drop_last: bool) -> DataLoader:
-    """Batches of (pictures (B, 3, H, W), labels (B,)). Drawing them leaves the process's own random states alone."""
+def build_loader(
+    dataset: Dataset, sampler: Iterable, *, batch_size: int, workers: int, pin_memory: bool, drop_last: bool, timeout: float = 0
+) -> DataLoader:
+    """Batches of (pictures (B, 3, H, W), labels (B,)). Drawing them leaves the process's own random states alone.
+
+    timeout: seconds without a batch of the workers after which it is an error, 0 for none.
+    """
     return DataLoader(
         dataset,
         sampler=sampler,
@@ -248,5 +266,7 @@ def build_loader(dataset: Dataset, sampler: Iterable, *, batch_size: int, worker
         pin_memory=pin_memory,
         drop_last=drop_last,
         persistent_workers=workers > 0,
+        timeout=timeout if workers else 0,
+        worker_init_fn=loading_process,
         generator=torch.Generator(),
     )

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,9 @@ def train_one_epoch(
     mixup: Callable | None = None,
     accum_steps: int = 1,
     after_step: Callable[[], None] | None = None,
+    after_update: Callable[[int, Callable[[], dict], bool], None] | None = None,
+    wants_to_stop: Callable[[], bool] = lambda: False,
+    progress: Mapping | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, float]:
     """Train on the batches of `loader`; an update takes accum_steps of them, and a last partial group is dropped.
@@ -68,13 +71,21 @@ def train_one_epoch(
     Returns the learning rate and loss averaged over the steps and processes, and the loop's times and memory. Raises NonFiniteError
     in every process at the same step where the loss of any is not finite, or a gradient without a loss scale; the update of that
     step has no effect, and the host learns of it one step later at most.
+
+    after_update is called with the number of updates of this epoch, a function that gives the epoch's progress, and whether any process
+    wants to stop, which all learn at the same update. progress: what that function gave, to go on from there; `loader` has the rest.
     """
     model.train()
     log = MetricLogger(lr="{value:.6f}", loss="{median:.4f} ({mean:.4f})")
-    world = get_world_size()
+    world, start, stopping = get_world_size(), 0, False
+    if progress is not None:
+        start = progress["batches"]
+        log.load_state_dict(progress["meters"])
 
     def read(step: int, values: list[float]) -> None:
-        loss, finite = values
+        nonlocal stopping
+        loss, finite, stop = values
+        stopping = stopping or stop > 0
         if not finite:
             what = "the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}"
             where = f"epoch {epoch}, step {step}"
@@ -83,9 +94,9 @@ def train_one_epoch(
 
     late = LateValues(read)
     optimizer.zero_grad()
-    steps = len(loader) // accum_steps * accum_steps
+    steps = (start + len(loader)) // accum_steps * accum_steps
     group_finite = torch.ones((), dtype=torch.bool, device=device)  # of all batches of the present update
-    for step, (images, targets) in enumerate(log.log_every(loader, steps, f"Epoch: [{epoch}]")):
+    for step, (images, targets) in enumerate(log.log_every(loader, steps, f"Epoch: [{epoch}]", start=start), start):
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         targets = targets.to(device, non_blocking=True)
         if mixup is not None:
@@ -95,7 +106,9 @@ def train_one_epoch(
         with contextlib.nullcontext() if updates or world == 1 else model.no_sync():
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 loss = criterion(model(images), targets)
-            total = all_reduce_sum(loss.detach().clone())  # finite where the losses of all processes are
+            # Sums over all processes: of the loss, which is finite where the losses of all are, and of those that want to stop.
+            stop = torch.full_like(loss.detach(), float(wants_to_stop()))
+            total, stop = all_reduce_sum(torch.stack([loss.detach(), stop])).unbind()
             finite = torch.isfinite(total)
             group_finite = group_finite & finite
             poison = torch.where(finite, 1.0, float("nan")).to(loss.dtype)
@@ -111,7 +124,14 @@ def train_one_epoch(
             if after_step is not None:
                 after_step()
         log.update(lr=optimizer.param_groups[0]["lr"])
-        late.put(step, torch.stack([total / world, finite.to(total.dtype)]))
+        late.put(step, torch.stack([total / world, finite.to(total.dtype), stop]))
+        if updates and after_update is not None:
+
+            def reached(batches: int = step + 1) -> dict:
+                late.flush()  # the meters have this step too, and no state is kept after a loss that is not finite
+                return {"batches": batches, "meters": log.state_dict()}
+
+            after_update((step + 1) // accum_steps, reached, stopping)
     late.flush()
     say("Averaged stats:", log)
     return {"lr": log.meters["lr"].mean, "loss": log.meters["loss"].mean} | log.rates()
@@ -125,11 +145,14 @@ def evaluate(
     *,
     amp_dtype: torch.dtype = torch.float32,
     shared: bool = False,
+    between: Callable[[], None] = lambda: None,
+    rounds: int = 0,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, float]:
     """Top-1 and top-5 in percent and the mean cross entropy over every picture once.
 
     shared: each process has a part of the pictures, and the counts of all are added up. With fewer than five classes, top-5 is over all.
+    between is called after each batch, and where this process has fewer batches than `rounds`, so many times in all.
     """
     model.eval()
     log = MetricLogger(**dict.fromkeys(("loss", "acc1", "acc5"), "{median:.4f} ({mean:.4f})"))
@@ -147,6 +170,9 @@ def evaluate(
         counts += right
         loss_sum += loss
         log.update(n, loss=loss / n, acc1=100 * right[1].item() / n, acc5=100 * right[2].item() / n)
+        between()
+    for _ in range(rounds - len(loader)):
+        between()
     if shared:
         all_reduce_sum(counts)
         loss_sum = all_reduce_sum(loss_sum.to(device))

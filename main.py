@@ -5,21 +5,29 @@ python main.py --help lists the options; README.md has a command for each model 
 
 import sys
 
+import lifecycle
 import options
 
-if __name__ == "__main__":
-    ARGS, WRITTEN = options.parse_args(sys.argv[1:])  # before torch is imported, so that --help and a wrong option are answered at once
+if __name__ == "__main__":  # before torch is imported, so that --help, a wrong option and a folder in use are answered at once
+    ARGS, WRITTEN = options.parse_args(sys.argv[1:])
+    if lifecycle.launched():
+        lifecycle.end_with_launcher()
+    elif not (ARGS.eval or ARGS.throughout) and (taken_by := lifecycle.owner(ARGS.output_dir or ARGS.model)):
+        print(f"main.py: error: {lifecycle.in_use(ARGS.output_dir or ARGS.model, taken_by)}", file=sys.stderr)
+        sys.exit(2)
 
 import torchvision_cpu  # noqa: F401  before timm, see there
 
 # isort: split
 import argparse
+import contextlib
 import datetime
 import difflib
 import json
+import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import timm
@@ -34,23 +42,25 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 import datasets
 import gvt
+import resume
 import utils
 from engine import evaluate, train_one_epoch
+from lifecycle import BEST, CHECKPOINT, LOG
 from losses import build_criterion
 from samplers import RASampler, ShuffleSampler, eval_indices
-from utils import NonFiniteError, UserError, say
+from utils import NonFiniteError, Preempted, UserError, say
 
 # The global batches that the published logs were made with (from their learning rates).
 RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024) | {"pcpvt_small_v0": 1280, "alt_gvt_small": 2048, "alt_gvt_demo": None}
 FUSED = ("adam", "adamw")  # optimizers that torch can run in one kernel, and skip on the device (sgd's skips leave momentum unset)
-RUN_FILES = ("checkpoint.pth", "checkpoint_best.pth", "log.txt")  # a folder with one of them holds a run
+RUN_FILES = (CHECKPOINT, BEST, LOG)  # a folder with one of them holds a run
 
 
 def main(args: argparse.Namespace, written: set[str]) -> None:
     check_model_name(args.model)
     check_folder(args)
-    device = utils.init_device(args.device, written="device" in written, dist_url=args.dist_url)
-    torch.backends.cudnn.benchmark = True
+    set_determinism(args.deterministic)
+    device = utils.init_device(args.device, written="device" in written, dist_url=args.dist_url, timeout=args.dist_timeout)
     with utils.process_group():
         for name, reason in options.without_effect(args, written).items():
             utils.warn(f"--{name.replace('_', '-')} has no effect ({reason})")
@@ -84,6 +94,14 @@ def check_folder(args: argparse.Namespace) -> None:
         check_no_run(args)
 
 
+def set_determinism(wanted: bool) -> None:
+    """Kernels that give the same bits each time, where they have to be asked for: on a GPU, at some cost in speed."""
+    torch.backends.cudnn.benchmark = not wanted
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+
+
 def check_no_run(args: argparse.Namespace) -> None:
     held = [name for name in RUN_FILES if (output_dir(args) / name).exists()]
     if held:
@@ -92,6 +110,10 @@ def check_no_run(args: argparse.Namespace) -> None:
 
 def output_dir(args: argparse.Namespace) -> Path:
     return Path(args.output_dir or args.model)
+
+
+def eval_batch(args: argparse.Namespace) -> int:
+    return int(1.5 * args.batch_size)  # as published
 
 
 def workers(args: argparse.Namespace, written: set[str]) -> int:
@@ -139,14 +161,17 @@ def compiled(model: nn.Module, args: argparse.Namespace) -> nn.Module:
         raise UserError(f"no such compiler (--torchcompile {args.torchcompile}): write it without a name for inductor") from error
 
 
+def loading(args: argparse.Namespace, written: set[str], device: torch.device) -> dict:
+    """What all loaders take alike."""
+    return dict(workers=workers(args, written), pin_memory=args.pin_mem and device.type == "cuda", timeout=args.loader_timeout)
+
+
 def build_eval_loader(args: argparse.Namespace, written: set[str], dataset, device: torch.device) -> Iterable:
     shares = dict(rank=utils.get_rank(), world=utils.get_world_size()) if args.dist_eval else {}
     indices = eval_indices(len(dataset), **shares)
     if missing := getattr(dataset, "missing", []):
         say(f"val has no pictures of {len(missing)} of {len(dataset.classes)} classes ({', '.join(missing[:3])}): scored with training's indices")
-    pin = args.pin_mem and device.type == "cuda"
-    batch = int(1.5 * args.batch_size)
-    return datasets.build_loader(dataset, indices, batch_size=batch, workers=workers(args, written), pin_memory=pin, drop_last=False)
+    return datasets.build_loader(dataset, indices, batch_size=eval_batch(args), drop_last=False, **loading(args, written, device))
 
 
 # ---------------------------------------------------------------- evaluation and throughput
@@ -167,7 +192,7 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
     if len(dataset.classes) != len(head):
         raise UserError(f"other classes than the weights' ({args.data_path}): {len(dataset.classes)}, the classifier has {len(head)}")
     model = build_model(args, len(head))
-    checkpoint.load_into(model, state, source=args.resume)
+    checkpoint.load_into(model, state, source=args.resume, report=args.report)
     model = compiled(ready(model, args, device), args)
     loader = build_eval_loader(args, written, dataset, device)
     stats = evaluate(loader, model, device, shared=args.dist_eval, **numerics(args, device))
@@ -177,7 +202,7 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
 @torch.inference_mode()
 def throughput(args: argparse.Namespace, written: set[str], device: torch.device) -> None:
     """Pictures per second in float32 unless --amp-dtype says otherwise, at the evaluation's batch size (1.5 x --batch-size)."""
-    batch = int(1.5 * args.batch_size)
+    batch = eval_batch(args)
     if "data_path" in written:
         dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args))
         images = next(iter(build_eval_loader(args, written, dataset, device)))[0]
@@ -213,6 +238,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, written: set[str], device: torch.device):
         self.args, self.device, self.folder = args, device, output_dir(args)
+        self.signals = lifecycle.StopSignals()
+        self.status = lifecycle.Status(self.folder, utils.in_main_process(lifecycle.now))
         rank, world = utils.get_rank(), utils.get_world_size()
         utils.seed_everything(args.seed + rank)
         train_set = datasets.build_dataset("train", args, transform=datasets.build_transform(True, args))
@@ -220,12 +247,12 @@ class Run:
         val_set = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args), classes=self.classes)
         kind = RASampler if args.repeated_aug else ShuffleSampler
         self.sampler = kind(len(train_set), seed=args.seed, rank=rank, world=world)
-        pin = args.pin_mem and device.type == "cuda"
-        loading = dict(batch_size=args.batch_size, workers=workers(args, written), pin_memory=pin, drop_last=True)
-        self.loader = datasets.build_loader(datasets.Keyed(train_set, args.seed), self.sampler, **loading)
+        keyed = datasets.Keyed(train_set, args.seed)
+        self.loader = datasets.build_loader(keyed, self.sampler, batch_size=args.batch_size, drop_last=True, **loading(args, written, device))
         self.val_loader = build_eval_loader(args, written, val_set, device)
         self.val_size = len(val_set)
-        if len(self.loader) < args.grad_accum_steps:
+        self.updates = len(self.loader) // args.grad_accum_steps
+        if not self.updates:
             shares = f"--batch-size {args.batch_size} x {world} processes x --grad-accum-steps {args.grad_accum_steps}"
             raise UserError(f"a global batch larger than the data set ({shares}, {len(train_set)} pictures): make it smaller")
 
@@ -253,10 +280,41 @@ class Run:
             self.scheduler, _ = create_scheduler(args, self.optimizer)
         except ValueError as error:
             raise UserError(f"no such schedule (--sched {args.sched}): {str(error).splitlines()[0]}, the published one is cosine") from error
+        self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(args, device) == torch.float16)
+        self.recipe = resume.recipe(
+            vars(args),
+            amp_dtype=str(precision(args, device)).removeprefix("torch."),
+            lr=self.lr,
+            global_batch=self.global_batch,
+            data=datasets.fingerprint(train_set, val_set, root=args.data_path),
+        )
         self.epoch, self.evaluated, self.best, self.stats = args.start_epoch - 1, True, 0.0, {}
+        self.progress = None  # inside an epoch: how far it is
+        self.kept = None  # the place of the run that CHECKPOINT holds: whole epochs, updates of the next one
+        self.order_buckets()
         if args.resume:
             self.restore()
+
+    def order_buckets(self) -> None:
+        """Two steps without effect, after which DistributedDataParallel adds gradients up in its final order.
+
+        It orders its buckets anew after a first backward pass. A continued run would otherwise add up in another order in its first
+        step than the uninterrupted one did, and from three processes on end with other bits.
+        """
+        if utils.get_world_size() == 1:
+            return
+        states, buffers = utils.get_random_state(), [buffer.clone() for buffer in self.model.buffers()]
+        pictures = torch.zeros(self.args.batch_size, 3, self.args.input_size, self.args.input_size, device=self.device)
+        dtype = precision(self.args, self.device)
+        for _ in range(2):
+            with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                logits = self.parallel(pictures.contiguous(memory_format=memory_format(self.args)))
+            logits.float().sum().backward()
+        self.model.zero_grad(set_to_none=True)
+        for buffer, value in zip(self.model.buffers(), buffers):
+            buffer.copy_(value)
+        utils.set_random_state(states)
 
     def build_mixup(self) -> Mixup:
         args = self.args
@@ -288,9 +346,11 @@ class Run:
             state = {name: value for name, value in state.items() if not name.startswith("head.")}
         if "head.weight" not in state:
             may_lack = ("head.",)
-        checkpoint.load_into(self.model, state, source=source, may_lack=may_lack)
-        lacking = sorted(set(own) - set(state))
-        say(f"finetune: {len(state)} of {len(own)} tensors loaded from {source}; not loaded: {', '.join(lacking) or 'none'}")
+        # The norms of a segmentor's or detector's maps have no place in a classifier.
+        load = dict(may_lack=may_lack, may_have=("norm_list.",), report=self.args.report)
+        lacking, surplus = checkpoint.load_into(self.model, state, source=source, **load).values()
+        used = f"{len(state) - len(surplus)} of {len(own)} tensors loaded from {source}"
+        say(f"finetune: {used}; not loaded: {', '.join(sorted(lacking)) or 'none'}; not used: {', '.join(surplus) or 'none'}")
 
     # ------------------------------------------------------------ state
 
@@ -305,71 +365,153 @@ class Run:
             "args": vars(self.args),
             "max_accuracy": self.best,
             "evaluated": self.evaluated,
+            "progress": self.progress,
             "train_stats": self.stats,
             "class_names": self.classes,
-            "random_states": utils.gather_random_states(),
+            "recipe": self.recipe,
+            "random_states": utils.all_gather(utils.get_random_state()),
         }
         return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
 
-    def save(self, *names: str) -> None:
-        state = self.state()
-        if utils.is_main_process():
-            for name in names:
-                checkpoint.save(self.folder / name, state)
+    def place(self) -> tuple[int, int]:
+        """How far the run is: whole epochs, and updates of the next one."""
+        return self.epoch + 1, self.progress["updates"] if self.progress else 0
+
+    def save(self, *, best: bool = False) -> None:
+        """Every process must call it, and learns of an error."""
+        state, place = self.state(), self.place()
+
+        def write() -> None:
+            if best:
+                checkpoint.save(self.folder / BEST, state)
+            another = self.kept is not None and self.kept != place and self.args.checkpoint_hist > 1
+            checkpoint.save(self.folder / CHECKPOINT, state, keep_as=self.folder / lifecycle.earlier_name(*self.kept) if another else None)
+            lifecycle.prune(self.folder, self.args.checkpoint_hist)
+
+        try:
+            utils.in_main_process(write)
+        except UserError as error:
+            if not self.args.keep_going:
+                raise
+            return utils.warn(f"{error}; going on without it (--keep-going)")
+        self.kept = place
+        self.status.place = {"epoch": self.epoch, "updates": place[1]}
+
+    def newest(self) -> str:
+        """The newest checkpoint of the folder that can be read; broken ones are named and left as they are. "" for an empty folder."""
+        found = lifecycle.candidates(self.folder)
+        for path in found:
+            try:
+                resume.check_complete(checkpoint.load(path), source=path)
+                return str(path)
+            except UserError as error:
+                utils.warn(f"{error}; trying the checkpoint before it")
+        if found:
+            raise UserError(f"no checkpoint to go on from ({self.folder}): all {len(found)} are broken, nothing was deleted; --overwrite starts anew")
+        return ""
 
     def restore(self) -> None:
         """Continue from a checkpoint; bare weights start a new schedule from them, as published."""
         args = self.args
-        payload = checkpoint.load(args.resume)
+        source = utils.in_main_process(self.newest) if args.resume == "auto" else args.resume
+        if not source:
+            return say(f"resume: no checkpoint in {self.folder}, the run starts")
+        payload = checkpoint.load(source)
         stored = payload.get("class_names")
         if stored is not None and stored != self.classes:
-            raise UserError(f"other classes than the checkpoint's ({args.data_path}): {len(self.classes)} here, {len(stored)} in {args.resume}")
-        state = checkpoint.weights(payload, source=args.resume)
-        if not {"optimizer", "lr_scheduler", "epoch"} <= set(payload):
-            if not args.overwrite:
-                check_no_run(args)
-            checkpoint.load_into(self.model, state, source=args.resume)
-            if self.ema:
-                self.ema.set(self.model)
-            return say(f"resume: weights only in {args.resume}, the schedule starts at epoch {args.start_epoch}")
-        earlier = payload.get("args")
-        for name in ("opt", "sched"):
-            was = earlier.get(name) if isinstance(earlier, dict) else getattr(earlier, name, None)
-            if was not in (None, getattr(args, name)):
-                raise UserError(f"another --{name} than the run's ({args.resume}): {was} there, {getattr(args, name)} here")
-        checkpoint.load_into(self.model, state, source=args.resume)
-        if self.ema:
-            average = checkpoint.weights(payload, source=args.resume, key="model_ema") if "model_ema" in payload else state
-            checkpoint.load_into(self.ema.module, average, source=args.resume)
+            raise UserError(f"other classes than the checkpoint's ({args.data_path}): {len(self.classes)} here, {len(stored)} in {source}")
+        if resume.COMPLETE - set(payload):
+            return self.restore_weights(payload, source)
+        resume.check_complete(payload, source=source)
         try:
-            self.load_optimizer(payload["optimizer"])
-            self.scheduler.load_state_dict(payload["lr_scheduler"])
+            changed = resume.changes(resume.stored_recipe(payload), self.recipe)
+            changed += [] if changed else resume.schedule_changes(payload["lr_scheduler"], self.scheduler, args.epochs)
+        except Exception as error:  # of whatever a file may hold there
+            raise self.unfit(source, error) from error
+        if changed and not args.resume_changed:
+            raise UserError(f"another run than the checkpoint's ({source}): {', '.join(changed)}; as it was, or --resume-changed")
+        if changed:
+            say(f"resume: changed by --resume-changed: {', '.join(changed)}")
+        found = self.moments(payload, source)  # everything is checked before anything is changed
+        state = checkpoint.weights(payload, source=source)
+        checkpoint.load_into(self.model, state, source=source, report=args.report)
+        if self.ema:
+            average = checkpoint.weights(payload, source=source, key="model_ema") if "model_ema" in payload else state
+            checkpoint.load_into(self.ema.module, average, source=source)
+        try:
+            resume.load_moments(self.optimizer, self.model, found)
             if payload.get("scaler") and self.scaler.is_enabled():
                 self.scaler.load_state_dict(payload["scaler"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise UserError(f"the optimizer's state does not fit ({args.resume}): {str(error).splitlines()[0]}, resume as trained") from error
-        self.epoch, self.best = payload["epoch"], payload.get("max_accuracy", 0.0)
-        self.evaluated, self.stats = payload.get("evaluated", True), payload.get("train_stats", {})
-        states = payload.get("random_states", [])
-        if len(states) == utils.get_world_size():
-            utils.set_random_state(states[utils.get_rank()])
-        say(f"resume: {args.resume}, after epoch {self.epoch}, max accuracy {self.best:.2f}%")
+            self.epoch, self.best, self.progress = payload["epoch"], payload.get("max_accuracy", 0.0), payload.get("progress")
+            self.evaluated, self.stats = bool(payload.get("evaluated", True)), payload.get("train_stats") or {}
+            self.restore_rate()
+            if self.progress:  # in batches of this process, which may be another share of the global batch than before
+                self.progress["batches"] = self.progress["updates"] * args.grad_accum_steps
+            self.restore_random(payload.get("random_states") or [])
+        except Exception as error:
+            raise self.unfit(source, error) from error
+        if Path(source).resolve() == (self.folder / CHECKPOINT).resolve():
+            self.kept = self.place()
+        self.best = max(self.best, utils.in_main_process(self.best_of_folder))
+        inside = f" and {self.place()[1]} updates" if self.progress else ""
+        say(f"resume: {source}, after epoch {self.epoch}{inside}, max accuracy {self.best:.2f}%")
 
-    def load_optimizer(self, state: dict) -> None:
-        """The optimizer's state; how it is computed (fused or not, and settings that older files lack) stays this optimizer's."""
-        for saved, own in zip(state["param_groups"], self.optimizer.param_groups):
-            for name in own.keys() - {"params"}:
-                saved.setdefault(name, own[name])
-            for name in own.keys() & {"fused", "foreach", "capturable"}:
-                saved[name] = own[name]
-        self.optimizer.load_state_dict(state)
+    def restore_weights(self, payload: dict, source: str) -> None:
+        if not self.args.overwrite:
+            check_no_run(self.args)
+        checkpoint.load_into(self.model, checkpoint.weights(payload, source=source), source=source, report=self.args.report)
+        if self.ema:
+            self.ema.set(self.model)
+        say(f"resume: weights only in {source}, the schedule starts at epoch {self.args.start_epoch}")
+
+    def moments(self, payload: dict, source: str) -> dict[str, dict]:
+        try:
+            return resume.moments(payload, self.model)
+        except Exception as error:
+            raise self.unfit(source, error) from error
+
+    @staticmethod
+    def unfit(source: str, error: Exception) -> UserError:
+        reason = " ".join((str(error).splitlines() or [""])[0].split())[:140]
+        return UserError(f"the training state does not fit ({source}): {reason or type(error).__name__}; --finetune takes its weights alone")
+
+    def restore_rate(self) -> None:
+        """The rates of the epoch to come: the schedule is a function of the epochs trained."""
+        if self.epoch >= 0:
+            self.scheduler.step(self.epoch)
+        else:
+            self.scheduler.update_groups(self.initial_rates)
+
+    def restore_random(self, states: list[dict]) -> None:
+        world = utils.get_world_size()
+        if len(states) == world:
+            utils.set_random_state(states[utils.get_rank()])
+        elif states:
+            say(f"resume: {len(states)} processes then, {world} now: sums round differently, so the bits may differ from an uninterrupted run's")
+
+    def best_of_folder(self) -> float:
+        """The score of the folder's best checkpoint, which a worse one must not replace; 0 if there is none to be read."""
+        path = self.folder / BEST
+        if not path.is_file():
+            return 0.0
+        try:
+            payload = checkpoint.load(path)
+            resume.check_complete(payload, source=path)
+            return payload.get("max_accuracy", 0.0)
+        except UserError as error:
+            utils.warn(f"{error}; the next best epoch will replace it")
+            return 0.0
 
     # ------------------------------------------------------------ the loop
 
     def train(self) -> None:
-        args = self.args
         self.open_folder()
-        self.banner()
+        with self.signals, self.reported():
+            self.banner()
+            self.train_epochs()
+
+    def train_epochs(self) -> None:
+        args = self.args
         if not self.evaluated:
             say(f"epoch {self.epoch} was trained but not evaluated: evaluating it")
             self.finish_epoch()
@@ -377,7 +519,8 @@ class Run:
         start = time.perf_counter()
         after_step = (lambda: self.ema.update(self.model)) if self.ema else None
         for epoch in range(self.epoch + 1, args.epochs):
-            self.sampler.set_epoch(epoch)
+            progress, self.progress = self.progress, None
+            self.sampler.set_epoch(epoch, progress["batches"] * args.batch_size if progress else 0)
             self.stats = train_one_epoch(
                 self.parallel,
                 self.criterion,
@@ -390,18 +533,46 @@ class Run:
                 mixup=self.mixup,
                 accum_steps=args.grad_accum_steps,
                 after_step=after_step,
+                after_update=self.after_update,
+                wants_to_stop=self.wants_to_stop,
+                progress=progress,
                 **numerics(args, self.device),
             )
             # After the epoch, as published: epochs 0 and 1 both train at the first rate, and the last one at that of epochs - 2.
             self.scheduler.step(epoch)
             self.epoch, self.evaluated = epoch, False
-            self.save("checkpoint.pth")
+            self.save()
             self.finish_epoch()
         say(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
 
+    def wants_to_stop(self) -> bool:
+        return self.signals.received is not None
+
+    def after_update(self, updates: int, reached: Callable[[], dict], stopping: bool) -> None:
+        """Keep the state inside an epoch where --checkpoint-interval or a signal asks for it."""
+        every = self.args.checkpoint_interval
+        if stopping or (every and updates % every == 0 and updates < self.updates):
+            self.progress = reached() | {"updates": updates}
+            self.save()
+            if stopping:
+                raise self.preempted()
+            self.progress = None
+
+    def between_batches(self) -> None:
+        """In an evaluation, whose beginning is saved."""
+        if utils.any_process(self.wants_to_stop(), self.device):
+            raise self.preempted()
+
+    def preempted(self) -> Preempted:
+        epochs, updates = self.place()
+        by = self.signals.received or "a signal to another process"
+        return Preempted(f"stopped by {by} after {epochs} epochs and {updates} updates, all saved: continue with --resume auto")
+
     def finish_epoch(self) -> None:
         """Evaluate the epoch that was trained last, keep it if it is the best, and write its line."""
-        score = dict(shared=self.args.dist_eval, **numerics(self.args, self.device))
+        shares = utils.get_world_size() if self.args.dist_eval else 1
+        rounds = math.ceil(math.ceil(self.val_size / shares) / eval_batch(self.args))
+        score = dict(shared=self.args.dist_eval, between=self.between_batches, rounds=rounds, **numerics(self.args, self.device))
         test = evaluate(self.val_loader, self.compiled, self.device, **score)
         say(f"Accuracy of the network on the {self.val_size} test images: {test['acc1']:.1f}%")
         ema = {}
@@ -412,9 +583,9 @@ class Run:
         best = test["acc1"] > self.best
         self.best, self.evaluated = max(self.best, test["acc1"]), True
         say(f"Max accuracy: {self.best:.2f}%")
-        self.write_log(test, ema)
+        utils.in_main_process(lambda: self.write_log(test, ema))
         # The best first: after a kill between the two, the epoch counts as not evaluated, and both are written again.
-        self.save(*(["checkpoint_best.pth"] if best else []), "checkpoint.pth")
+        self.save(best=best)
 
     def write_log(self, test: dict, ema: dict) -> None:
         """One JSON line an epoch, the published keys first. An epoch that was logged before a restart is not logged twice."""
@@ -422,40 +593,87 @@ class Run:
         line |= {f"test_{name}": test[name] for name in ("loss", "acc1", "acc5")}
         line |= {"epoch": self.epoch, "n_parameters": self.n_parameters}
         line |= ema | {name: self.stats[name] for name in ("time", "data_time", "images_per_s", "max_memory_mb")}
-        path = self.folder / "log.txt"
-        if utils.is_main_process():
-            lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-            lines = [earlier for earlier in lines if json.loads(earlier)["epoch"] < self.epoch]
-            utils.write_text(path, "".join([*lines, json.dumps(line) + "\n"]))
+        path = self.folder / LOG
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = [earlier for earlier in lines if json.loads(earlier)["epoch"] < self.epoch]
+        self.write(LOG, "".join([*lines, json.dumps(line) + "\n"]))
+
+    def write(self, name: str, text: str) -> None:
+        try:
+            lifecycle.write_text(self.folder / name, text)
+        except OSError as error:
+            raise UserError(f"cannot write ({self.folder / name}): {error.strerror}; make room and continue with --resume auto") from error
 
     def open_folder(self) -> None:
         """The run's folder, and beside the checkpoints what the run was made with."""
-        if utils.is_main_process():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the folder (--output_dir {self.folder}): {error.strerror}") from error
-            if self.args.overwrite and not self.args.resume:
-                for name in RUN_FILES:
-                    (self.folder / name).unlink(missing_ok=True)
-            records = {
-                "args.json": vars(self.args),
-                "environment.json": utils.environment(self.device, self.args.seed),
-                "class_names.json": self.classes,
-            }
-            for name, record in records.items():
-                utils.write_text(self.folder / name, json.dumps(record, indent=1) + "\n")
+        utils.in_main_process(self.make_folder)
+
+    def make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = lifecycle.Lock(self.folder)
+            if self.lock.taken_by is None:
+                lifecycle.remove_unfinished(self.folder)
+        except OSError as error:
+            raise UserError(f"cannot make the folder (--output_dir {self.folder}): {error.strerror}") from error
+        if self.lock.taken_by is not None:
+            raise UserError(lifecycle.in_use(self.folder, self.lock.taken_by))
+        if self.args.overwrite and not self.args.resume:
+            for path in [*(self.folder / name for name in RUN_FILES), *lifecycle.earlier(self.folder)]:
+                path.unlink(missing_ok=True)
+        records = {
+            "args.json": vars(self.args),
+            "environment.json": utils.environment(self.device, self.args.seed),
+            "class_names.json": self.classes,
+        }
+        for name, record in records.items():
+            self.write(name, json.dumps(record, indent=1) + "\n")
+
+    @contextlib.contextmanager
+    def reported(self) -> Iterator[None]:
+        """What becomes of the run, in its status.json; the folder is free again afterwards."""
+        status, first = self.status, utils.is_main_process()
+        if first:
+            status.write("running")
+        try:
+            yield
+            if first:
+                status.write("finished")
+        except Preempted as error:
+            if first:
+                status.write("preempted", str(error))
+            raise
+        except BaseException as error:
+            _, reason = explain(error) or (1, repr(error))
+            status.fail(reason, echo=isinstance(error, RuntimeError) and utils.is_lost_process(error))
+            raise
+        finally:
+            if first:
+                self.lock.release()
 
     def banner(self) -> None:
         args, world = self.args, utils.get_world_size()
         product = f"{args.batch_size} x {world} processes x {args.grad_accum_steps} steps"
         say(f"global batch {self.global_batch} ({product}), lr {self.lr:.6g} ({args.lr:g} x {self.global_batch} / 512)")
-        updates = len(self.loader) // args.grad_accum_steps
         where = f"device {self.device}, {str(precision(args, self.device)).removeprefix('torch.')}, {self.loader.num_workers} workers a process"
-        say(f"{updates} updates an epoch, {self.n_parameters} parameters, {where}, output in {self.folder}")
+        say(f"{self.updates} updates an epoch, {self.n_parameters} parameters, {where}, output in {self.folder}")
         recipe = RECIPE_BATCH.get(args.model)
         if recipe and recipe != self.global_batch:
             utils.warn(f"the published {args.model} was trained with a global batch of {recipe}, not {self.global_batch}: expect another result")
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """The exit code and the line of an error that is not ours to mend, or None."""
+    if isinstance(error, Preempted):
+        return lifecycle.PREEMPTED, str(error)
+    if isinstance(error, (UserError, NonFiniteError)):
+        return 2 if isinstance(error, UserError) else 1, utils.one_line(error)
+    if isinstance(error, RuntimeError) and utils.is_lost_process(error):
+        return 1, f"no answer from another process of this run ({utils.lost_processes()}): stopped too, continue with --resume auto"
+    if isinstance(error, RuntimeError) and utils.is_loading_error(error):
+        reason = utils.one_line(error)
+        return 1, f"data loading failed ({reason[:120]} [{utils.loading_processes()}]): look for lack of memory or a stuck disk, then --resume auto"
+    return None
 
 
 def run(args: argparse.Namespace, written: set[str]) -> int:
@@ -463,16 +681,16 @@ def run(args: argparse.Namespace, written: set[str]) -> int:
     try:
         main(args, written)
         return 0
-    except (UserError, NonFiniteError) as error:
-        if os.environ.get("TWINS_DEBUG") == "1":
+    except (Preempted, UserError, NonFiniteError, RuntimeError) as error:
+        known = explain(error)
+        if known is None or os.environ.get("TWINS_DEBUG") == "1":
             raise
-        print(f"main.py: error: {utils.one_line(error)}", file=sys.stderr, flush=True)
-        return 2 if isinstance(error, UserError) else 1
-    except RuntimeError as error:
-        if not utils.is_lost_process(error):
-            raise
-        print("main.py: error: another process of this run has stopped (see its message): stopped too", file=sys.stderr, flush=True)
-        return 1
+        code, line = known
+        utils.print_error(line, kind="stopped" if code == lifecycle.PREEMPTED else "error")
+        return code
+    finally:
+        if sys.exc_info()[0] is not None:
+            utils.end_loading_processes()
 
 
 if __name__ == "__main__":

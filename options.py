@@ -5,7 +5,9 @@ Nothing here imports torch, so that --help and a wrong option are answered at on
 
 import argparse
 import difflib
+import math
 import sys
+from collections.abc import Callable
 
 # What the published code accepts and this one cannot honour: each ends with what to use instead.
 REFUSED = {
@@ -42,32 +44,31 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 1 up")
-    return value
+def numbers(kind: type, says: str, test: Callable[[float], bool]) -> Callable[[str], float]:
+    """The type of an option: a number of `kind` that passes `test`, which `says` describes. Not a number and infinity pass none."""
+
+    def number(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and abs(value) < MOST and test(value)):
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {says}")
+        return value
+
+    return number
 
 
-def count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
-    return value
-
-
-def probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and up to 1")
-    return value
+MOST = 2**62  # no option is as large; torch and numpy take no larger integers
+positive = numbers(int, "a number from 1 up", lambda value: value >= 1)
+count = numbers(int, "a number from 0 up", lambda value: value >= 0)
+seed = numbers(int, "a number", lambda value: True)
+pixels = numbers(int, "a number of pixels from 1 to 16384", lambda value: 1 <= value <= 16384)
+seconds = numbers(int, "a number of seconds from 1 up", lambda value: 1 <= value < 10**6)
+probability = numbers(float, "between 0 and 1", lambda value: 0 <= value <= 1)
+share = numbers(float, "above 0 and up to 1", lambda value: 0 < value <= 1)
+amount = numbers(float, "a number from 0 up", lambda value: value >= 0)
+above_zero = numbers(float, "a number above 0", lambda value: value > 0)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -79,7 +80,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="alt_gvt_small", metavar="NAME", help="a name of gvt.py, or any that timm knows (%(default)s)")
-    group.add_argument("--input-size", type=positive, default=224, metavar="PIXELS", help="side of a picture (%(default)s)")
+    group.add_argument("--input-size", type=pixels, default=224, metavar="PIXELS", help="side of a picture (%(default)s)")
     group.add_argument("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
     group.add_argument("--drop-path", type=probability, default=0.1, metavar="P", help="stochastic depth of the last block (%(default)s)")
     group.add_argument("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is made anew")
@@ -94,30 +95,30 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--grad-accum-steps", type=positive, default=1, metavar="N", help="batches per update (%(default)s)")
     group.add_argument("--epochs", type=positive, default=300, metavar="N", help="(%(default)s)")
     group.add_argument("--opt", default="adamw", metavar="NAME", help="an optimizer of timm (%(default)s)")
-    group.add_argument("--opt-eps", type=float, default=1e-8, metavar="E", help="(%(default)s)")
-    group.add_argument("--opt-betas", type=float, default=None, nargs="+", metavar="B", help="(the optimizer's own)")
-    group.add_argument("--clip-grad", type=float, default=5.0, metavar="NORM", help="largest gradient norm, 0 for no limit (%(default)s)")
-    group.add_argument("--momentum", type=float, default=0.9, metavar="M", help="for optimizers that have one (%(default)s)")
-    group.add_argument("--weight-decay", type=float, default=0.05, metavar="W", help="(%(default)s)")
+    group.add_argument("--opt-eps", type=above_zero, default=1e-8, metavar="E", help="(%(default)s)")
+    group.add_argument("--opt-betas", type=probability, default=None, nargs="+", metavar="B", help="(the optimizer's own)")
+    group.add_argument("--clip-grad", type=amount, default=5.0, metavar="NORM", help="largest gradient norm, 0 for no limit (%(default)s)")
+    group.add_argument("--momentum", type=probability, default=0.9, metavar="M", help="for optimizers that have one (%(default)s)")
+    group.add_argument("--weight-decay", type=amount, default=0.05, metavar="W", help="(%(default)s)")
     amp = ("float16", "bfloat16", "float32")
     group.add_argument("--amp-dtype", choices=amp, default=None, help="precision of the forward pass (CUDA: float16, CPU: float32)")
 
     group = parser.add_argument_group("learning rate, set after each epoch")
     group.add_argument("--sched", default="cosine", metavar="NAME", help="a schedule of timm (%(default)s)")
-    group.add_argument("--lr", type=float, default=5e-4, help="for a global batch of 512; scaled in proportion (%(default)s)")
-    group.add_argument("--lr-noise", type=float, nargs="+", default=None, metavar="F", help="on and off points, fractions of the run")
-    group.add_argument("--lr-noise-pct", type=float, default=0.67, metavar="F", help="(%(default)s)")
-    group.add_argument("--lr-noise-std", type=float, default=1.0, metavar="S", help="(%(default)s)")
-    group.add_argument("--warmup-lr", type=float, default=1e-6, metavar="LR", help="not scaled (%(default)s)")
-    group.add_argument("--min-lr", type=float, default=1e-5, metavar="LR", help="not scaled (%(default)s)")
+    group.add_argument("--lr", type=amount, default=5e-4, help="for a global batch of 512; scaled in proportion (%(default)s)")
+    group.add_argument("--lr-noise", type=amount, nargs="+", default=None, metavar="F", help="on and off points, fractions of the run")
+    group.add_argument("--lr-noise-pct", type=above_zero, default=0.67, metavar="F", help="(%(default)s)")
+    group.add_argument("--lr-noise-std", type=amount, default=1.0, metavar="S", help="(%(default)s)")
+    group.add_argument("--warmup-lr", type=amount, default=1e-6, metavar="LR", help="not scaled (%(default)s)")
+    group.add_argument("--min-lr", type=amount, default=1e-5, metavar="LR", help="not scaled (%(default)s)")
     group.add_argument("--warmup-epochs", type=count, default=5, metavar="N", help="any but 0 spends two epochs at --warmup-lr (%(default)s)")
-    group.add_argument("--decay-epochs", type=float, default=30, metavar="N", help="for --sched step (%(default)s)")
+    group.add_argument("--decay-epochs", type=above_zero, default=30, metavar="N", help="for --sched step (%(default)s)")
     group.add_argument("--cooldown-epochs", type=count, default=10, metavar="N", help="without effect, as published (%(default)s)")
     group.add_argument("--patience-epochs", type=count, default=10, metavar="N", help="for --sched plateau (%(default)s)")
-    group.add_argument("--decay-rate", "--dr", type=float, default=0.1, metavar="R", help="for --sched step (%(default)s)")
+    group.add_argument("--decay-rate", "--dr", type=amount, default=0.1, metavar="R", help="for --sched step (%(default)s)")
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--color-jitter", type=float, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)")
+    group.add_argument("--color-jitter", type=amount, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)")
     group.add_argument("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
     group.add_argument("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic", "lanczos"), help="(%(default)s)")
@@ -128,11 +129,11 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--recount", type=positive, default=1, metavar="N", help="(%(default)s)")
     group.add_argument("--resplit", action="store_true", help="refused: never had an effect")
     group.add_argument("--hflip", type=probability, default=0.5, metavar="P", help="of a horizontal flip (%(default)s)")
-    group.add_argument("--scale", type=float, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="area of a random crop %(default)s")
-    group.add_argument("--ratio", type=float, nargs=2, default=(3 / 4, 4 / 3), metavar=("MIN", "MAX"), help="its width to height (3/4, 4/3)")
-    group.add_argument("--mixup", type=float, default=0.8, metavar="ALPHA", help="0 for none (%(default)s)")
-    group.add_argument("--cutmix", type=float, default=1.0, metavar="ALPHA", help="0 for none (%(default)s)")
-    group.add_argument("--cutmix-minmax", type=float, nargs="+", default=None, metavar="F", help="overrides --cutmix and sets it on")
+    group.add_argument("--scale", type=amount, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="area of a random crop %(default)s")
+    group.add_argument("--ratio", type=amount, nargs=2, default=(3 / 4, 4 / 3), metavar=("MIN", "MAX"), help="its width to height (3/4, 4/3)")
+    group.add_argument("--mixup", type=amount, default=0.8, metavar="ALPHA", help="0 for none (%(default)s)")
+    group.add_argument("--cutmix", type=amount, default=1.0, metavar="ALPHA", help="0 for none (%(default)s)")
+    group.add_argument("--cutmix-minmax", type=amount, nargs="+", default=None, metavar="F", help="overrides --cutmix and sets it on")
     group.add_argument("--mixup-prob", type=probability, default=1.0, metavar="P", help="of either (%(default)s)")
     group.add_argument("--mixup-switch-prob", type=probability, default=0.5, metavar="P", help="of cutmix where both are on (%(default)s)")
     group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="(%(default)s)")
@@ -153,12 +154,23 @@ def get_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", default="", metavar="FOLDER", help="of a training run (./MODEL)")
     group.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run, and replace it")
-    group.add_argument("--resume", default="", metavar="FILE", help="a checkpoint to continue; with --eval, weights to evaluate")
+    what = "a checkpoint to continue, or auto: the newest of the output folder that is whole; with --eval, weights to evaluate"
+    group.add_argument("--resume", default="", metavar="FILE", help=what)
+    group.add_argument("--resume-changed", action="store_true", help="continue although model settings, data or recipe differ from the stored ones")
+    group.add_argument("--checkpoint-interval", type=count, default=0, metavar="N", help="save every N updates inside an epoch too (0: never)")
+    group.add_argument("--checkpoint-hist", type=positive, default=2, metavar="N", help="checkpoints to keep beside the best (%(default)s)")
+    group.add_argument("--keep-going", action="store_true", help="go on where a checkpoint cannot be written, and try again with the next")
+    group.add_argument("--report", default="", metavar="FILE", help="list in JSON which weights were loaded and which do not fit")
     group.add_argument("--start_epoch", type=count, default=0, metavar="N", help="(%(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    group.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
+    group.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too, at some cost in speed")
     group.add_argument("--device", default="cuda", metavar="NAME", help="cuda or cpu; not written: cuda if there is one")
     group.add_argument("--world_size", type=positive, default=1, metavar="N", help="without effect: the launcher says it")
     group.add_argument("--dist_url", default="env://", metavar="URL", help="where processes meet (%(default)s)")
+    wait = "seconds that processes wait for one that does not answer (%(default)s)"
+    group.add_argument("--dist-timeout", type=seconds, default=1800, metavar="S", help=wait)
+    wait = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
+    group.add_argument("--loader-timeout", type=count, default=1800, metavar="S", help=wait)
     group.add_argument("--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
     return parser
 

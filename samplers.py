@@ -24,10 +24,11 @@ class ShuffleSampler(Sampler):
 
     def __init__(self, length: int, *, seed: int = 0, rank: int = 0, world: int = 1):
         self.length, self.seed, self.rank, self.world = length, seed, rank, world
-        self.epoch = 0
+        self.epoch, self.start = 0, 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The epoch to give next, without this process's first `start` pictures, which an interrupted run has had."""
+        self.epoch, self.start = epoch, start
 
     def order(self) -> torch.Tensor:
         """The order of all processes together, of a length that is a multiple of world."""
@@ -36,13 +37,17 @@ class ShuffleSampler(Sampler):
         missing = -len(order) % self.world
         return torch.cat([order, order.repeat(math.ceil(missing / len(order)))[:missing]]) if missing else order
 
-    def __len__(self) -> int:
+    def total(self) -> int:
+        """A process's pictures in a whole epoch."""
         return math.ceil(self.length * self.repeats / self.world)
+
+    def __len__(self) -> int:
+        return max(self.total() - self.start, 0)
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         epoch, mine = self.epoch, self.order()[self.rank :: self.world].tolist()
-        for i, index in enumerate(mine[: len(self)]):
-            yield epoch, self.rank + self.world * i, index
+        for i in range(self.start, self.total()):
+            yield epoch, self.rank + self.world * i, mine[i]
 
 
 class RASampler(ShuffleSampler):
@@ -53,7 +58,7 @@ class RASampler(ShuffleSampler):
 
     repeats = REPEATS
 
-    def __len__(self) -> int:
+    def total(self) -> int:
         kept = self.length // RA_MULTIPLE * RA_MULTIPLE or self.length
         return kept // self.world
 

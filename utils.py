@@ -2,26 +2,31 @@
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 import platform
 import random
 import re
 import resource
 import shlex
+import socket
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from lifecycle import process_state
+
 ROOT = Path(__file__).resolve().parent
+LONGEST_LINE = 300  # characters
+PEERS: list[tuple[str, int]] = []  # host and pid of each process of the run
 
 
 class UserError(Exception):
@@ -30,6 +35,10 @@ class UserError(Exception):
 
 class NonFiniteError(Exception):
     """A loss or gradient that is not finite. Exit code 1."""
+
+
+class Preempted(Exception):
+    """A signal asked the run to end, and its state is saved. Exit code 143."""
 
 
 def one_line(error: BaseException) -> str:
@@ -59,10 +68,17 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
+def print_error(message: str, kind: str = "error") -> None:
+    """One line on the error stream, not longer than a screen can hold unless TWINS_DEBUG is set."""
+    line = f"main.py: {kind}: {' '.join(message.split())}"
+    short = len(line) <= LONGEST_LINE or os.environ.get("TWINS_DEBUG") == "1"
+    print(line if short else line[: LONGEST_LINE - 3] + "...", file=sys.stderr, flush=True)
+
+
 def warn(message: str) -> None:
     """A line on the error stream, in one process of a run."""
     if is_main_process():
-        print(f"main.py: warning: {message}", file=sys.stderr, flush=True)
+        print_error(message, kind="warning")
 
 
 def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
@@ -86,7 +102,7 @@ def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
     }
 
 
-def init_device(name: str, *, written: bool, dist_url: str = "env://") -> torch.device:
+def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: float = 1800) -> torch.device:
     """Choose the device, and join the other processes of the run where a launcher started several (NCCL on GPUs, gloo on a CPU)."""
     try:
         kind, index = torch.device(name).type, torch.device(name).index or 0
@@ -114,15 +130,46 @@ def init_device(name: str, *, written: bool, dist_url: str = "env://") -> torch.
     else:
         rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
         print(f"| distributed init (rank {rank}): {dist_url}", flush=True)
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", init_method=dist_url, rank=rank, world_size=world)
+        where = dict(init_method=dist_url, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
+        try:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo", **where)
+        except (ValueError, RuntimeError) as error:  # no such address, or a process that does not come
+            reason = str(error).strip().splitlines()[0][:120]
+            raise UserError(f"the processes did not meet (--dist_url {dist_url}): {reason}") from error
+        PEERS[:] = all_gather((socket.gethostname(), os.getpid()))
     if kind == "cpu" and not written:
         say("device: cpu (no CUDA device found)")
     return device
 
 
 def is_lost_process(error: RuntimeError) -> bool:
-    """Whether the error is only the echo of another process that ended."""
-    return get_world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "closed by peer" in str(error))
+    """Whether the error is only the echo of another process that ended or is stuck."""
+    text = str(error).lower()
+    return get_world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "closed by peer" in text or "timed out waiting" in text)
+
+
+def lost_processes() -> str:
+    """Which processes of this machine ended or are stopped, in words."""
+    time.sleep(0.5)  # for the process table to know
+    states = [(rank, pid, process_state(pid) if host == socket.gethostname() else "elsewhere") for rank, (host, pid) in enumerate(PEERS)]
+    lost = [f"process {rank} (pid {pid}) is {state}" for rank, pid, state in states if state in ("gone", "stopped")]
+    return ", ".join(lost) or "no process of this machine has ended: look for one that hangs, or at the other machines"
+
+
+def is_loading_error(error: RuntimeError) -> bool:
+    return str(error).startswith("DataLoader")
+
+
+def loading_processes() -> str:
+    """The data-loading processes that this one has, or has just had, in words."""
+    states = [f"pid {child.pid} is {process_state(child.pid)}" for child in multiprocessing.active_children()]
+    return ", ".join(states) or "none is left"
+
+
+def end_loading_processes() -> None:
+    """Kill them, also the stopped ones: at the end of a failed run, waiting for them could take forever."""
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 @contextlib.contextmanager
@@ -132,6 +179,34 @@ def process_group() -> Iterator[None]:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def all_gather(value: object) -> list:
+    """A picklable value of each process, in every process."""
+    values = [value] * get_world_size()
+    if get_world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def in_main_process(work: Callable[[], object]) -> object:
+    """What `work` gives in the first process, in every process; a UserError there is one in all, so that none waits for it."""
+    answer = [None, None]
+    if is_main_process():
+        try:
+            answer[0] = work()
+        except UserError as error:
+            answer[1] = str(error)
+    if get_world_size() > 1:
+        dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def any_process(value: bool, device: torch.device) -> bool:
+    """Whether it is true in any process, in every process."""
+    return bool(all_reduce_sum(torch.tensor(float(value), device=device if get_world_size() > 1 else "cpu")) > 0)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
@@ -155,7 +230,7 @@ def get_random_state() -> dict:
     version, keys, gauss = random.getstate()
     name, numpy_keys, *rest = np.random.get_state()
     state = {
-        "python": [version, list(keys), gauss],
+        "python": [version, torch.tensor(keys), gauss],
         "numpy": [name, torch.from_numpy(numpy_keys.astype(np.int64)), *rest],
         "torch": torch.get_rng_state(),
     }
@@ -164,21 +239,12 @@ def get_random_state() -> dict:
 
 def set_random_state(state: dict) -> None:
     version, keys, gauss = state["python"]
-    random.setstate((version, tuple(keys), gauss))
+    random.setstate((version, tuple(keys.tolist()), gauss))
     name, numpy_keys, *rest = state["numpy"]
     np.random.set_state((name, numpy_keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def gather_random_states() -> list[dict]:
-    """The random state of each process, in every process."""
-    states = [None] * get_world_size()
-    if get_world_size() == 1:
-        return [get_random_state()]
-    dist.all_gather_object(states, get_random_state())
-    return states
 
 
 # ---------------------------------------------------------------- meters
@@ -228,12 +294,20 @@ class MetricLogger:
     def __str__(self) -> str:
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
 
-    def log_every(self, batches: Iterable, steps: int, header: str, every: int = 10) -> Iterator:
-        """Yield the first `steps` batches, measuring the time for data and for the step. The number of pictures is the first tensor's."""
-        start = end = time.perf_counter()
+    def state_dict(self) -> dict:
+        return {name: {"recent": list(meter.recent), "total": meter.total, "count": meter.count} for name, meter in self.meters.items()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        for name, meter in self.meters.items():
+            meter.total, meter.count = state[name]["total"], state[name]["count"]
+            meter.recent.extend(state[name]["recent"])
+
+    def log_every(self, batches: Iterable, steps: int, header: str, every: int = 10, start: int = 0) -> Iterator:
+        """Yield batches number `start` to `steps`, measuring the time for data and for the step. The pictures are the first tensor's."""
+        begin = end = time.perf_counter()
         width = len(str(steps))
         batches = iter(batches)
-        for i in range(steps):
+        for i in range(start, steps):
             batch = next(batches)
             self.data_time.update(time.perf_counter() - end)
             self.pictures += len(batch[0])
@@ -247,9 +321,9 @@ class MetricLogger:
                     f"{header}  [{i:>{width}}/{steps}]  eta: {eta}  {self}  time: {self.step_time}  data: {self.data_time}"
                     f"  max mem: {peak_memory_mb():.0f}"
                 )
-        self.seconds = time.perf_counter() - start
+        self.seconds = time.perf_counter() - begin
         total = datetime.timedelta(seconds=int(self.seconds))
-        say(f"{header} Total time: {total} ({self.seconds / max(steps, 1):.4f} s / it)")
+        say(f"{header} Total time: {total} ({self.seconds / max(steps - start, 1):.4f} s / it)")
 
     def rates(self) -> dict[str, float]:
         """Seconds, data seconds, pictures per second of all processes, and peak memory of the last loop."""
@@ -259,30 +333,6 @@ class MetricLogger:
 
 
 # ---------------------------------------------------------------- records
-
-
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace a file as a whole: at every moment it holds either what it held, or all that `write` writes."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)  # the new name is durable once its folder is
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def git_commit() -> str:

@@ -1,6 +1,7 @@
 """The shape of the tree: imports point one way, one door for checkpoints, no prints in modules, no code of others' machines."""
 
 import ast
+import sys
 
 import pytest
 from conftest import ROOT
@@ -10,14 +11,19 @@ ARROWS = {
     "torchvision_cpu": set(),
     "gvt": {"torchvision_cpu"},
     "options": set(),
-    "utils": set(),
+    "lifecycle": set(),
+    "utils": {"lifecycle"},
     "samplers": set(),
     "losses": {"torchvision_cpu"},
-    "datasets": {"torchvision_cpu", "utils"},
+    "datasets": {"torchvision_cpu", "lifecycle", "utils"},
     "engine": {"utils"},
-    "checkpoint": {"utils"},
     "formats": {"gvt", "utils"},
-    "main": {"torchvision_cpu", "gvt", "options", "utils", "samplers", "losses", "datasets", "engine", "checkpoint"},
+    "checkpoint": {"formats", "lifecycle", "utils"},
+    "resume": {"checkpoint", "utils"},
+    "main": {
+        *("torchvision_cpu", "gvt", "options", "lifecycle", "utils", "samplers", "losses"),
+        *("datasets", "engine", "checkpoint", "resume"),
+    },
 }
 
 
@@ -42,8 +48,9 @@ def test_imports_point_one_way(name):
     assert set(imported(name)) & set(ARROWS) == ARROWS[name]
 
 
-def test_options_needs_the_standard_library_only():
-    assert set(imported("options")) <= {"argparse", "difflib", "sys"}
+@pytest.mark.parametrize("name", ["options", "lifecycle"])
+def test_what_main_asks_first_needs_the_standard_library_only(name):
+    assert set(imported(name)) <= sys.stdlib_module_names
 
 
 def calls(path):

@@ -52,7 +52,7 @@ def test_random_states_survive_a_file(tmp_path):
     import checkpoint
 
     random.gauss(0, 1), np.random.randn()  # both keep a second normal number for the next call
-    checkpoint.save(tmp_path / "s.pth", {"states": utils.gather_random_states()})
+    checkpoint.save(tmp_path / "s.pth", {"states": utils.all_gather(utils.get_random_state())})
     draw = lambda: (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(2).tolist())  # noqa: E731
     expected = draw()
     utils.seed_everything(5)
@@ -90,19 +90,6 @@ def test_a_workers_error_is_one_line():
     message = 'Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File "x.py"\nutils.UserError: cannot read (a: b.png): no\n'
     assert utils.one_line(utils.UserError(message)) == "cannot read (a: b.png): no"
     assert utils.one_line(utils.UserError("plain")) == "plain"
-
-
-def test_atomic_write_keeps_the_old_file_on_an_error(tmp_path):
-    path = tmp_path / "f"
-    utils.write_text(path, "old")
-
-    def fail(file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        utils.atomic_write(path, fail)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["f"]
 
 
 def test_environment_names_the_commit_and_versions():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import checkpoint
 import datasets
 import engine
+import lifecycle
 import options
 import utils
 from samplers import eval_indices
@@ -140,7 +141,7 @@ def main(args) -> int:
             "commit": utils.git_commit(),
             "command": shlex.join(["python", *sys.argv]),
         }
-        utils.write_text(args.output, json.dumps(record, indent=1) + "\n")
+        lifecycle.write_text(args.output, json.dumps(record, indent=1) + "\n")
     for line in found:
         print(f"check_evaluation.py: error: {line}", file=sys.stderr)
     return 1 if found else 0

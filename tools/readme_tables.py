@@ -22,7 +22,7 @@ from count import count
 from plot_logs import KEYS, LogError, published_logs, read_log
 
 import gvt
-import utils
+import lifecycle
 from options import Parser, get_parser
 from utils import UserError
 
@@ -179,7 +179,7 @@ def main(argv: list[str]) -> int:
         print(f"readme_tables.py: out of date ({args.readme}, {', '.join(changed)}): run python tools/readme_tables.py", file=sys.stderr)
         return 1
     if changed:
-        utils.write_text(args.readme, "\n".join(lines))
+        lifecycle.write_text(args.readme, "\n".join(lines))
     print(f"{args.readme}: {'wrote ' + ', '.join(changed) if changed else 'tables are up to date'}")
     return 0
 

@@ -1,0 +1,276 @@
+"""What surrounds a run: files written whole, one owner of its folder, the checkpoints it keeps, signals, and what became of it.
+
+Needs the standard library only, so that main.py can ask before torch is imported.
+"""
+
+import contextlib
+import ctypes
+import datetime
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+CHECKPOINT, BEST, LOG, STATUS, LOCK = "checkpoint.pth", "checkpoint_best.pth", "log.txt", "status.json", ".lock"
+EARLIER = re.compile(r"checkpoint-\d{4,}-\d{6,}\.pth")  # what --checkpoint-hist keeps beside the newest
+PREEMPTED = 128 + signal.SIGTERM  # the exit code of a run that a signal ended, its state saved
+LAST_SECONDS = 4.0  # that a process without its launcher has for saving
+
+
+# ---------------------------------------------------------------- files written whole
+
+
+class _Recorder:
+    """A file whose first error is kept: torch.save turns an OSError of `write` into a RuntimeError that does not say why."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+        self.flush = file.flush
+
+    def write(self, data) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Path | None = None) -> None:
+    """Replace a file as a whole: at every moment it holds either what it held, or all that `write` writes.
+
+    keep_as: what the file held stays, durable, under this name. Raises OSError where the file cannot be written, and then nothing has changed.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(unfinished, "wb", buffering=2**20) as file:
+            recorder = _Recorder(file)
+            try:
+                write(recorder)
+            except RuntimeError:
+                if recorder.error is not None:
+                    raise recorder.error from None
+                raise
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_as is not None and path.exists():
+            _keep(path, keep_as)
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _keep(path: Path, name: Path) -> None:
+    """Give a file another name. Where the file system has no links, it loses its own name, and is found under the other."""
+    try:
+        os.link(path, name)
+    except OSError:
+        os.replace(path, name)
+
+
+def write_text(path: Path, text: str) -> None:
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process of an earlier run left half-written. For the folder's owner only."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- the checkpoints of a folder
+
+
+def earlier_name(epochs: int, updates: int) -> str:
+    """The name of a checkpoint after so many whole epochs, and so many updates of the next one."""
+    return f"checkpoint-{epochs:04d}-{updates:06d}.pth"
+
+
+def earlier(folder: Path) -> list[Path]:
+    """The kept checkpoints beside the newest one, the newest first."""
+    found = [path for path in Path(folder).glob("checkpoint-*.pth") if EARLIER.fullmatch(path.name)]
+    return sorted(found, key=lambda path: [int(part) for part in path.stem.split("-")[1:]], reverse=True)
+
+
+def candidates(folder: Path) -> list[Path]:
+    """All checkpoints of a folder, in the order in which a run is continued from them."""
+    named = [Path(folder) / CHECKPOINT, *earlier(folder), Path(folder) / BEST]
+    return [path for path in named if path.is_file()]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Leave the newest `keep` checkpoints, CHECKPOINT counted; the best one is not touched."""
+    for path in earlier(folder)[max(keep - 1, 0) :]:
+        path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- one owner
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _lock(file) -> bool:
+    """Whether the lock was free, and is this process's now. It ends with the process, however that ends, and is not inherited by others."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a file system without locks: there is none to hold
+        return True
+    return True
+
+
+def owner(folder: Path) -> str | None:
+    """Who runs in this folder now, as "process N on HOST"; None if nobody does. Not for a process that holds the lock itself."""
+    try:
+        with open(Path(folder) / LOCK, "r+") as file:
+            return None if _lock(file) else file.read().strip() or "another process"
+    except OSError:
+        return None
+
+
+def in_use(folder: Path, taken_by: str) -> str:
+    return f"the folder is in use (--output_dir {folder}): {taken_by} runs in it; wait for it, stop it, or choose another folder"
+
+
+class Lock:
+    """The right to write in a folder, until `release` or the end of the process. `taken_by`: who has it instead, or None."""
+
+    def __init__(self, folder: Path):
+        self.file = open(Path(folder) / LOCK, "a+")  # noqa: SIM115  open as long as the run
+        self.taken_by = None
+        if _lock(self.file):
+            self.file.truncate(0)
+            self.file.write(_me() + "\n")
+            self.file.flush()
+        else:
+            self.file.seek(0)
+            self.taken_by = self.file.read().strip() or "another process"
+            self.file.close()
+
+    def release(self) -> None:
+        self.file.close()
+
+
+# ---------------------------------------------------------------- what became of a run
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class Status:
+    """status.json: {"state": running | finished | preempted | failed, "reason", "epoch", "updates", "by", "started", "time"}.
+
+    A failure is written by the process that had it; those that only notice that another one is gone leave its reason as it is.
+    """
+
+    def __init__(self, folder: Path, started: str):
+        self.path, self.started, self.place = Path(folder) / STATUS, started, {"epoch": -1, "updates": 0}
+
+    def write(self, state: str, reason: str = "") -> None:
+        record = {"state": state, "reason": reason, **self.place, "by": _me(), "started": self.started, "time": now()}
+        with contextlib.suppress(OSError):  # a full disk has an error of its own, which comes first
+            write_text(self.path, json.dumps(record, indent=1) + "\n")
+
+    def fail(self, reason: str, *, echo: bool = False) -> None:
+        if not (echo and self.told()):
+            self.write("failed", reason)
+
+    def told(self) -> bool:
+        """Whether this run's failure has been written already."""
+        try:
+            record = json.loads(self.path.read_text())
+            return record["state"] == "failed" and record["started"] == self.started
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+# ---------------------------------------------------------------- signals
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1 while it is entered: `received` is the signal's name, or None. The run ends at its next safe point."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _frame) -> None:
+        self.received = signal.Signals(number).name
+
+
+def die_with_parent(number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends (Linux; elsewhere nothing)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def end_with_launcher() -> None:
+    """End soon after the launcher does: a SIGTERM at once, so that the state is saved, and some seconds later the end in any case.
+
+    torchrun's processes outlive it otherwise, and go on writing into the run's folder.
+    """
+    parent = os.getppid()
+    die_with_parent(signal.SIGTERM)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        time.sleep(LAST_SECONDS)
+        os._exit(PREEMPTED)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def loading_process(_index: int) -> None:
+    """What a data-loading process does first: a group of its own, away from the launcher's signals, and no life without the trainer."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(signal.SIGKILL)
+
+
+def process_state(pid: int) -> str:
+    """ "stopped", "gone" or "alive", as this machine's process table has it."""
+    try:
+        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "gone" if sys.platform == "linux" else "alive"
+    return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(letter, "alive")

@@ -1,0 +1,49 @@
+"""A name for what a checkpoint holds: two runs that are the same to the last bit have the same. python tools/checkpoint_hash.py FILE ...
+
+The SHA-256 of weights, averaged weights, optimizer, loss scale and random states, by name, type, shape and bytes. The files' own bytes say
+less: they also hold paths and times.
+"""
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from options import Parser
+from utils import UserError
+
+PARTS = ("model", "model_ema", "optimizer", "scaler", "random_states")
+
+
+def digest(payload: Mapping) -> str:
+    """64 hexadecimal digits."""
+    sha = hashlib.sha256()
+    for name, value in checkpoint.leaves({part: payload[part] for part in PARTS if part in payload}):
+        if isinstance(value, Tensor):
+            sha.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
+            sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        else:
+            sha.update(f"{name} {value!r} ".encode())
+    return sha.hexdigest()
+
+
+def main() -> int:
+    parser = Parser(prog="checkpoint_hash.py", description=__doc__.partition("\n")[0])
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    for file in parser.parse_args().files:
+        try:
+            print(digest(checkpoint.load(file)), "", file)
+        except UserError as error:
+            print(f"checkpoint_hash.py: error: {error}", file=sys.stderr)
+            return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
