@@ -141,10 +141,11 @@ def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
 def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str], *, source: str) -> dict[str, Tensor]:
     """The same tensors by other names, in the same order."""
     new = {}
-    for name, value in state.items():
-        if rename(name) in new:
-            raise UserError(f"two tensors for one weight ({source}, {rename(name)}): expected one network in the file")
-        new[rename(name)] = value
+    for old, value in state.items():
+        name = rename(old)
+        if name in new:
+            raise UserError(f"two tensors for one weight ({source}, {name}): expected one network in the file")
+        new[name] = value
     return new
 
 

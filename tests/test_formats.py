@@ -22,7 +22,8 @@ def weights(key, *, num_classes=7, in_chans=3, norms=False):
         shapes = {name: value.shape for name, value in gvt.Twins(VARIANTS[key], num_classes=num_classes, in_chans=in_chans).state_dict().items()}
     if norms:
         shapes |= {f"norm_list.{stage}.{kind}": (dim,) for stage, dim in enumerate(VARIANTS[key].dims) for kind in ("weight", "bias")}
-    return {name: (torch.arange(torch.Size(shape).numel()) + 0.125 * rank).reshape(shape) for rank, (name, shape) in enumerate(shapes.items())}
+    rows = {name: torch.arange(shape[0]) + 0.125 * rank for rank, (name, shape) in enumerate(shapes.items())}
+    return {name: row.reshape(-1, *[1] * (len(shapes[name]) - 1)).expand(shapes[name]) for name, row in rows.items()}
 
 
 def assert_same(state, other):

@@ -88,11 +88,11 @@ def convert(source: str, out: Path, fmt: str, *, no_head: bool = False, ema: boo
     state, found, others = read(source, ema=ema)
     variant = formats.variant_of(state, source=source)
     written, not_held, notes = formats.from_published(state, fmt, source=source, no_head=no_head)
-    names = {"tensors": list(written), "left_out": others + not_held, "notes": notes}
+    record = {"source": source, "format": found, "written_as": fmt, "tensors": list(written), "left_out": others + not_held, "notes": notes}
     try:
         write(out, fmt, written, variant=variant)
         if report:
-            write_text(report, json.dumps({"source": source, "format": found, "written_as": fmt, **names}, indent=1) + "\n")
+            write_text(report, json.dumps(record, indent=1) + "\n")
     except Exception as error:  # a disk that is full ends in one of many types, torch's hides the system's
         raise UserError(f"cannot be written ({out}): {one_line(error.__context__ or error)[:120]}: is there room, and the right to write?") from error
     line = f"{source} ({found}, {variant}) -> {out} ({fmt}): {len(written)} tensors"
