@@ -369,6 +369,7 @@ class Run:
             "train_stats": self.stats,
             "class_names": self.classes,
             "recipe": self.recipe,
+            "threads": torch.get_num_threads(),
             "random_states": utils.all_gather(utils.get_random_state()),
         }
         return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
@@ -447,7 +448,7 @@ class Run:
             self.restore_rate()
             if self.progress:  # in batches of this process, which may be another share of the global batch than before
                 self.progress["batches"] = self.progress["updates"] * args.grad_accum_steps
-            self.restore_random(payload.get("random_states") or [])
+            self.restore_random(payload.get("random_states") or [], threads=payload.get("threads"))
         except Exception as error:
             raise self.unfit(source, error) from error
         if Path(source).resolve() == (self.folder / CHECKPOINT).resolve():
@@ -482,12 +483,15 @@ class Run:
         else:
             self.scheduler.update_groups(self.initial_rates)
 
-    def restore_random(self, states: list[dict]) -> None:
-        world = utils.get_world_size()
+    def restore_random(self, states: list[dict], *, threads: int | None) -> None:
+        world, own = utils.get_world_size(), torch.get_num_threads()
         if len(states) == world:
             utils.set_random_state(states[utils.get_rank()])
-        elif states:
-            say(f"resume: {len(states)} processes then, {world} now: sums round differently, so the bits may differ from an uninterrupted run's")
+        then = f"{len(states) or 'other'} processes then, {world} now" if len(states) != world else ""
+        if not then and self.device.type == "cpu" and threads != own:
+            then = f"{threads or 'other'} threads a process then, {own} now"
+        if then:
+            say(f"resume: {then}: sums round differently, so the bits may differ from an uninterrupted run's")
 
     def best_of_folder(self) -> float:
         """The score of the folder's best checkpoint, which a worse one must not replace; 0 if there is none to be read."""

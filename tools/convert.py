@@ -33,14 +33,14 @@ from torch import Tensor
 
 import checkpoint
 import formats
+from lifecycle import atomic_write, write_text
 from options import Parser
-from utils import UserError, atomic_write, one_line, write_text
+from utils import UserError, one_line
 
 
 def read(source: str, *, ema: bool) -> tuple[dict[str, Tensor], str, list[str]]:
     """-> tensors by published names, the format that was found, the names that were left out."""
-    state = checkpoint.weights(checkpoint.load(source), source=source, key="model_ema" if ema else None)
-    return formats.to_published(state, source=source)
+    return checkpoint.found(checkpoint.load(source), source=source, key="model_ema" if ema else None)
 
 
 def write(path: Path, fmt: str, state: Mapping[str, Tensor], *, variant: str) -> None:
