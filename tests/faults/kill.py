@@ -11,9 +11,9 @@ import signal
 import time
 from pathlib import Path
 
-from common import Row, Started, command, complain, make_data, ranks, result, run_program, status, words
+from common import CLASSES, Row, Started, command, complain, make_data, ranks, result, run_program, status, words
 
-UPDATES_EPOCH = 20
+UPDATES_EPOCH, BATCH = 20, 2  # a process's batch
 
 
 def stepping(run: Started) -> bool:
@@ -29,9 +29,9 @@ def in_evaluation(run: Started) -> bool:
 class Killer:
     def __init__(self, base: Path, *, processes: int, epochs: int, seed: int):
         self.base, self.processes, self.random = base, processes, random.Random(seed)
-        # Each picture is shown once an epoch; the global batch is 4.
-        self.data = make_data(base / "data", train=UPDATES_EPOCH, val=10)
-        self.options = dict(epochs=epochs, **{"batch-size": 4 // processes})
+        pictures = UPDATES_EPOCH * BATCH * processes // len(CLASSES)
+        self.data = make_data(base / f"data-{processes}", train=pictures, val=10)
+        self.options = {"epochs": epochs, "batch-size": BATCH}
         self.cycle, self.counts = 0, {"inside a save": 0, "in an evaluation": 0, "anywhere": 0}
         whole = base / f"whole-{processes}"
         if not (whole / "log.txt").exists():
