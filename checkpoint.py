@@ -130,9 +130,9 @@ def load(source: str | Path) -> dict:
     none. Raises UserError with one line for whatever is wrong with the file.
     """
     path = _download(source) if str(source).startswith("https://") else Path(source)
-    if not path.is_file():
-        raise UserError(f"no such file ({source}): expected a checkpoint")
     try:
+        if not path.is_file():
+            raise UserError(f"no such file ({source}): expected a checkpoint")
         with open(path, "rb") as file:
             start = file.read(9)
         if start[:4] == b"PK\x03\x04":
@@ -184,6 +184,8 @@ def _read_zip(path: Path) -> object:
             raise ValueError(f"damaged, the checksum of {damaged[:60]} is wrong: take another copy")
         opcodes = 0
         for record in records:
+            if record.filename.endswith("/constants.pkl"):
+                raise ValueError("it is a TorchScript program, expected weights")
             if record.filename.endswith(".pkl"):
                 with archive.open(record) as file:
                     opcodes = _scan(file, opcodes)

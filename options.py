@@ -6,6 +6,7 @@ Nothing here imports torch, so that --help and a wrong option are answered at on
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 
@@ -59,6 +60,13 @@ def numbers(kind: type, says: str, test: Callable[[float], bool]) -> Callable[[s
     return number
 
 
+def path(text: str) -> str:
+    """The type of an option that names a file or folder."""
+    if "\0" in text or (not text.startswith("https://") and max(len(os.fsencode(part)) for part in text.split("/")) > 255) or len(text) > 4000:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}... cannot be the name of a file")
+    return text
+
+
 MOST = 2**62  # no option is as large; torch and numpy take no larger integers
 positive = numbers(int, "a number from 1 up", lambda value: value >= 1)
 count = numbers(int, "a number from 0 up", lambda value: value >= 0)
@@ -83,7 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--input-size", type=pixels, default=224, metavar="PIXELS", help="side of a picture (%(default)s)")
     group.add_argument("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
     group.add_argument("--drop-path", type=probability, default=0.1, metavar="P", help="stochastic depth of the last block (%(default)s)")
-    group.add_argument("--finetune", default="", metavar="FILE", help="start from these weights; a head of another size is made anew")
+    group.add_argument("--finetune", type=path, default="", metavar="FILE", help="start from these weights; a head of another size is made anew")
     group.add_argument("--grad-checkpointing", action="store_true", help="recompute activations in the backward pass, to save memory")
     group.add_argument("--channels-last", action="store_true", help="pictures and weights in channels-last memory format")
     group.add_argument("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND", help="compile the model")
@@ -140,7 +148,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data")
     default = "/datasets01/imagenet_full_size/061417/"
-    group.add_argument("--data-path", default=default, metavar="FOLDER", help="with train/CLASS/* and val/CLASS/* (%(default)s)")
+    group.add_argument("--data-path", type=path, default=default, metavar="FOLDER", help="with train/CLASS/* and val/CLASS/* (%(default)s)")
     group.add_argument("--data-set", default="IMNET", choices=("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19"), help="CIFAR is CIFAR-100")
     inat = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
     group.add_argument("--inat-category", default="name", choices=inat, help="what iNaturalist's classes are (%(default)s)")
@@ -152,15 +160,15 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
 
     group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", default="", metavar="FOLDER", help="of a training run (./MODEL)")
+    group.add_argument("--output_dir", type=path, default="", metavar="FOLDER", help="of a training run (./MODEL)")
     group.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run, and replace it")
     what = "a checkpoint to continue, or auto: the newest of the output folder that is whole; with --eval, weights to evaluate"
-    group.add_argument("--resume", default="", metavar="FILE", help=what)
+    group.add_argument("--resume", type=path, default="", metavar="FILE", help=what)
     group.add_argument("--resume-changed", action="store_true", help="continue although model settings, data or recipe differ from the stored ones")
     group.add_argument("--checkpoint-interval", type=count, default=0, metavar="N", help="save every N updates inside an epoch too (0: never)")
     group.add_argument("--checkpoint-hist", type=positive, default=2, metavar="N", help="checkpoints to keep beside the best (%(default)s)")
     group.add_argument("--keep-going", action="store_true", help="go on where a checkpoint cannot be written, and try again with the next")
-    group.add_argument("--report", default="", metavar="FILE", help="list in JSON which weights were loaded and which do not fit")
+    group.add_argument("--report", type=path, default="", metavar="FILE", help="list in JSON which weights were loaded and which do not fit")
     group.add_argument("--start_epoch", type=count, default=0, metavar="N", help="(%(default)s)")
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
     group.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too, at some cost in speed")

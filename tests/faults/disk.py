@@ -4,7 +4,6 @@ A run is continued where it cannot save. It must end with one line and exit code
 bytes, and no unfinished file may be left. Real file systems where mounting is allowed (root), and strace's injection where it is there.
 """
 
-import os
 import resource
 import shutil
 import subprocess
