@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from lifecycle import loading_process
+from lifecycle import loading_process, time_limit
 from utils import UserError
 
 SMALL = 32  # pixels: up to this size, pictures are shifted instead of cropped and resized, as published for CIFAR
@@ -251,6 +251,28 @@ class Keyed(Dataset):
             return self.dataset[index]
 
 
+class TimedLoader(DataLoader):
+    """A loader whose batches must come within `seconds` where other processes make them.
+
+    DataLoader's own timeout ends at the first sign of a batch: one of a process that stops while it hands over its memory is waited for
+    without end.
+    """
+
+    def __init__(self, *args, seconds: float, **settings):
+        super().__init__(*args, **settings)
+        self.seconds = seconds if self.num_workers else 0
+
+    def __iter__(self) -> Iterator:
+        batches = super().__iter__()
+        end = object()
+        while True:
+            with time_limit(self.seconds, RuntimeError(f"DataLoader timed out after {self.seconds:g} seconds")):
+                batch = next(batches, end)
+            if batch is end:
+                return
+            yield batch
+
+
 def build_loader(
     dataset: Dataset, sampler: Iterable, *, batch_size: int, workers: int, pin_memory: bool, drop_last: bool, timeout: float = 0
 ) -> DataLoader:
@@ -258,7 +280,7 @@ def build_loader(
 
     timeout: seconds without a batch of the workers after which it is an error, 0 for none.
     """
-    return DataLoader(
+    return TimedLoader(
         dataset,
         sampler=sampler,
         batch_size=batch_size,
@@ -266,7 +288,7 @@ def build_loader(
         pin_memory=pin_memory,
         drop_last=drop_last,
         persistent_workers=workers > 0,
-        timeout=timeout if workers else 0,
+        seconds=timeout,
         worker_init_fn=loading_process,
         generator=torch.Generator(),
     )

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -256,6 +256,25 @@ def end_with_launcher() -> None:
         os._exit(PREEMPTED)
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float, error: Exception) -> Iterator[None]:
+    """Raise `error` in the main thread where the body takes longer, also in the middle of a system call. 0, or another thread: no limit."""
+    if not seconds or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def over(_number, _frame) -> None:
+        raise error
+
+    handler, (left, _) = signal.signal(signal.SIGALRM, over), signal.setitimer(signal.ITIMER_REAL, seconds)
+    start = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3) if left else 0)
+        signal.signal(signal.SIGALRM, handler)
 
 
 def loading_process(_index: int) -> None:

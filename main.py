@@ -690,12 +690,10 @@ def run(args: argparse.Namespace, written: set[str]) -> int:
         if known is None or os.environ.get("TWINS_DEBUG") == "1":
             raise
         code, line = known
+        utils.end_stopped_processes()
         utils.print_error(line, kind="stopped" if code == lifecycle.PREEMPTED else "error")
         return code
-    finally:
-        if sys.exc_info()[0] is not None:
-            utils.end_loading_processes()
 
 
 if __name__ == "__main__":
-    sys.exit(run(ARGS, WRITTEN))
+    utils.leave(run(ARGS, WRITTEN))

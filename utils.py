@@ -9,6 +9,7 @@ import random
 import re
 import resource
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -148,12 +150,24 @@ def is_lost_process(error: RuntimeError) -> bool:
     return get_world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "closed by peer" in text or "timed out waiting" in text)
 
 
+def peers_of_this_machine() -> dict[int, tuple[int, str]]:
+    """rank -> (pid, state) of the run's processes here."""
+    here = socket.gethostname()
+    return {rank: (pid, process_state(pid)) for rank, (host, pid) in enumerate(PEERS) if host == here}
+
+
 def lost_processes() -> str:
     """Which processes of this machine ended or are stopped, in words."""
     time.sleep(0.5)  # for the process table to know
-    states = [(rank, pid, process_state(pid) if host == socket.gethostname() else "elsewhere") for rank, (host, pid) in enumerate(PEERS)]
-    lost = [f"process {rank} (pid {pid}) is {state}" for rank, pid, state in states if state in ("gone", "stopped")]
-    return ", ".join(lost) or "no process of this machine has ended: look for one that hangs, or at the other machines"
+    lost = [f"process {rank} (pid {pid}) is {state}" for rank, (pid, state) in peers_of_this_machine().items() if state != "alive"]
+    return ", ".join(lost) or "none of this machine has ended: look for one that hangs, or at the other machines"
+
+
+def end_stopped_processes() -> None:
+    """Kill those of the run's processes here that are stopped: the run is over, and the launcher would wait half a minute for them."""
+    for pid, state in peers_of_this_machine().values():
+        if state == "stopped":
+            os.kill(pid, signal.SIGKILL)
 
 
 def is_loading_error(error: RuntimeError) -> bool:
@@ -166,10 +180,13 @@ def loading_processes() -> str:
     return ", ".join(states) or "none is left"
 
 
-def end_loading_processes() -> None:
-    """Kill them, also the stopped ones: at the end of a failed run, waiting for them could take forever."""
-    for child in multiprocessing.active_children():
-        child.kill()
+def leave(code: int) -> NoReturn:
+    """End the process. After an error at once: the orderly way waits for data-loading processes, of which one may be stuck; they end too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        os._exit(code)
+    sys.exit(0)
 
 
 @contextlib.contextmanager

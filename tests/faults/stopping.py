@@ -67,4 +67,4 @@ elif kind == "save":
     checkpoint.torch.save = stop_inside
 
 if __name__ == "__main__":
-    sys.exit(main.run(*options.parse_args(options_given)))
+    utils.leave(main.run(*options.parse_args(options_given)))
