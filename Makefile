@@ -12,12 +12,13 @@ DEMO_MODEL := --model alt_gvt_demo --data-path $(DIGITS) --input-size 32
 DEMO_TRAINING := --epochs 20 --warmup-epochs 0 --lr 4e-3 --hflip 0 --mixup 0 --cutmix 0 --aa "" --color-jitter 0 --reprob 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast lint
+.PHONY: help install demo test test-fast faults lint
 
 help:
 	@echo "make demo       install, train a small Twins on handwritten digits, evaluate it, draw what it says (about 3 minutes)"
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (under 3 minutes)"
+	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
 	@echo "make lint       install, check style and the README's tables"
 	@echo "make install    only install, into .venv"
 
@@ -46,6 +47,9 @@ test: install
 
 test-fast: install
 	$(RUN) -m pytest -m "not slow"
+
+faults: install
+	$(RUN) tests/faults/all.py
 
 lint: install
 	$(RUN) -m ruff check .

@@ -347,7 +347,7 @@ def save(path: Path, payload: dict, *, keep_as: Path | None = None) -> None:
     try:
         atomic_write(path, lambda file: torch.save(payload, file), keep_as=keep_as)
     except OSError as error:
-        raise UserError(f"cannot write ({path}): {error.strerror}; what was there is untouched, make room and continue with --resume auto") from error
+        raise UserError(f"cannot write ({path}): {error.strerror}; nothing there has changed, mend that and try again") from error
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:

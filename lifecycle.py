@@ -286,10 +286,22 @@ def loading_process(_index: int) -> None:
     die_with_parent(signal.SIGKILL)
 
 
-def process_state(pid: int) -> str:
-    """ "stopped", "gone" or "alive", as this machine's process table has it."""
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat from the state on; empty where there is no such process, or no such file system."""
     try:
-        letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
+        return []
+
+
+def identity() -> tuple[str, int, str]:
+    """This process among all that the machines of a run ever have: host, pid, and when it was started, in the kernel's ticks."""
+    return socket.gethostname(), os.getpid(), "".join(_stat(os.getpid())[19:20])
+
+
+def process_state(pid: int, started: str = "") -> str:
+    """ "stopped", "gone" or "alive", as this machine's process table has it. started: as in `identity`, for another one may have its pid."""
+    fields = _stat(pid)
+    if not fields or (started and fields[19] != started):
         return "gone" if sys.platform == "linux" else "alive"
-    return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(letter, "alive")
+    return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(fields[0], "alive")

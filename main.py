@@ -394,7 +394,7 @@ class Run:
         except UserError as error:
             if not self.args.keep_going:
                 raise
-            return utils.warn(f"{error}; going on without it (--keep-going)")
+            return utils.warn(f"going on (--keep-going): {error}")
         self.kept = place
         self.status.place = {"epoch": self.epoch, "updates": place[1]}
 

@@ -24,11 +24,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lifecycle import process_state
+from lifecycle import identity, process_state
 
 ROOT = Path(__file__).resolve().parent
 LONGEST_LINE = 300  # characters
-PEERS: list[tuple[str, int]] = []  # host and pid of each process of the run
+PEERS: list[tuple[str, int, str]] = []  # `identity` of each process of the run
 
 
 class UserError(Exception):
@@ -138,7 +138,7 @@ def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: 
         except (ValueError, RuntimeError) as error:  # no such address, or a process that does not come
             reason = str(error).strip().splitlines()[0][:120]
             raise UserError(f"the processes did not meet (--dist_url {dist_url}): {reason}") from error
-        PEERS[:] = all_gather((socket.gethostname(), os.getpid()))
+        PEERS[:] = all_gather(identity())
     if kind == "cpu" and not written:
         say("device: cpu (no CUDA device found)")
     return device
@@ -153,7 +153,7 @@ def is_lost_process(error: RuntimeError) -> bool:
 def peers_of_this_machine() -> dict[int, tuple[int, str]]:
     """rank -> (pid, state) of the run's processes here."""
     here = socket.gethostname()
-    return {rank: (pid, process_state(pid)) for rank, (host, pid) in enumerate(PEERS) if host == here}
+    return {rank: (pid, process_state(pid, started)) for rank, (host, pid, started) in enumerate(PEERS) if host == here}
 
 
 def lost_processes() -> str:

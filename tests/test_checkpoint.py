@@ -1,12 +1,17 @@
 """Checkpoints: written whole, read safely, loaded only where every name and shape fits."""
 
 import argparse
+import json
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from checkpoint_hash import digest
 from torch import nn
 
 import checkpoint
@@ -97,6 +102,117 @@ def test_what_is_no_checkpoint(tmp_path):
 def test_weights_are_found_however_they_are_wrapped(wrap):
     state = nn.Linear(2, 3).state_dict()
     assert checkpoint.weights(wrap(state), source="x").keys() == state.keys()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_what_files_of_others_hold_becomes_plain_values(tmp_path, zipped):
+    """Namespace, paths, numpy's scalars and arrays, parameters, ordered dictionaries, types, the history in mmengine's files."""
+    args = argparse.Namespace(lr=5e-4, output_dir=Path("a") / "b", betas=None, scale=(0.08, 1.0))
+    shared = torch.arange(6.0).reshape(2, 3)
+    payload = {
+        "model": OrderedDict(w=nn.Parameter(torch.ones(2)), part=shared[:, 1:], again=shared),
+        "args": args,
+        "max_accuracy": np.float64(81.25),
+        "epoch": np.int64(7),
+        "small": np.float32(0.5),
+        "history": np.arange(3),
+        "size": torch.Size([1, 2]),
+        "dtype": torch.float16,
+        "names": {"a": [1, None, True, "x", 2**70, b"bytes"]},
+    }
+    path = tmp_path / "x.pth"
+    torch.save(payload, path, _use_new_zipfile_serialization=zipped)
+    loaded = checkpoint.load(path)
+    assert loaded["args"] == {"lr": 5e-4, "output_dir": "a/b", "betas": None, "scale": (0.08, 1.0)}
+    assert (loaded["max_accuracy"], loaded["epoch"], loaded["small"], loaded["history"]) == (81.25, 7, 0.5, None)
+    assert type(loaded["max_accuracy"]) is float and type(loaded["epoch"]) is int and loaded["size"] == (1, 2)
+    assert loaded["names"] == payload["names"] and loaded["dtype"] == "torch.float16"
+    assert type(loaded["model"]) is dict and type(loaded["model"]["w"]) is torch.Tensor
+    assert torch.equal(loaded["model"]["part"], shared[:, 1:]) and loaded["model"]["part"].is_contiguous()
+
+
+def test_what_was_read_is_not_tied_to_the_file(tmp_path):
+    """Files are mapped while they are checked; the tensors are copies."""
+    path = tmp_path / "x.pth"
+    torch.save({"w": torch.ones(5000)}, path)
+    loaded = checkpoint.load(path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert (loaded["w"] == 1).all()
+
+
+def test_safetensors_are_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    state = {name: value.contiguous() for name, value in nn.Linear(3, 2).state_dict().items()}
+    safetensors.torch.save_file(state, path)
+    loaded = checkpoint.weights(checkpoint.load(path), source=path)
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
+
+
+def test_an_address_is_read_through_the_hubs_cache(tmp_path, monkeypatch):
+    """With the same care as a file; without a network, what is there still serves."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    checkpoint.save(cache / "w-12345678.pth", {"w": torch.ones(1000)})
+    url = "https://localhost:1/some/w-12345678.pth"
+    assert (checkpoint.load(url)["w"] == 1).all()
+    content = bytearray((cache / "w-12345678.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (cache / "w-12345678.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"not a readable checkpoint \(https://localhost:1/some/w-12345678.pth\): damaged"):
+        checkpoint.load(url)
+    with pytest.raises(UserError, match=r"no checkpoint from there \(https://localhost:1/other.pth\)"):
+        checkpoint.load("https://localhost:1/other.pth")
+    assert not (cache / "other.pth").exists()
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state", "model_ema", "state_dict_ema"])
+def test_every_wrapper_is_known(key):
+    state = nn.Linear(2, 3).state_dict()
+    assert checkpoint.weights({"epoch": 3, key: dict(state)}, source="x").keys() == state.keys()
+
+
+def test_the_backbone_of_a_dense_checkpoint_is_taken():
+    state = {"backbone.patch_embeds.0.proj.weight": torch.ones(1), "decode_head.conv_seg.weight": torch.ones(2)}
+    weights, fmt, left_out = checkpoint.found({"meta": {"config": "import os"}, "state_dict": state}, source="x")
+    assert list(weights) == ["patch_embeds.0.proj.weight"] and fmt == "dense" and left_out == ["decode_head.conv_seg.weight"]
+
+
+def test_a_report_lists_every_name(tmp_path, monkeypatch):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
+    state = {f"x{name}": value for name, value in model.state_dict().items()} | {"0.weight": torch.full((2, 2), float("nan"))}
+    report = tmp_path / "report.json"
+    with pytest.raises(UserError) as caught:
+        checkpoint.load_into(model, state, source="x.pth", report=str(report))
+    assert "11 missing (0.bias, 1.weight, 1.bias); 12 unknown (x0.weight, x0.bias, x1.weight); 1 not finite (0.weight)" in str(caught.value)
+    found = json.loads(report.read_text())
+    assert len(found["missing"]) == 11 and len(found["unknown"]) == 12 and found["not finite"] == ["0.weight"] and found["loaded"] == []
+    monkeypatch.setenv("TWINS_DEBUG", "1")
+    with pytest.raises(UserError, match="5.bias"):
+        checkpoint.load_into(model, state, source="x.pth")
+    checkpoint.load_into(model, model.state_dict(), source="x.pth", report=str(report))
+    assert len(json.loads(report.read_text())["loaded"]) == 12
+    with pytest.raises(UserError, match="cannot write the report"):
+        checkpoint.load_into(model, model.state_dict(), source="x.pth", report=str(tmp_path / "no" / "r.json"))
+
+
+def test_surplus_is_dropped_only_where_it_was_named():
+    model = nn.Linear(2, 2)
+    state = model.state_dict() | {"norm_list.0.weight": torch.ones(2)}
+    with pytest.raises(UserError, match=r"1 unknown \(norm_list.0.weight\)"):
+        checkpoint.load_into(model, state, source="x")
+    assert checkpoint.load_into(model, state, source="x", may_have=("norm_list.",)) == {"missing": [], "unknown": ["norm_list.0.weight"]}
+
+
+def test_leaves_and_digest(tmp_path):
+    payload = {"model": {"b": torch.ones(2), "a": torch.zeros(1)}, "optimizer": {"state": {0: {"step": 3}}}, "args": {"lr": 1.0}}
+    assert [name for name, _ in checkpoint.leaves(payload["model"])] == ["/a", "/b"]
+    same = {"optimizer": payload["optimizer"], "model": {"a": torch.zeros(1), "b": torch.ones(2)}, "args": {"lr": 2.0}}
+    assert digest(payload) == digest(same)
+    others = [{"b": torch.ones(2).double()}, {"b": torch.ones(1, 2)}, {"b": torch.tensor([1.0, 1.0000001])}]
+    digests = {digest(payload | {"model": payload["model"] | other}) for other in others} | {digest(payload | {"optimizer": {}})}
+    assert len(digests | {digest(payload)}) == 5
 
 
 def test_every_difference_is_an_error():

@@ -1,6 +1,7 @@
 """A run that was stopped and continued ends with the same bits as one that was not."""
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -164,6 +165,40 @@ def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path,
     assert {path.name for path in tmp_path.glob("checkpoint-*.pth")} == expected
     for path in lifecycle.candidates(tmp_path):
         checkpoint.load(path)
+
+
+def test_keep_going_tries_again_at_the_next_save(toy, tmp_path, monkeypatch, capsys):
+    """A disk that was full for a while costs saves, not the run."""
+    write, saves = checkpoint.atomic_write, []
+
+    def full_for_a_while(path, content, **how):
+        saves.append(path)
+        if len(saves) <= 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, content, **how)
+
+    monkeypatch.setattr(checkpoint, "atomic_write", full_for_a_while)
+    run = [*words(toy, tmp_path / "run"), "--epochs", 1]
+    assert here(*run) == 2
+    assert "No space left on device" in capsys.readouterr().err and status(tmp_path / "run")["state"] == "failed"
+    saves.clear()
+    assert here(*run, "--keep-going") == 0
+    warned = capsys.readouterr().err.splitlines()
+    assert len(warned) == 2 and all("going on (--keep-going): cannot write" in line for line in warned) and len(saves) > 2
+    assert checkpoint.load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "workers"), [(1, (1, 4)), (2, (0, 2)), (4, (0, 1))])
+def test_the_same_seed_gives_the_same_bits(processes, workers, toy, tmp_path):
+    """For any number of workers. (Of one process and none: tests/test_main.py.)"""
+    found = []
+    for number in workers:
+        folder = tmp_path / str(number)
+        done = program("none", *words(toy, folder, "--epochs", 1, "--num_workers", number, batch=8 // processes), processes=processes)
+        assert done.returncode == 0, done.stderr
+        found.append(final(folder))
+    assert found[0] == found[1]
 
 
 # ---------------------------------------------------------------- the same run
