@@ -1,4 +1,4 @@
-"""The one door for weights and training states: no other file reads or writes them.
+"""The one door for weights and training states: no other file opens or writes one.
 
 Reading is for files that nobody vouches for: checksums first, then what a file's pickles name against a short list, then
 torch.load(weights_only=True) with stand-ins of ours, and what comes out are tensors and plain values. Nothing in a file can run.
@@ -10,7 +10,7 @@ import os
 import pickletools
 import urllib.parse
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -219,7 +219,7 @@ class _Plain:
     """
 
     def __init__(self, file_size: int):
-        self.left, self.done, self.kept = file_size, {}, []
+        self.left, self.done, self.kept, self.copies = file_size, {}, [], {}
 
     def value(self, value: object) -> object:
         if value is None or isinstance(value, (bool, int, float, str, bytes)):
@@ -255,11 +255,15 @@ class _Plain:
     def tensor(self, value: Tensor) -> Tensor:
         if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
             raise ValueError(f"a tensor on {value.device} with layout {value.layout}")
-        size = value.numel() * value.element_size()
-        self.left -= size
-        if size > value.untyped_storage().nbytes() or self.left < 0:
-            raise ValueError(f"a tensor of shape {list(value.shape)[:6]} claims more than the file has")
-        return value.detach().clone(memory_format=torch.contiguous_format)
+        storage = value.untyped_storage()
+        view = storage.data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype
+        if view not in self.copies:  # a file may name the same tensor twice, as model and as average
+            size = value.numel() * value.element_size()
+            self.left -= size
+            if size > storage.nbytes() or self.left < 0:
+                raise ValueError(f"a tensor of shape {list(value.shape)[:6]} claims more than the file has")
+            self.copies[view] = value.detach().clone(memory_format=torch.contiguous_format)
+        return self.copies[view]
 
 
 def all_finite(value: Tensor) -> bool:
@@ -283,10 +287,19 @@ def found(payload: Mapping, *, source: str, key: str | None = None) -> tuple[dic
     if key is not None and key not in payload:
         raise UserError(f"no averaged weights ({source}): it was trained without --model-ema")
     wrapped = payload[key] if key is not None else next((payload[name] for name in WRAPPERS if isinstance(payload.get(name), dict)), payload)
-    state = {name: value for name, value in wrapped.items() if isinstance(name, str) and isinstance(value, Tensor)} if wrapped else {}
+    items = wrapped.items() if isinstance(wrapped, dict) else ()
+    state = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:
         raise UserError(f"no weights ({source}): expected tensors by name")
     return formats.to_published(state, source=source)
+
+
+def class_names(payload: Mapping, *, source: str) -> list[str] | None:
+    """The names of a classifier's outputs, in their order; None where the file does not say."""
+    names = payload.get("class_names")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"not a training state ({source}): its class names are no list of names")
+    return names
 
 
 def differences(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
@@ -344,8 +357,17 @@ def save(path: Path, payload: dict, *, keep_as: Path | None = None) -> None:
 
     Files hold tensors and plain values only: torch.load(weights_only=True) opens them as they are.
     """
+    _write(path, lambda file: torch.save(payload, file), keep_as=keep_as)
+
+
+def save_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Write bare weights, which share no memory, as safetensors."""
+    _write(path, lambda file: file.write(safetensors.torch.save(dict(state), metadata={"format": "pt"})))
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Path | None = None) -> None:
     try:
-        atomic_write(path, lambda file: torch.save(payload, file), keep_as=keep_as)
+        atomic_write(path, write, keep_as=keep_as)
     except OSError as error:
         raise UserError(f"cannot write ({path}): {error.strerror}; nothing there has changed, mend that and try again") from error
 

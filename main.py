@@ -181,9 +181,9 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
     payload = checkpoint.load(args.resume)
     state = checkpoint.weights(payload, source=args.resume, key="model_ema" if args.model_ema else None)
     head = state.get("head.weight")
-    if head is None:
+    if head is None or head.ndim != 2:
         raise UserError(f"no classifier in the weights ({args.resume}): expected head.weight, --finetune can add one")
-    classes, stored = None, payload.get("class_names")
+    classes, stored = None, checkpoint.class_names(payload, source=args.resume)
     if args.data_set == "IMNET":
         classes = datasets.match_classes(datasets.class_folders(Path(args.data_path) / "val"), stored, len(head))
     elif stored is not None:
@@ -342,7 +342,8 @@ class Run:
         """Weights of another training; a classifier of another size is left as it is, new."""
         state, own, may_lack = checkpoint.weights(checkpoint.load(source), source=source), self.model.state_dict(), ()
         if "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
-            say(f"finetune: the classifier of {source} has {len(state['head.weight'])} classes, this data set {len(self.classes)}: made anew")
+            there = "x".join(map(str, state["head.weight"].shape[:1]))
+            say(f"finetune: the classifier of {source} has {there} classes, this data set {len(self.classes)}: made anew")
             state = {name: value for name, value in state.items() if not name.startswith("head.")}
         if "head.weight" not in state:
             may_lack = ("head.",)
@@ -417,8 +418,10 @@ class Run:
         source = utils.in_main_process(self.newest) if args.resume == "auto" else args.resume
         if not source:
             return say(f"resume: no checkpoint in {self.folder}, the run starts")
+        if Path(source).parent.resolve() != self.folder.resolve() and not args.overwrite:
+            check_no_run(args)
         payload = checkpoint.load(source)
-        stored = payload.get("class_names")
+        stored = checkpoint.class_names(payload, source=source)
         if stored is not None and stored != self.classes:
             raise UserError(f"other classes than the checkpoint's ({args.data_path}): {len(self.classes)} here, {len(stored)} in {source}")
         if resume.COMPLETE - set(payload):
@@ -458,7 +461,7 @@ class Run:
         say(f"resume: {source}, after epoch {self.epoch}{inside}, max accuracy {self.best:.2f}%")
 
     def restore_weights(self, payload: dict, source: str) -> None:
-        if not self.args.overwrite:
+        if not self.args.overwrite:  # this schedule begins anew
             check_no_run(self.args)
         checkpoint.load_into(self.model, checkpoint.weights(payload, source=source), source=source, report=self.args.report)
         if self.ema:

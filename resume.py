@@ -21,6 +21,7 @@ FREE = {
     *("grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
 RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the published schedule's state, in today's timm
+MOST_EPOCHS = 10_000  # compared between two schedules
 COMPLETE = {"optimizer", "lr_scheduler", "epoch"}  # what a file must hold beside weights to be continued
 
 
@@ -66,7 +67,7 @@ def schedule_changes(stored: Mapping, scheduler, epochs: int) -> list[str]:
         schedule.step(epoch)
         return [group["lr"] for group in schedule.optimizer.param_groups]
 
-    for epoch in range(epochs):
+    for epoch in range(min(epochs, MOST_EPOCHS)):
         there, here = rates(other, epoch), rates(scheduler, epoch)
         if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(there, here)):
             return [f"lr after epoch {epoch} {there[0]:.6g} -> {here[0]:.6g}"]
@@ -126,7 +127,11 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapp
     """Put `moments` into an optimizer of this model. Its settings (rates, decay, how it is computed) stay its own."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {index: found[names[parameter]] for index, parameter in enumerate(parameters) if names[parameter] in found}
+    state = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in found[names[parameter]].items()}
+        for index, parameter in enumerate(parameters)
+        if names[parameter] in found
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

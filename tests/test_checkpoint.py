@@ -141,6 +141,24 @@ def test_what_was_read_is_not_tied_to_the_file(tmp_path):
     assert (loaded["w"] == 1).all()
 
 
+def test_the_same_tensor_under_two_names(tmp_path):
+    """Twice in the file's names, once in its bytes: no bomb. Views that overlap in other ways are refused."""
+    w = torch.arange(1000.0)
+    torch.save({"model": {"w": w}, "model_ema": {"w": w.detach()}}, tmp_path / "x.pth")
+    loaded = checkpoint.load(tmp_path / "x.pth")
+    assert torch.equal(loaded["model"]["w"], w) and torch.equal(loaded["model_ema"]["w"], w)
+    torch.save({f"w{i}": w[i:] for i in range(10)}, tmp_path / "y.pth")
+    with pytest.raises(UserError, match="claims more than the file has"):
+        checkpoint.load(tmp_path / "y.pth")
+
+
+@pytest.mark.parametrize("names", [5, "abc", [1, 2], {"a": 1}])
+def test_class_names_are_a_list_of_names(names):
+    with pytest.raises(UserError, match="class names"):
+        checkpoint.class_names({"class_names": names}, source="x")
+    assert checkpoint.class_names({}, source="x") is None and checkpoint.class_names({"class_names": ["a"]}, source="x") == ["a"]
+
+
 def test_safetensors_are_read(tmp_path):
     path = tmp_path / "model.safetensors"
     state = {name: value.contiguous() for name, value in nn.Linear(3, 2).state_dict().items()}

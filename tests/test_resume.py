@@ -201,6 +201,17 @@ def test_the_same_seed_gives_the_same_bits(processes, workers, toy, tmp_path):
     assert found[0] == found[1]
 
 
+def test_a_checkpoint_from_elsewhere_does_not_write_over_a_run(whole, toy, tmp_path, capsys):
+    """It continues in a new folder."""
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert here(*words(toy, run, "--resume", whole / "checkpoint.pth")) == 2
+    assert "the folder holds a run" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert here(*words(toy, tmp_path / "new", "--resume", whole / "checkpoint.pth")) == 0
+
+
 # ---------------------------------------------------------------- the same run
 
 
@@ -295,6 +306,8 @@ SPOILED = {
     "weights of another shape": lambda p: p["model"].update({"head.weight": torch.zeros(7, 256)}),
     "whole numbers as weights": lambda p: p["model"].update({"head.bias": torch.zeros(4, dtype=torch.int64)}),
     "an average of another model": lambda p: p.update(model_ema={"w": torch.zeros(3)}),
+    "an average in words": lambda p: p.update(model_ema="none"),
+    "class names in numbers": lambda p: p.update(class_names=4),
     "a place inside an epoch in words": lambda p: p.update(progress="half"),
     "a loss scale in words": lambda p: p.update(scaler={"scale": "big"}),
 }

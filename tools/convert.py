@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvt
 
 # isort: split
-import safetensors.torch
 import timm
 import torch
 from timm.models import save_for_hf
@@ -33,7 +32,7 @@ from torch import Tensor
 
 import checkpoint
 import formats
-from lifecycle import atomic_write, write_text
+from lifecycle import write_text
 from options import Parser
 from utils import UserError, one_line
 
@@ -50,7 +49,7 @@ def write(path: Path, fmt: str, state: Mapping[str, Tensor], *, variant: str) ->
     if fmt == "hub":
         write_hub(path, state, variant=variant)
     elif fmt == "safetensors":
-        atomic_write(path, lambda file: file.write(safetensors.torch.save(state, metadata={"format": "pt"})))
+        checkpoint.save_safetensors(path, state)
     else:
         checkpoint.save(path, {"published": {"model": state}, "timm": dict(state)}.get(fmt, {"state_dict": state}))
 
@@ -87,14 +86,18 @@ def convert(source: str, out: Path, fmt: str, *, no_head: bool = False, ema: boo
         raise UserError(f"one name for two files ({out}): give --report another")
     state, found, others = read(source, ema=ema)
     variant = formats.variant_of(state, source=source)
+    if spoiled := [name for name, value in state.items() if not checkpoint.all_finite(value)]:
+        raise UserError(f"weights that are not finite ({source}): {len(spoiled)} ({', '.join(spoiled[:3])}), take another checkpoint")
     written, not_held, notes = formats.from_published(state, fmt, source=source, no_head=no_head)
     record = {"source": source, "format": found, "written_as": fmt, "tensors": list(written), "left_out": others + not_held, "notes": notes}
     try:
         write(out, fmt, written, variant=variant)
         if report:
             write_text(report, json.dumps(record, indent=1) + "\n")
+    except UserError:
+        raise
     except Exception as error:  # a disk that is full ends in one of many types, torch's hides the system's
-        raise UserError(f"cannot be written ({out}): {one_line(error.__context__ or error)[:120]}: is there room, and the right to write?") from error
+        raise UserError(f"cannot write ({out}): {one_line(error.__context__ or error)[:120]}; is there room, and the right to write?") from error
     line = f"{source} ({found}, {variant}) -> {out} ({fmt}): {len(written)} tensors"
     for what, names in (("left out with the rest of the model", others), ("not held by it", not_held)):
         if names:

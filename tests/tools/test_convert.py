@@ -148,7 +148,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(files, tmp_path, 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
-        with pytest.raises(UserError, match=r"cannot be written \(.*x\): .*File too large") as caught:
+        with pytest.raises(UserError, match=r"cannot write \(.*x\): .*File too large") as caught:
             tool.convert(str(files[0] / "alt_gvt_small.pth"), tmp_path / "x", fmt)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
