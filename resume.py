@@ -22,6 +22,7 @@ FREE = {
 }
 RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the published schedule's state, in today's timm
 MOST_EPOCHS = 10_000  # compared between two schedules
+STATS = {"lr", "loss", "time", "data_time", "images_per_s", "max_memory_mb"}  # of an epoch's training, for its line in the log
 COMPLETE = {"optimizer", "lr_scheduler", "epoch"}  # what a file must hold beside weights to be continued
 
 
@@ -137,11 +138,33 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapp
 
 def check_complete(payload: Mapping, *, source: str) -> None:
     """Refuse a training state whose counters cannot be right, before anything of it is used."""
+    if lacking := sorted(COMPLETE - set(payload)):
+        raise UserError(f"not a training state ({source}): it has no {', '.join(lacking)}")
     progress, epoch = payload.get("progress"), payload["epoch"]
     if isinstance(epoch, bool) or not isinstance(epoch, int) or not -1 <= epoch < 10**6:
         raise UserError(f"not a training state ({source}): epoch is {str(epoch)[:30]}, expected a number from -1 up")
     best = payload.get("max_accuracy", 0.0)
     if not isinstance(best, (int, float)) or not 0 <= best <= 100:
         raise UserError(f"not a training state ({source}): max_accuracy is {str(best)[:30]}, expected 0 to 100")
-    if progress is not None and not (isinstance(progress, dict) and isinstance(progress.get("batches"), int) and progress["batches"] >= 0):
+    if not _place_can_be(progress):
         raise UserError(f"not a training state ({source}): its place inside an epoch is unreadable")
+    stats = payload.get("train_stats")
+    if not payload.get("evaluated", True) and not (isinstance(stats, dict) and set(stats) >= STATS and all(map(_is_number, stats.values()))):
+        raise UserError(f"not a training state ({source}): the epoch that is still to be evaluated has no figures")
+
+
+def _place_can_be(progress: object) -> bool:
+    if progress is None:
+        return True
+    if not (isinstance(progress, dict) and type(progress.get("updates")) is int and progress["updates"] >= 0):
+        return False
+    meters = progress.get("meters")
+    entries = [meters.get(name) for name in ("lr", "loss")] if isinstance(meters, dict) else [None]
+    return all(
+        isinstance(entry, dict) and _is_number(entry.get("total")) and _is_number(entry.get("count")) and isinstance(entry.get("recent"), list)
+        for entry in entries
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

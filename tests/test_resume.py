@@ -145,6 +145,7 @@ def test_resume_auto(whole, toy, tmp_path, capsys):
     assert "resume: " in captured.out and "checkpoint-0002-000004.pth, after epoch 1 and 4 updates" in captured.out
     assert final(folder) == final(whole)
     broken = [path for path in folder.glob("*.pth") if path.write_bytes(b"PK\x03\x04")]
+    torch.save({"model": {"w": torch.ones(1)}}, broken[0])  # whole, and no training state
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert here(*words(toy, folder, "--resume", "auto")) == 2
     error = capsys.readouterr().err.splitlines()
@@ -309,6 +310,8 @@ SPOILED = {
     "an average in words": lambda p: p.update(model_ema="none"),
     "class names in numbers": lambda p: p.update(class_names=4),
     "a place inside an epoch in words": lambda p: p.update(progress="half"),
+    "a place inside an epoch without its figures": lambda p: p.update(progress={"updates": 2, "meters": {"lr": 3}}),
+    "an epoch without figures": lambda p: p.update(evaluated=False, train_stats={"lr": "high"}),
     "a loss scale in words": lambda p: p.update(scaler={"scale": "big"}),
 }
 
