@@ -4,10 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from checkpoint_hash import digest
 from conftest import log_lines
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import checkpoint
 import engine
 import main
 import options
@@ -61,3 +63,19 @@ def test_a_run(words, toy, tmp_path, capsys):
     assert main.run(*options.parse_args([*run, "--data-path", str(toy), "--output_dir", str(tmp_path), *words])) == 0
     assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1]
     assert "device cuda" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [[], ["--amp-dtype", "bfloat16"]], ids=["float16", "bfloat16"])
+def test_a_stopped_run_ends_with_the_same_bits(words, toy, tmp_path, monkeypatch):
+    """With --deterministic: twice the same, and the same after a stop inside an epoch."""
+    run = ["--model", "alt_gvt_demo", "--input-size", "64", "--batch-size", "8", "--num_workers", "1", "--epochs", "2", "--model-ema"]
+    run = [*run, "--deterministic", "--data-path", str(toy), *words, "--output_dir"]
+    for name in ("a", "b"):
+        assert main.run(*options.parse_args([*run, str(tmp_path / name)])) == 0
+    steps = []
+    monkeypatch.setattr(main.Run, "wants_to_stop", lambda self: steps.append(1) or len(steps) == 3)
+    assert main.run(*options.parse_args([*run, str(tmp_path / "c")])) == 143
+    monkeypatch.undo()
+    assert main.run(*options.parse_args([*run, str(tmp_path / "c"), "--resume", "auto"])) == 0
+    found = [digest(checkpoint.load(tmp_path / name / "checkpoint.pth")) for name in "abc"]
+    assert found[0] == found[1] == found[2]

@@ -100,8 +100,9 @@ def test_several_processes(processes, toy, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     batch = 8 // processes
     assert program("none", *words(toy, a, batch=batch), processes=processes).returncode == 0
-    for where in ("update:0:3@1", "evaluation:1@1"):  # the signal reaches one process, and all agree
-        done = program(where, *words(toy, b, "--resume", "auto", batch=batch), processes=processes)
+    # The signal reaches one process, and all agree. The stopped run has data-loading processes, the other one had none.
+    for where, workers in (("update:0:3@1", 2), ("evaluation:1@1", 1)):
+        done = program(where, *words(toy, b, "--resume", "auto", "--num_workers", workers, batch=batch), processes=processes)
         assert done.returncode == 1 and done.stderr.count("main.py: stopped: stopped by ") == processes, done.stderr
         assert status(b)["state"] == "preempted" and "exitcode  : 143" in done.stderr
     assert program("none", *words(toy, b, "--resume", "auto", batch=batch), processes=processes).returncode == 0
