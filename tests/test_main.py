@@ -469,7 +469,8 @@ def test_a_loss_that_is_not_finite_stops_every_process(trained, toy, tmp_path):
     shutil.copytree(trained, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
     (tmp_path / "start.py").write_text(SPOILED.format(root=str(ROOT)))
-    words = [*SMALL_RUN, "--batch-size", 4, "--epochs", 3, "--data-path", toy, "--output_dir", folder, "--resume", folder / "checkpoint.pth"]
+    words = [*SMALL_RUN, "--batch-size", 4, "--epochs", 3, "--data-path", toy, "--output_dir", folder]
+    words += ["--resume", folder / "checkpoint.pth", "--resume-changed"]  # for one epoch more
     command = [sys.executable, *launch(2), str(tmp_path / "start.py"), *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, cwd=ROOT)
     assert done.returncode == 1
