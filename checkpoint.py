@@ -70,14 +70,14 @@ def weights(payload: Mapping, *, source: str, key: str | None = None) -> dict[st
     return state
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, may_lack: tuple[str, ...] = ()) -> None:
-    """Copy weights into a model. Every difference in names or shapes that `may_lack` does not name raises, with both sides."""
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str, may_lack: tuple[str, ...] = (), may_have: tuple[str, ...] = ()) -> None:
+    """Copy weights into a model. Every difference that `may_lack` and `may_have` do not name (how its name begins) raises, with both sides."""
     own = model.state_dict()
     lacking = [name for name in own if name not in state and not name.startswith(may_lack)]
-    strange = [name for name in state if name not in own]
+    strange = [name for name in state if name not in own and not name.startswith(may_have)]
     other = [name for name in own if name in state and own[name].shape != state[name].shape]
     if lacking or strange or other:
         kinds = {"missing": lacking, "unknown": strange, "of another shape": other}
         parts = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in kinds.items() if names]
         raise UserError(f"the weights do not fit the model ({source}): {'; '.join(parts)}: is --model the one they were trained as?")
-    model.load_state_dict(dict(state), strict=not may_lack)
+    model.load_state_dict(dict(state), strict=not (may_lack or may_have))
