@@ -19,7 +19,10 @@ ARROWS = {
     "main": {"torchvision_cpu", "gvt", "options", "utils", "samplers", "losses", "datasets", "engine", "checkpoint"},
     "dense/__init__": set(),
     "dense/libraries": {"utils"},
+    "dense/models": {"gvt"},
     "dense/backbone": {"gvt", "checkpoint"},
+    "dense/randomness": {"utils"},
+    "dense/runner": {"checkpoint", "utils"},
 }
 OPENMMLAB = {"mmcv", "mmengine", "mmseg", "mmdet"}
 
