@@ -1,5 +1,8 @@
 """mmsegmentation and mmdetection, imported whole, or named in one line with the command that installs them. Their noise ends here."""
 
+import torchvision_cpu  # noqa: F401  before the libraries: they import timm, which imports torchvision
+
+# isort: split
 import contextlib
 import importlib
 import importlib.util
@@ -17,6 +20,8 @@ NOISE = [
     "`torch.jit",  # they compile small functions in a way that torch means to drop
     "faster_coco_eval is not installed",  # one more metric, which nothing here uses
     "``MultiScaleDeformableAttention`` has been moved",
+    "`broadcast_buffers` is deprecated",  # mmengine's word for torch's forward_sync_buffers
+    "The draw is False",  # of their picture hooks: --show and --show-dir turn them on
     "Default ``avg_non_ignore`` is False",  # on purpose: as published
 ]
 SKIPPED = "Could not import OneDL"  # an optional service of the forks' makers

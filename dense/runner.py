@@ -6,9 +6,11 @@ import time
 from collections.abc import Mapping
 
 import mmengine
+import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.dist import get_world_size, master_only
+from mmengine.dist import broadcast, get_world_size, master_only
+from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
@@ -50,6 +52,17 @@ def tensors(payload: Mapping, source: str) -> dict[str, Tensor]:
     return state
 
 
+def plain(value: object) -> object:
+    """A value as a checkpoint may hold it: a number of numpy's as Python's, and what is no value at all as its text."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    return value if isinstance(value, Tensor | str | int | float | bool | None) else str(value)
+
+
 def bare(model: nn.Module) -> nn.Module:
     """The model inside what wraps it: several processes, test-time augmentation."""
     while is_model_wrapper(model) or hasattr(model, "merge_preds"):
@@ -57,7 +70,17 @@ def bare(model: nn.Module) -> nn.Module:
     return model
 
 
+class SharedStatistics(Hook):
+    """Batch norm's running statistics are the first process's in all, where there is no synchronized norm (on a CPU)."""
+
+    def before_val(self, runner: Runner) -> None:
+        for buffer in bare(runner.model).buffers():
+            broadcast(buffer)
+
+
 class TwinsRunner(Runner):
+    opened: dict[str, dict] = {}  # by name: files that were read already
+
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         with quiet():
             model = super().build_model(model)
@@ -65,25 +88,35 @@ class TwinsRunner(Runner):
 
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
-        """As mmengine's, but a training's random numbers depend on the place of a picture."""
-        if isinstance(dataloader, DataLoader) or dataloader["dataset"].get("test_mode") or not dataloader["sampler"].get("shuffle", True):
-            return Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        """As mmengine's, but a training's random numbers depend on the place of a picture, and a set without pictures is refused."""
+        if isinstance(dataloader, DataLoader):
+            return dataloader
         dataloader = copy.deepcopy(dataloader)
-        dataloader["sampler"] = dict(type="PlacedSampler", sampler=dataloader["sampler"])
-        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
-        if hasattr(loader.dataset, "prepare_data"):
+        shuffled = dataloader["sampler"].get("shuffle", True)
+        if shuffled:
+            dataloader["sampler"] = dict(type="PlacedSampler", sampler=dataloader["sampler"])
+        where = dataloader["dataset"].get("data_root") or "its config"
+        try:
+            loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        except (TypeError, KeyError, ValueError, OSError) as error:
+            reason = (str(error).splitlines() or [""])[0][:200]
+            if "need at least one array" in reason:  # what mmengine makes of an empty list
+                reason = "no pictures with labels there, look at the folders and suffixes"
+            raise UserError(f"cannot make the data set ({where}): {reason}") from error
+        if shuffled and hasattr(loader.dataset, "prepare_data"):
             place_pictures(loader.dataset, seed)
         return loader
 
     def train(self) -> nn.Module:
         self.register_hook(StepRandomness())
+        self.register_hook(SharedStatistics())
         return super().train()
 
     # ------------------------------------------------------------ files
 
     def load_checkpoint(self, filename: str, map_location: str = "cpu", strict: bool = False, revise_keys: list | None = None) -> dict:
         """Take a file's weights. A training that starts from them may have heads of another shape, which stay fresh; nothing else may."""
-        payload = checkpoint.load(filename)
+        payload = self.opened.get(filename) or checkpoint.load(filename)
         self.call_hook("after_load_checkpoint", checkpoint=payload)
         state, model = tensors(payload, filename), bare(self.model)
         own = model.state_dict()
@@ -141,14 +174,14 @@ class TwinsRunner(Runner):
             experiment_name=self.experiment_name,
             time=time.strftime("%Y%m%d_%H%M%S"),
             mmengine_version=mmengine.__version__,
-            dataset_meta=dict(self.train_dataloader.dataset.metainfo),
+            dataset_meta=self.train_dataloader.dataset.metainfo,
         )
         hub = self.message_hub.state_dict()
-        scalars = {name: [each.tolist() for each in history.data] for name, history in hub["log_scalars"].items()}
+        hub["log_scalars"] = {name: history.data for name, history in hub["log_scalars"].items()}
         payload = dict(
-            meta=dict(epoch=epoch, iter=iteration) | (meta or {}) | facts,
+            meta=plain(dict(epoch=epoch, iter=iteration) | (meta or {}) | facts),
             state_dict=bare(self.model).state_dict(),
-            message_hub=dict(log_scalars=scalars, runtime_info=dict(hub["runtime_info"]), resumed_keys=dict(hub["resumed_keys"])),
+            message_hub=plain(hub),
         )
         if save_optimizer:
             payload["optimizer"] = self.optim_wrapper.state_dict()

@@ -195,7 +195,7 @@ def test_data(name):
     steps = {step["type"]: step for step in train.pipeline}
     resize = {step["type"]: step for step in test.pipeline}["Resize"]
     if setting.library == "mmseg":
-        assert train.data_root == test.data_root == "data/ade/ADEChallengeData2016"
+        assert train.data_root == test.data_root == "data/ade/ADEChallengeData2016" and train.reduce_zero_label and test.reduce_zero_label
         assert steps["RandomResize"] == dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True)
         assert steps["RandomCrop"] == dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75)
         assert list(steps) == [

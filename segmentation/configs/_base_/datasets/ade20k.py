@@ -4,7 +4,7 @@ data_root = "data/ade/ADEChallengeData2016"
 scale = (2048, 512)  # the longer side at most 2048, the shorter at most 512
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="RandomResize", scale=scale, ratio_range=(0.5, 2.0), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
@@ -15,7 +15,7 @@ test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=scale, keep_ratio=True),
     # After Resize: the labels keep the picture's own size.
-    dict(type="LoadAnnotations", reduce_zero_label=True),
+    dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(
@@ -26,6 +26,7 @@ train_dataloader = dict(
     dataset=dict(
         type="ADE20KDataset",
         data_root=data_root,
+        reduce_zero_label=True,
         data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
         pipeline=train_pipeline,
     ),
@@ -38,6 +39,7 @@ val_dataloader = dict(
     dataset=dict(
         type="ADE20KDataset",
         data_root=data_root,
+        reduce_zero_label=True,
         data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
         pipeline=test_pipeline,
     ),
@@ -55,7 +57,7 @@ tta_pipeline = [
         transforms=[
             [dict(type="Resize", scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)],
             [dict(type="RandomFlip", prob=0.0, direction="horizontal"), dict(type="RandomFlip", prob=1.0, direction="horizontal")],
-            [dict(type="LoadAnnotations", reduce_zero_label=True)],
+            [dict(type="LoadAnnotations")],
             [dict(type="PackSegInputs")],
         ],
     ),
