@@ -21,6 +21,7 @@ ARROWS = {
     "dense/libraries": {"torchvision_cpu", "utils"},
     "dense/models": {"gvt"},
     "dense/backbone": {"gvt", "checkpoint"},
+    "dense/segmentor": {"gvt"},
     "dense/randomness": {"utils"},
     "dense/runner": {"checkpoint", "utils"},
     "dense/checks": {"utils"},

@@ -49,7 +49,7 @@ val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
 # --aug-test: six sizes of the picture, each as it is and mirrored.
-tta_model = dict(type="SegTTAModel")
+tta_model = dict(type="TwinsTTAModel")
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(

@@ -3,7 +3,7 @@
 # The head's norm and loss are those of UPerNet's heads.
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
-    type="EncoderDecoder",
+    type="TwinsSegmentor",
     data_preprocessor=dict(
         type="SegDataPreProcessor",
         mean=[123.675, 116.28, 103.53],

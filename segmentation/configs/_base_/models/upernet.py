@@ -3,7 +3,7 @@
 # Heads: batch statistics over all GPUs. The loss is the mean over all pixels of a crop, also those without a label, as in mmseg 0.12.
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
-    type="EncoderDecoder",
+    type="TwinsSegmentor",
     data_preprocessor=dict(
         type="SegDataPreProcessor",
         mean=[123.675, 116.28, 103.53],
