@@ -3,6 +3,10 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.requirements-installed
+DENSE := .venv/.requirements-dense-installed
+# The operators of onedl-mmcv are compiled here, once: 5 to 15 minutes. Without debug symbols it takes half the time and memory.
+BUILD := PATH="$(CURDIR)/.venv/bin:$$PATH" MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} CFLAGS="-g0 $$CFLAGS" CXXFLAGS="-g0 $$CXXFLAGS"
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 export PYTHONDONTWRITEBYTECODE := 1
 
 DIGITS := data/digits
@@ -12,13 +16,14 @@ DEMO_MODEL := --model alt_gvt_demo --data-path $(DIGITS) --input-size 32
 DEMO_TRAINING := --epochs 20 --warmup-epochs 0 --lr 4e-3 --hflip 0 --mixup 0 --cutmix 0 --aa "" --color-jitter 0 --reprob 0
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast faults lint
+.PHONY: help install dense demo test test-fast faults lint
 
 help:
 	@echo "make demo       install, train a small Twins on handwritten digits, evaluate it, draw what it says (about 3 minutes)"
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (under 3 minutes)"
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
+	@echo "make dense      install what segmentation and detection need as well (compiles for 5 to 15 minutes)"
 	@echo "make lint       install, check style and the README's tables"
 	@echo "make install    only install, into .venv"
 
@@ -26,7 +31,15 @@ install: $(INSTALLED)
 
 $(INSTALLED): requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(PIP) --requirement requirements.txt
+	touch $@
+
+# First what builds, at its pinned versions, then the rest: without isolation, because the build imports the torch that is here.
+dense: $(DENSE)
+
+$(DENSE): requirements-dense.txt $(INSTALLED)
+	$(PIP) --constraint requirements-dense.txt setuptools wheel ninja psutil
+	$(BUILD) $(PIP) --no-build-isolation --requirement requirements.txt --requirement requirements-dense.txt
 	touch $@
 
 demo: install
@@ -42,7 +55,7 @@ demo: install
 	@echo "next: your own pictures, in folders train/CLASS and val/CLASS:"
 	@echo "  $(RUN) main.py --model alt_gvt_small --data-path FOLDER --batch-size 32 --output_dir output/mine"
 
-test: install
+test: dense
 	$(RUN) -m pytest
 
 test-fast: install

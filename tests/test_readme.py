@@ -30,9 +30,20 @@ def test_the_published_commands_are_there_word_for_word():
 
 def test_files_and_tests_that_are_named_exist():
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`(tools/\w+\.py|\w+\.py)`", README):
-        assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
+        assert any((ROOT / folder / path).exists() for folder in (".", "tests", "tests/dense", "segmentation")), path
     for file, name in re.findall(r"(test_\w+\.py)::(test_\w+)", README):
-        assert f"def {name}" in (ROOT / "tests" / file).read_text(), name
+        path = next(path for path in (ROOT / "tests" / file, ROOT / "tests" / "dense" / file) if path.exists())
+        assert f"def {name}" in path.read_text(), name
+
+
+def test_the_published_dense_commands_are_there_word_for_word():
+    """And name configs that exist, in the folder that they are said for."""
+    commands = re.findall(r"^bash (dist_\w+\.sh) (configs/\S+) (.*)$", README, re.M)
+    assert ("dist_train.sh", "configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py", "8") in commands
+    assert ("dist_test.sh", "configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py", "checkpoint_file 8 --eval mAP") in commands
+    for script, config, _ in commands:
+        folder = ROOT / ("segmentation" if "ade20k" in config else "detection")
+        assert (folder / script).exists() and (folder / config).exists()
 
 
 def test_make_targets_that_are_named_exist():

@@ -1,0 +1,50 @@
+"""mmsegmentation and mmdetection, imported whole, or named in one line with the command that installs them. Their noise ends here."""
+
+import torchvision_cpu  # noqa: F401  before the libraries: they import timm, which imports torchvision
+
+# isort: split
+import contextlib
+import importlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterator
+
+from utils import UserError
+
+TASKS = {"mmseg": "segmentation", "mmdet": "detection"}
+PARTS = ("datasets", "engine", "evaluation", "models", "structures", "visualization")  # importing them fills a library's registries
+
+# What the libraries say to their own developers, or about what we chose on purpose. Each is silenced where it is said, and nowhere else.
+NOISE = [
+    "`torch.jit",  # they compile small functions in a way that torch means to drop
+    "faster_coco_eval is not installed",  # one more metric, which nothing here uses
+    "``MultiScaleDeformableAttention`` has been moved",
+    "`broadcast_buffers` is deprecated",  # mmengine's word for torch's forward_sync_buffers
+    "The draw is False",  # of their picture hooks: --show and --show-dir turn them on
+    "Default ``avg_non_ignore`` is False",  # on purpose: as published
+]
+SKIPPED = "Could not import OneDL"  # an optional service of the forks' makers
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the lines above."""
+    with warnings.catch_warnings():
+        for begin in NOISE:
+            warnings.filterwarnings("ignore", message=begin)
+        yield
+
+
+def load(library: str) -> None:
+    """Import all of "mmseg" or "mmdet"."""
+    for name in ("mmcv", "mmengine", library):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{TASKS[library]} needs {name}, which is not installed: run make dense")
+    printed = io.StringIO()
+    with quiet(), contextlib.redirect_stdout(printed):
+        for part in PARTS:
+            importlib.import_module(f"{library}.{part}")
+    for line in printed.getvalue().splitlines():
+        if not line.startswith(SKIPPED):
+            print(line)

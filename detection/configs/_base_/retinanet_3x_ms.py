@@ -1,0 +1,16 @@
+"""RetinaNet on COCO, 36 epochs with sizes and crops of many kinds, in float32.
+
+The published pipeline also loads masks, which nothing in this model reads: this one does not.
+"""
+
+_base_ = ["./models/retinanet_fpn.py", "./datasets/coco_detection.py", "./runtime.py"]
+from dense.models import many_sizes, steps
+
+train_dataloader = dict(dataset=dict(pipeline=many_sizes(with_mask=False)))
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0), "pos_block": dict(decay_mult=0.0)}),
+)
+param_scheduler = steps(epochs=36, down_at=[27, 33])
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=36, val_interval=1)

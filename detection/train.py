@@ -1,0 +1,10 @@
+"""Train a detector: python train.py CONFIG [--work-dir FOLDER] [--cfg-options KEY=VALUE ...]. Several processes: dist_train.sh."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dense.cli import train
+
+train("mmdet")

@@ -1,0 +1,10 @@
+"""Score a segmentor: python test.py CONFIG CHECKPOINT [--eval NAME ...]. Several processes: dist_test.sh."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from dense.cli import test
+
+test("mmseg")
