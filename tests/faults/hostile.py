@@ -17,18 +17,27 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from common import ROOT, complain, environment, make_data, run_program  # first: the project's path
+
+# isort: split
+import gvt  # noqa: F401  registers the model, and lets timm be imported
+
+# isort: split
+import timm
 import torch
-from common import ROOT, complain, environment, make_data, run_program
 from one_save import payload
+from torch import nn
 
 import checkpoint
-import main
 import resume
-from options import parse_args
 from utils import UserError
 
 MOST_MB, MOST_S = 300, 20
 GB = 2**30
+
+
+def network() -> nn.Module:
+    return timm.create_model("alt_gvt_demo", num_classes=4)
 
 
 class Call:
@@ -86,7 +95,7 @@ def make(folder: Path, marker: Path) -> dict[str, Callable[[Path], None]]:
     nested = io.BytesIO()
     torch.save({"model": Call(os.system, touch)}, nested, _use_new_zipfile_serialization=False)
     good = payload(1)["model"]
-    network = main.build_model(parse_args(["--model", "alt_gvt_demo"])[0], 4).state_dict()
+    own = network().state_dict()
 
     def tar(path: Path) -> None:
         pickled = pickle.dumps(Call(os.system, touch), 2)
@@ -126,7 +135,7 @@ def make(folder: Path, marker: Path) -> dict[str, Callable[[Path], None]]:
     def zipped(value: object) -> Callable[[Path], None]:
         return lambda path: as_torch(value, path)
 
-    spoiled = {name: value.clone() for name, value in network.items()}
+    spoiled = {name: value.clone() for name, value in own.items()}
     spoiled["norm.weight"][3] = float("nan")
     long_list = b"\x80\x02}(X\x01\x00\x00\x00w](" + b"]" * 5_000_000 + b"eu."
     return {
@@ -156,9 +165,9 @@ def make(folder: Path, marker: Path) -> dict[str, Callable[[Path], None]]:
         ),
         "a pickle in a value of 1 GB": lambda path: with_pickle(path, b"\x80\x02X" + struct.pack("<I", GB) + b"x"),
         "weights that are not numbers": zipped({"model": spoiled}),
-        "weights in whole numbers": zipped({"model": {name: value.long() for name, value in network.items()}}),
-        "weights of other shapes": zipped({"model": {name: value.reshape(-1)[:1] for name, value in network.items()}}),
-        "complex weights": zipped({"model": {name: value.to(torch.complex64) for name, value in network.items()}}),
+        "weights in whole numbers": zipped({"model": {name: value.long() for name, value in own.items()}}),
+        "weights of other shapes": zipped({"model": {name: value.reshape(-1)[:1] for name, value in own.items()}}),
+        "complex weights": zipped({"model": {name: value.to(torch.complex64) for name, value in own.items()}}),
         "sparse weights": zipped({"model": {"head.weight": torch.zeros(4, 4).to_sparse()}}),
         "names that are tuples": zipped({"model": {("a", 1): torch.zeros(1)}}),
         "a safetensors header of 1 TB": safetensors,
@@ -198,8 +207,7 @@ def in_child(path: Path, work: Callable[[Path], None]) -> tuple[str, float, floa
 
 def use(path: Path) -> None:
     """As main.py does before it trusts a file."""
-    found = checkpoint.load(path)
-    model = main.build_model(parse_args(["--model", "alt_gvt_demo"])[0], 4)
+    found, model = checkpoint.load(path), network()
     checkpoint.load_into(model, checkpoint.weights(found, source=str(path)), source=str(path))
     if set(found) >= resume.COMPLETE:
         resume.moments(found, model)
