@@ -1,6 +1,7 @@
 """The published commands of segmentation and detection: train.py and test.py of both folders call train() and test() here."""
 
 import argparse
+import gc
 import os
 import re
 import sys
@@ -130,6 +131,7 @@ def finish(run: Callable[[], None]) -> int:
     try:
         with process_group():
             run()
+            gc.collect()  # the runner is a cycle: its model must let go of the group before the group ends, or the process may abort
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         return 2
