@@ -343,7 +343,7 @@ def load_into(
     if any(wrong.values()):
         most = None if os.environ.get("TWINS_DEBUG") == "1" else SHOWN
         parts = [f"{len(names)} {kind} ({', '.join(names[:most])})" for kind, names in wrong.items() if names]
-        advice = "is it another --model's?" if report else "is it another --model's? --report FILE lists all"
+        advice = "are they another model's? --report FILE or TWINS_DEBUG=1 lists all"
         raise UserError(f"the weights do not fit ({source}): {'; '.join(parts)}: {advice}")
     model.load_state_dict({name: value for name, value in state.items() if name not in kinds["unknown"]}, strict=not kinds["missing"])
     return one_sided
