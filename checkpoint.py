@@ -78,6 +78,7 @@ STAND_INS = [
 NAMES = {
     *(name for _, name in STAND_INS),
     "collections.OrderedDict",
+    "collections.Counter",  # milestones of PyTorch's and mmengine's schedules
     "_codecs.encode",  # how protocol 2 writes bytes
     "torch.Size",
     "torch.device",
@@ -344,7 +345,7 @@ def load_into(
         most = None if os.environ.get("TWINS_DEBUG") == "1" else SHOWN
         parts = [f"{len(names)} {kind} ({', '.join(names[:most])})" for kind, names in wrong.items() if names]
         advice = "are they another model's? --report FILE or TWINS_DEBUG=1 lists all"
-        raise UserError(f"the weights do not fit ({source}): {'; '.join(parts)}: {advice}")
+        raise UserError(f"the weights do not fit the model ({source}): {'; '.join(parts)}: {advice}")
     model.load_state_dict({name: value for name, value in state.items() if name not in kinds["unknown"]}, strict=not kinds["missing"])
     return one_sided
 

@@ -4,7 +4,7 @@ import argparse
 import json
 import pickle
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,7 @@ def test_what_files_of_others_hold_becomes_plain_values(tmp_path, zipped):
         "history": np.arange(3),
         "size": torch.Size([1, 2]),
         "dtype": torch.float16,
+        "milestones": Counter([8, 11]),
         "names": {"a": [1, None, True, "x", 2**70, b"bytes"]},
     }
     path = tmp_path / "x.pth"
@@ -127,6 +128,7 @@ def test_what_files_of_others_hold_becomes_plain_values(tmp_path, zipped):
     assert (loaded["max_accuracy"], loaded["epoch"], loaded["small"], loaded["history"]) == (81.25, 7, 0.5, None)
     assert type(loaded["max_accuracy"]) is float and type(loaded["epoch"]) is int and loaded["size"] == (1, 2)
     assert loaded["names"] == payload["names"] and loaded["dtype"] == "torch.float16"
+    assert loaded["milestones"] == {8: 1, 11: 1} and type(loaded["milestones"]) is dict
     assert type(loaded["model"]) is dict and type(loaded["model"]["w"]) is torch.Tensor
     assert torch.equal(loaded["model"]["part"], shared[:, 1:]) and loaded["model"]["part"].is_contiguous()
 
