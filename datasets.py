@@ -245,6 +245,10 @@ class Keyed(Dataset):
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
 
+    def name(self, index: int) -> str:
+        """A picture's file, or its number in a set that is one file."""
+        return self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
+
     def __getitem__(self, key: tuple[int, int, int]):
         epoch, position, index = key
         with random_numbers(self.seed, epoch, position):

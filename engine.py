@@ -89,7 +89,7 @@ def train_one_epoch(
         if not finite:
             what = "the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}"
             where = f"epoch {epoch}, step {step}"
-            raise NonFiniteError(f"{what} ({where}): stopped; try a lower --lr or --amp-dtype bfloat16, the last checkpoint is intact")
+            raise NonFiniteError(f"{what} ({where}): stopped; try a lower --lr or --amp-dtype bfloat16, the last checkpoint is intact", step)
         log.update(loss=loss)
 
     late = LateValues(read)

@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import itertools
 import json
 import math
 import os
@@ -53,6 +54,7 @@ from utils import NonFiniteError, Preempted, UserError, say
 # The global batches that the published logs were made with (from their learning rates).
 RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024) | {"pcpvt_small_v0": 1280, "alt_gvt_small": 2048, "alt_gvt_demo": None}
 FUSED = ("adam", "adamw")  # optimizers that torch can run in one kernel, and skip on the device (sgd's skips leave momentum unset)
+NON_FINITE = "non_finite.json"  # in a run's folder: which pictures a step had whose loss was not finite
 RUN_FILES = (CHECKPOINT, BEST, LOG)  # a folder with one of them holds a run
 
 
@@ -247,8 +249,8 @@ class Run:
         val_set = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args), classes=self.classes)
         kind = RASampler if args.repeated_aug else ShuffleSampler
         self.sampler = kind(len(train_set), seed=args.seed, rank=rank, world=world)
-        keyed = datasets.Keyed(train_set, args.seed)
-        self.loader = datasets.build_loader(keyed, self.sampler, batch_size=args.batch_size, drop_last=True, **loading(args, written, device))
+        self.keyed = datasets.Keyed(train_set, args.seed)
+        self.loader = datasets.build_loader(self.keyed, self.sampler, batch_size=args.batch_size, drop_last=True, **loading(args, written, device))
         self.val_loader = build_eval_loader(args, written, val_set, device)
         self.val_size = len(val_set)
         self.updates = len(self.loader) // args.grad_accum_steps
@@ -528,29 +530,41 @@ class Run:
         for epoch in range(self.epoch + 1, args.epochs):
             progress, self.progress = self.progress, None
             self.sampler.set_epoch(epoch, progress["batches"] * args.batch_size if progress else 0)
-            self.stats = train_one_epoch(
-                self.parallel,
-                self.criterion,
-                self.loader,
-                self.optimizer,
-                self.device,
-                epoch,
-                self.scaler,
-                clip_grad=args.clip_grad,
-                mixup=self.mixup,
-                accum_steps=args.grad_accum_steps,
-                after_step=after_step,
-                after_update=self.after_update,
-                wants_to_stop=self.wants_to_stop,
-                progress=progress,
-                **numerics(args, self.device),
-            )
+            try:
+                self.stats = train_one_epoch(
+                    self.parallel,
+                    self.criterion,
+                    self.loader,
+                    self.optimizer,
+                    self.device,
+                    epoch,
+                    self.scaler,
+                    clip_grad=args.clip_grad,
+                    mixup=self.mixup,
+                    accum_steps=args.grad_accum_steps,
+                    after_step=after_step,
+                    after_update=self.after_update,
+                    wants_to_stop=self.wants_to_stop,
+                    progress=progress,
+                    **numerics(args, self.device),
+                )
+            except NonFiniteError as error:
+                self.write_pictures(epoch, error.step)
+                raise NonFiniteError(f"{error}; its pictures are in {self.folder / NON_FINITE}", error.step) from None
             # After the epoch, as published: epochs 0 and 1 both train at the first rate, and the last one at that of epochs - 2.
             self.scheduler.step(epoch)
             self.epoch, self.evaluated = epoch, False
             self.save()
             self.finish_epoch()
         say(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
+
+    def write_pictures(self, epoch: int, step: int) -> None:
+        """Which pictures each process had in a step that failed, beside the checkpoints. All processes fail at the same one."""
+        size = self.args.batch_size
+        self.sampler.set_epoch(epoch, step * size)
+        shares = utils.all_gather([self.keyed.name(index) for _, _, index in itertools.islice(self.sampler, size)])
+        record = {"epoch": epoch, "step": step, "pictures": shares}
+        utils.in_main_process(lambda: self.write(NON_FINITE, json.dumps(record, indent=1) + "\n"))
 
     def wants_to_stop(self) -> bool:
         return self.signals.received is not None

@@ -36,7 +36,11 @@ class UserError(Exception):
 
 
 class NonFiniteError(Exception):
-    """A loss or gradient that is not finite. Exit code 1."""
+    """A loss or gradient that is not finite, at a step of the epoch. Exit code 1."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
 
 
 class Preempted(Exception):

@@ -14,6 +14,7 @@ from conftest import ROOT, SMALL_RUN, launch, log_lines, make_pictures, run_main
 import checkpoint
 import main
 import options
+from samplers import ShuffleSampler
 
 RESULT = re.compile(r"^\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})$", re.M)
 ACCURACY = re.compile(r"^Accuracy of the network on the 101 test images: \d+\.\d%$", re.M)
@@ -475,6 +476,13 @@ def test_a_loss_that_is_not_finite_stops_every_process(trained, toy, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, cwd=ROOT)
     assert done.returncode == 1
     assert re.findall(r"main.py: error: the loss is (\w+) \((epoch \d, step \d)\)", done.stderr) == [("nan", "epoch 2, step 2")] * 2
+    found = json.loads((folder / "non_finite.json").read_text())
+    order = ShuffleSampler(48, seed=0)
+    order.set_epoch(2)
+    dealt = [index for _, _, index in order][16:24]  # of the third step: four pictures for each of two processes, in turn
+    files = sorted(str(path) for path in (toy / "train").rglob("*.png"))
+    files.sort(key=lambda path: path.rsplit("/", 2)[1:])
+    assert (found["epoch"], found["step"]) == (2, 2) and found["pictures"] == [[files[i] for i in dealt[rank::2]] for rank in range(2)]
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
