@@ -29,17 +29,19 @@ LAST_SECONDS = 4.0  # that a process without its launcher has for saving
 
 
 class _Recorder:
-    """A file whose first error is kept: torch.save turns an OSError of `write` into a RuntimeError that does not say why."""
+    """A file whose first error is kept: torch.save turns what `write` raises, a signal's handler included, into an error that does not say why."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.error = file, None
+        self.file, self.error, self.over = file, None, False
         self.flush = file.flush
 
     def write(self, data) -> int:
+        if self.over or self.error is not None:  # torch's writer ends its file even then, from where an exception would end the process
+            return memoryview(data).nbytes
         try:
             return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
+        except BaseException as error:
+            self.error = error
             raise
 
 
@@ -64,10 +66,10 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Pa
             recorder = _Recorder(file)
             try:
                 write(recorder)
-            except RuntimeError:
+            finally:
+                recorder.over = True
                 if recorder.error is not None:
-                    raise recorder.error from None
-                raise
+                    raise recorder.error
             file.flush()
             os.fsync(file.fileno())
         if keep_as is not None and path.exists():
@@ -283,6 +285,7 @@ def loading_process(_index: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = lambda *_: None  # of the thread that hands over memory, where the trainer breaks off: the trainer has its own line
     die_with_parent(signal.SIGKILL)
 
 

@@ -683,6 +683,13 @@ class Run:
             utils.warn(f"the published {args.model} was trained with a global batch of {recipe}, not {self.global_batch}: expect another result")
 
 
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those during whose handling it came: a loading process's death is raised anywhere, and others follow from it."""
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the line of an error that is not ours to mend, or None."""
     if isinstance(error, Preempted):
@@ -691,8 +698,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return 2 if isinstance(error, UserError) else 1, utils.one_line(error)
     if isinstance(error, RuntimeError) and utils.is_lost_process(error):
         return 1, f"no answer from another process of this run ({utils.lost_processes()}): stopped too, continue with --resume auto"
-    if isinstance(error, RuntimeError) and utils.is_loading_error(error):
-        reason = utils.one_line(error)
+    if (loading := next(filter(utils.is_loading_error, chain(error)), None)) is not None:
+        reason = utils.one_line(loading)
         return 1, f"data loading failed ({reason[:120]} [{utils.loading_processes()}]): look for lack of memory or a stuck disk, then --resume auto"
     return None
 

@@ -174,8 +174,8 @@ def end_stopped_processes() -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def is_loading_error(error: RuntimeError) -> bool:
-    return str(error).startswith("DataLoader")
+def is_loading_error(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
 
 
 def loading_processes() -> str:
