@@ -27,6 +27,7 @@ WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema")
 MOST_OPCODES = 2_000_000  # of a file's pickles: each makes an object of some 50 bytes; a training state has about 50,000
 MOST_STRING = 2**24  # bytes of one value among them; configurations and histories stay far below
 MOST_HEADER = 2**24  # bytes of a safetensors header, or of a zip's directory; those of the largest model here have 100 kB
+DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 SHOWN = 3  # names of each kind in an error's line
 
 
@@ -254,8 +255,8 @@ class _Plain:
         return name
 
     def tensor(self, value: Tensor) -> Tensor:
-        if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
-            raise ValueError(f"a tensor on {value.device} with layout {value.layout}")
+        if value.layout is not torch.strided or value.device.type != "cpu" or value.dtype not in DTYPES:
+            raise ValueError(f"a tensor of {value.dtype} on {value.device} with layout {value.layout}")
         storage = value.untyped_storage()
         view = storage.data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype
         if view not in self.copies:  # a file may name the same tensor twice, as model and as average

@@ -189,12 +189,12 @@ def build_dataset(split: str, args, *, transform: Callable, classes: list[str] |
 
 def fingerprint(*parts: Dataset, root: str) -> str:
     """A short name for which pictures with which labels these data sets hold, wherever `root` is: 16 hexadecimal digits."""
-    digest = hashlib.sha256()
+    digest, start = hashlib.sha256(), str(Path(root))  # as the data sets write it, however it was spelled
     for part in parts:
         items = part.samples if hasattr(part, "samples") else part.targets
         for item in items:
             path, label = item if isinstance(item, tuple) else ("", item)
-            digest.update(f"{path.removeprefix(str(root))} {label}\n".encode(errors="surrogateescape"))
+            digest.update(f"{path.removeprefix(start)} {label}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:16]
 
 
@@ -267,10 +267,11 @@ class TimedLoader(DataLoader):
         self.seconds = seconds if self.num_workers else 0
 
     def __iter__(self) -> Iterator:
-        batches = super().__iter__()
-        end = object()
+        end, late = object(), RuntimeError(f"DataLoader timed out after {self.seconds:g} seconds")
+        with time_limit(self.seconds, late):  # processes that were there before are waited for already here
+            batches = super().__iter__()
         while True:
-            with time_limit(self.seconds, RuntimeError(f"DataLoader timed out after {self.seconds:g} seconds")):
+            with time_limit(self.seconds, late):
                 batch = next(batches, end)
             if batch is end:
                 return

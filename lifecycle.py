@@ -110,7 +110,12 @@ def earlier_name(epochs: int, updates: int) -> str:
 def earlier(folder: Path) -> list[Path]:
     """The kept checkpoints beside the newest one, the newest first."""
     found = [path for path in Path(folder).glob("checkpoint-*.pth") if EARLIER.fullmatch(path.name)]
-    return sorted(found, key=lambda path: [int(part) for part in path.stem.split("-")[1:]], reverse=True)
+    return sorted(found, key=place_of, reverse=True)
+
+
+def place_of(path: Path) -> tuple[int, ...]:
+    """Whole epochs, and updates of the next one, as `earlier_name` has them."""
+    return tuple(int(part) for part in path.stem.split("-")[1:])
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -119,9 +124,14 @@ def candidates(folder: Path) -> list[Path]:
     return [path for path in named if path.is_file()]
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Leave the newest `keep` checkpoints, CHECKPOINT counted; the best one is not touched."""
-    for path in earlier(folder)[max(keep - 1, 0) :]:
+def prune(folder: Path, keep: int, place: tuple[int, int]) -> None:
+    """Leave the newest `keep` checkpoints, CHECKPOINT counted, and none from beyond `place`, where the run is; not to touch the best one.
+
+    Those from beyond are of a branch that was left when the run went back to an earlier checkpoint.
+    """
+    found = earlier(folder)
+    kept = [path for path in found if place_of(path) <= place][: max(keep - 1, 0)]
+    for path in set(found) - set(kept):
         path.unlink(missing_ok=True)
 
 

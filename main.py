@@ -293,6 +293,7 @@ class Run:
         )
         self.epoch, self.evaluated, self.best, self.stats = args.start_epoch - 1, True, 0.0, {}
         self.progress = None  # inside an epoch: how far it is
+        self.inside = False  # whether the run continues from a checkpoint of its own folder
         self.kept = None  # the place of the run that CHECKPOINT holds: whole epochs, updates of the next one
         self.order_buckets()
         if args.resume:
@@ -381,8 +382,8 @@ class Run:
         """How far the run is: whole epochs, and updates of the next one."""
         return self.epoch + 1, self.progress["updates"] if self.progress else 0
 
-    def save(self, *, best: bool = False) -> None:
-        """Every process must call it, and learns of an error."""
+    def save(self, *, best: bool = False) -> bool:
+        """Whether it could be written; where not, that is an error without --keep-going. Every process must call it."""
         state, place = self.state(), self.place()
 
         def write() -> None:
@@ -390,23 +391,33 @@ class Run:
                 checkpoint.save(self.folder / BEST, state)
             another = self.kept is not None and self.kept != place and self.args.checkpoint_hist > 1
             checkpoint.save(self.folder / CHECKPOINT, state, keep_as=self.folder / lifecycle.earlier_name(*self.kept) if another else None)
-            lifecycle.prune(self.folder, self.args.checkpoint_hist)
+            lifecycle.prune(self.folder, self.args.checkpoint_hist, place)
 
+        if not self.written(write):
+            return False
+        self.kept = place
+        self.status.place = {"epoch": self.epoch, "updates": place[1]}
+        return True
+
+    def written(self, write: Callable[[], None]) -> bool:
+        """Let the first process write; what cannot be written is an error in all, or with --keep-going a warning."""
         try:
             utils.in_main_process(write)
+            return True
         except UserError as error:
             if not self.args.keep_going:
                 raise
-            return utils.warn(f"going on (--keep-going): {error}")
-        self.kept = place
-        self.status.place = {"epoch": self.epoch, "updates": place[1]}
+            utils.warn(f"going on (--keep-going): {error}")
+            return False
 
     def newest(self) -> str:
         """The newest checkpoint of the folder that can be read; broken ones are named and left as they are. "" for an empty folder."""
         found = lifecycle.candidates(self.folder)
         for path in found:
             try:
-                resume.check_complete(checkpoint.load(path), source=path)
+                payload = checkpoint.load(path)
+                resume.check_complete(payload, source=path)
+                self.check_fits(payload, str(path))
                 return str(path)
             except UserError as error:
                 utils.warn(f"{error}; trying the checkpoint before it")
@@ -414,13 +425,26 @@ class Run:
             raise UserError(f"no checkpoint to go on from ({self.folder}): all {len(found)} are broken, nothing was deleted; --overwrite starts anew")
         return ""
 
+    def check_fits(self, payload: dict, source: str) -> None:
+        """Refuse a file of this run whose weights or optimizer's state are spoiled. One of another run is another matter."""
+        try:
+            another = resume.changes(resume.stored_recipe(payload), self.recipe)
+        except Exception as error:
+            raise self.unfit(source, error) from error
+        if not another:
+            kinds = checkpoint.differences(self.model, checkpoint.weights(payload, source=source))
+            if any(kinds.values()):
+                raise UserError(f"spoiled weights ({source}): {', '.join(f'{len(names)} {kind}' for kind, names in kinds.items() if names)}")
+            self.moments(payload, source)
+
     def restore(self) -> None:
         """Continue from a checkpoint; bare weights start a new schedule from them, as published."""
         args = self.args
         source = utils.in_main_process(self.newest) if args.resume == "auto" else args.resume
         if not source:
             return say(f"resume: no checkpoint in {self.folder}, the run starts")
-        if Path(source).parent.resolve() != self.folder.resolve() and not args.overwrite:
+        self.inside = Path(source).parent.resolve() == self.folder.resolve()
+        if not self.inside and not args.overwrite:
             check_no_run(args)
         payload = checkpoint.load(source)
         stored = checkpoint.class_names(payload, source=source)
@@ -445,12 +469,16 @@ class Run:
             average = checkpoint.weights(payload, source=source, key="model_ema") if "model_ema" in payload else state
             checkpoint.load_into(self.ema.module, average, source=source)
         try:
-            resume.load_moments(self.optimizer, self.model, found)
+            groups = payload["optimizer"]["param_groups"]
+            resume.load_moments(self.optimizer, self.model, found, groups)
             if payload.get("scaler") and self.scaler.is_enabled():
+                resume.check_scale(payload["scaler"])
                 self.scaler.load_state_dict(payload["scaler"])
             self.epoch, self.best, self.progress = payload["epoch"], payload.get("max_accuracy", 0.0), payload.get("progress")
             self.evaluated, self.stats = bool(payload.get("evaluated", True)), payload.get("train_stats") or {}
-            self.restore_rate()
+            self.restore_rate([group["lr"] for group in groups] if "recipe" in payload and not changed else None)
+            if self.progress and self.progress["updates"] > self.updates:
+                raise ValueError(f"{self.progress['updates']} updates of an epoch that has {self.updates} here")
             if self.progress:  # in batches of this process, which may be another share of the global batch than before
                 self.progress["batches"] = self.progress["updates"] * args.grad_accum_steps
             self.restore_random(payload.get("random_states") or [], threads=payload.get("threads"))
@@ -458,7 +486,8 @@ class Run:
             raise self.unfit(source, error) from error
         if Path(source).resolve() == (self.folder / CHECKPOINT).resolve():
             self.kept = self.place()
-        self.best = max(self.best, utils.in_main_process(self.best_of_folder))
+        self.best = max(self.best, utils.in_main_process(self.best_of_folder) if self.inside else 0.0)
+        self.status.place = {"epoch": self.epoch, "updates": self.place()[1]}
         inside = f" and {self.place()[1]} updates" if self.progress else ""
         say(f"resume: {source}, after epoch {self.epoch}{inside}, max accuracy {self.best:.2f}%")
 
@@ -481,9 +510,13 @@ class Run:
         reason = " ".join((str(error).splitlines() or [""])[0].split())[:140]
         return UserError(f"the training state does not fit ({source}): {reason or type(error).__name__}; --finetune takes its weights alone")
 
-    def restore_rate(self) -> None:
-        """The rates of the epoch to come: the schedule is a function of the epochs trained."""
-        if self.epoch >= 0:
+    def restore_rate(self, stored: list[float] | None) -> None:
+        """The rates of the epoch to come: as stored, or of the schedule, which is a function of the epochs trained."""
+        if stored is not None:
+            resume.check_rates(stored, len(self.initial_rates))
+            for group, rate in zip(self.optimizer.param_groups, stored):
+                group["lr"] = rate
+        elif self.epoch >= 0:
             self.scheduler.step(self.epoch)
         else:
             self.scheduler.update_groups(self.initial_rates)
@@ -574,7 +607,9 @@ class Run:
         every = self.args.checkpoint_interval
         if stopping or (every and updates % every == 0 and updates < self.updates):
             self.progress = reached() | {"updates": updates}
-            self.save()
+            saved = self.save()
+            if stopping and not saved:
+                raise UserError(f"stopped, and the state could not be saved ({self.folder}): make room, --resume auto goes on from the one before")
             if stopping:
                 raise self.preempted()
             self.progress = None
@@ -601,12 +636,13 @@ class Run:
             stats = evaluate(self.val_loader, self.ema.module, self.device, **score)
             ema = {f"ema_test_{name}": stats[name] for name in ("loss", "acc1", "acc5")}
             say(f"Accuracy of the EMA network on the {self.val_size} test images: {stats['acc1']:.1f}%")
-        best = test["acc1"] > self.best
+        before, best = self.best, test["acc1"] > self.best
         self.best, self.evaluated = max(self.best, test["acc1"]), True
         say(f"Max accuracy: {self.best:.2f}%")
-        utils.in_main_process(lambda: self.write_log(test, ema))
-        # The best first: after a kill between the two, the epoch counts as not evaluated, and both are written again.
-        self.save(best=best)
+        self.written(lambda: self.write_log(test, ema))
+        # The best first: after a kill between the two, the epoch counts as not evaluated, and is evaluated again.
+        if not self.save(best=best):
+            self.best = before  # the best on disk is still the one before
 
     def write_log(self, test: dict, ema: dict) -> None:
         """One JSON line an epoch, the published keys first. An epoch that was logged before a restart is not logged twice."""
@@ -615,9 +651,8 @@ class Run:
         line |= {"epoch": self.epoch, "n_parameters": self.n_parameters}
         line |= ema | {name: self.stats[name] for name in ("time", "data_time", "images_per_s", "max_memory_mb")}
         path = self.folder / LOG
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        lines = [earlier for earlier in lines if json.loads(earlier)["epoch"] < self.epoch]
-        self.write(LOG, "".join([*lines, json.dumps(line) + "\n"]))
+        lines = [earlier for earlier in resume.log_lines(path) if earlier["epoch"] < self.epoch]
+        self.write(LOG, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
 
     def write(self, name: str, text: str) -> None:
         try:
@@ -639,7 +674,7 @@ class Run:
             raise UserError(f"cannot make the folder (--output_dir {self.folder}): {error.strerror}") from error
         if self.lock.taken_by is not None:
             raise UserError(lifecycle.in_use(self.folder, self.lock.taken_by))
-        if self.args.overwrite and not self.args.resume:
+        if self.args.overwrite and not self.inside:
             for path in [*(self.folder / name for name in RUN_FILES), *lifecycle.earlier(self.folder)]:
                 path.unlink(missing_ok=True)
         records = {

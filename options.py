@@ -72,6 +72,7 @@ positive = numbers(int, "a number from 1 up", lambda value: value >= 1)
 count = numbers(int, "a number from 0 up", lambda value: value >= 0)
 seed = numbers(int, "a number", lambda value: True)
 pixels = numbers(int, "a number of pixels from 1 to 16384", lambda value: 1 <= value <= 16384)
+wait = numbers(int, "a number of seconds from 0 up", lambda value: 0 <= value < 10**6)
 seconds = numbers(int, "a number of seconds from 1 up", lambda value: 1 <= value < 10**6)
 probability = numbers(float, "between 0 and 1", lambda value: 0 <= value <= 1)
 share = numbers(float, "above 0 and up to 1", lambda value: 0 < value <= 1)
@@ -175,10 +176,10 @@ def get_parser() -> argparse.ArgumentParser:
     group.add_argument("--device", default="cuda", metavar="NAME", help="cuda or cpu; not written: cuda if there is one")
     group.add_argument("--world_size", type=positive, default=1, metavar="N", help="without effect: the launcher says it")
     group.add_argument("--dist_url", default="env://", metavar="URL", help="where processes meet (%(default)s)")
-    wait = "seconds that processes wait for one that does not answer (%(default)s)"
-    group.add_argument("--dist-timeout", type=seconds, default=1800, metavar="S", help=wait)
-    wait = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
-    group.add_argument("--loader-timeout", type=count, default=1800, metavar="S", help=wait)
+    note = "seconds that processes wait for one that does not answer (%(default)s)"
+    group.add_argument("--dist-timeout", type=seconds, default=1800, metavar="S", help=note)
+    note = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
+    group.add_argument("--loader-timeout", type=wait, default=1800, metavar="S", help=note)
     group.add_argument("--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
     return parser
 

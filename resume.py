@@ -4,14 +4,16 @@ Files are ours, or the published code's, whose arguments are those of its comman
 """
 
 import copy
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import checkpoint
-from utils import UserError
+from utils import UserError, warn
 
 # What may change between the parts of a run: where things are, how fast they go, what is kept. The batch counts through the global batch.
 FREE = {
@@ -21,6 +23,8 @@ FREE = {
     *("grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
 RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the published schedule's state, in today's timm
+MOST = 1e15  # no count or figure of a training is as large
+COUNTERS = ("step", "lookahead_step")  # what some optimizers count by the group, not by the parameter
 MOST_EPOCHS = 10_000  # compared between two schedules
 STATS = {"lr", "loss", "time", "data_time", "images_per_s", "max_memory_mb"}  # of an epoch's training, for its line in the log
 COMPLETE = {"optimizer", "lr_scheduler", "epoch"}  # what a file must hold beside weights to be continued
@@ -103,6 +107,10 @@ def moments(payload: Mapping, model: nn.Module) -> dict[str, dict]:
     if len(names) != len(order) or not set(state) <= set(names) or (state and len(state) != len(names)):
         raise ValueError(f"the state of {len(state)} parameters in groups that name {len(names)}, the model has {len(order)}")
     found = {names[index]: entry for index, entry in state.items()}
+    kinds = {frozenset(entry) for entry in found.values()}
+    factored = any("row" in str(key) for kind in kinds for key in kind)  # whose states differ between matrices and vectors
+    if frozenset() in kinds or (len(kinds) > 1 and not factored):
+        raise ValueError("a parameter's state lacks what the others' have")
     for name, entry in found.items():
         for key, value in entry.items():
             _check_moment(f"{key} of {name}", key, value, shapes[name])
@@ -111,21 +119,26 @@ def moments(payload: Mapping, model: nn.Module) -> dict[str, dict]:
 
 def _check_moment(what: str, key: str, value: object, shape: torch.Size) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if value is None or isinstance(value, bool):
+    if isinstance(value, bool):
         return
     if not number and not isinstance(value, Tensor):
         raise ValueError(f"{what} is a {type(value).__name__}")
     value = torch.as_tensor(value)
     if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer") and (value.shape != shape or not value.is_floating_point()):
         raise ValueError(f"{what} is {list(value.shape)} of {value.dtype}, the parameter {list(shape)}")
+    if key == "step" and (value.numel() != 1 or not value < MOST):
+        raise ValueError(f"{what} is no count of steps")
     if not checkpoint.all_finite(value):
         raise ValueError(f"{what} is not finite")
     if key in ("exp_avg_sq", "max_exp_avg_sq", "step") and value.numel() and value.min() < 0:
         raise ValueError(f"{what} is negative")
 
 
-def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapping[str, dict]) -> None:
-    """Put `moments` into an optimizer of this model. Its settings (rates, decay, how it is computed) stay its own."""
+def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapping[str, dict], groups: list[Mapping]) -> None:
+    """Put `moments` into an optimizer of this model. Its settings (rates, decay, how it is computed) stay its own.
+
+    groups: the stored ones, of which the counters are taken that some optimizers keep there. Raises ValueError where one is no number.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
@@ -133,7 +146,13 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapp
         for index, parameter in enumerate(parameters)
         if names[parameter] in found
     }
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    own = optimizer.state_dict()["param_groups"]
+    for group, stored in zip(own, groups):
+        counts = {name: stored[name] for name in COUNTERS if name in stored}
+        if not all(map(_is_number, counts.values())):
+            raise ValueError(f"counters of a group are {counts}")
+        group.update(counts)
+    optimizer.load_state_dict({"state": state, "param_groups": own})
 
 
 def check_complete(payload: Mapping, *, source: str) -> None:
@@ -161,10 +180,39 @@ def _place_can_be(progress: object) -> bool:
     meters = progress.get("meters")
     entries = [meters.get(name) for name in ("lr", "loss")] if isinstance(meters, dict) else [None]
     return all(
-        isinstance(entry, dict) and _is_number(entry.get("total")) and _is_number(entry.get("count")) and isinstance(entry.get("recent"), list)
+        isinstance(entry, dict)
+        and _is_number(entry.get("total"))
+        and _is_number(entry.get("count"))
+        and isinstance(entry.get("recent"), list)
+        and all(map(_is_number, entry["recent"]))
         for entry in entries
     )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, (int, float)) and abs(value) < MOST
+
+
+def check_scale(state: Mapping) -> None:
+    """A loss scale that is no number above 0 would skip every step in silence."""
+    if not (_is_number(state.get("scale")) and state["scale"] > 0):
+        raise ValueError(f"a loss scale of {str(state.get('scale'))[:30]}")
+
+
+def check_rates(rates: list[float], count: int) -> None:
+    if len(rates) != count or not all(_is_number(rate) and rate >= 0 for rate in rates):
+        raise ValueError(f"learning rates of {str(rates)[:60]} for {count} groups")
+
+
+def log_lines(path: Path) -> list[dict]:
+    """The lines of a log. What is no line of one (a disk that lost its end) is left out with a warning."""
+    found = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else []):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["epoch"], int):
+                raise ValueError(line["epoch"])
+            found.append(line)
+        except (ValueError, TypeError, KeyError):
+            warn(f"line {number + 1} of {path} is no line of a log: left out")
+    return found

@@ -161,6 +161,12 @@ def test_class_names_are_a_list_of_names(names):
     assert checkpoint.class_names({}, source="x") is None and checkpoint.class_names({"class_names": ["a"]}, source="x") == ["a"]
 
 
+def test_types_that_no_weights_have_are_refused(tmp_path):
+    safetensors.torch.save_file({"w": torch.ones(2).to(torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="a tensor of torch.float8_e4m3fn"):
+        checkpoint.load(tmp_path / "x.safetensors")
+
+
 def test_safetensors_are_read(tmp_path):
     path = tmp_path / "model.safetensors"
     state = {name: value.contiguous() for name, value in nn.Linear(3, 2).state_dict().items()}
@@ -233,6 +239,7 @@ def test_leaves_and_digest(tmp_path):
     others = [{"b": torch.ones(2).double()}, {"b": torch.ones(1, 2)}, {"b": torch.tensor([1.0, 1.0000001])}]
     digests = {digest(payload | {"model": payload["model"] | other}) for other in others} | {digest(payload | {"optimizer": {}})}
     assert len(digests | {digest(payload)}) == 5
+    assert digest({"w": torch.ones(1)}) != digest({"w": torch.zeros(1)})  # bare weights
 
 
 def test_every_difference_is_an_error():

@@ -134,6 +134,7 @@ def test_throughput_is_an_alias():
         (["--lr", "nan"], "'nan' is not a number from 0 up"),
         (["--opt-eps", "inf"], "'inf' is not a number above 0"),
         (["--input-size", "1000000"], "'1000000' is not a number of pixels from 1 to 16384"),
+        (["--loader-timeout", "100000000000"], "is not a number of seconds from 0 up"),
         (["--drop-path", "1.5"], "'1.5' is not between 0 and 1"),
         (["--data-set", "MNIST"], "invalid choice"),
         (["--use-mcloader"], "cannot be used (--use-mcloader): "),

@@ -94,6 +94,19 @@ def test_one_process(place, workers, whole, toy, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("more", [["--opt", "lamb"], ["--opt", "lookahead_adamw"], ["--start_epoch", "2"]], ids=["lamb", "lookahead", "start_epoch"])
+def test_what_counts_by_the_group_or_starts_late(more, toy, tmp_path, monkeypatch):
+    a, b = tmp_path / "a", tmp_path / "b"
+    assert here(*words(toy, a, *more)) == 0
+    steps = []
+    monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: steps.append(1) or len(steps) == 5)
+    assert here(*words(toy, b, *more)) == 143
+    monkeypatch.undo()
+    assert here(*words(toy, b, *more, "--resume", "auto")) == 0
+    assert final(a) == final(b)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes(processes, toy, tmp_path):
     """From four on, the order in which DistributedDataParallel adds up gradients matters (see Run.order_buckets)."""
@@ -154,6 +167,53 @@ def test_resume_auto(whole, toy, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.parametrize("what", ["weights that are not finite", "a moment of another shape"])
+def test_resume_auto_passes_over_a_whole_file_with_a_spoiled_state(what, whole, toy, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    payload = checkpoint.load(folder / "checkpoint.pth")
+    SPOILED[what](payload)
+    torch.save(payload, folder / "checkpoint.pth")
+    assert here(*words(toy, folder, "--resume", "auto")) == 0
+    captured = capsys.readouterr()
+    assert "trying the checkpoint before it" in captured.err and "checkpoint-0002-000004.pth" in captured.out
+    assert final(folder) == final(whole)
+
+
+def test_a_branch_that_was_left_is_not_taken_up_again(whole, toy, tmp_path, monkeypatch):
+    """The run goes back to an earlier checkpoint with another rate: what lies beyond it goes with its first save."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    (folder / "checkpoint-0002-000004.pth").rename(folder / "checkpoint-0001-000002.pth")
+    payload = checkpoint.load(folder / "checkpoint-0001-000002.pth")
+    payload["epoch"], payload["progress"]["updates"] = 0, 2
+    torch.save(payload, folder / "checkpoint-0001-000002.pth")
+    shutil.copy(folder / "checkpoint.pth", folder / "checkpoint-0002-000002.pth")
+    monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: True)
+    changed = ["--resume-changed", "--lr", "1e-3", "--checkpoint-hist", 3]
+    assert here(*words(toy, folder, "--resume", folder / "checkpoint-0001-000002.pth", *changed)) == 143
+    assert [path.name for path in lifecycle.earlier(folder)] == ["checkpoint-0001-000002.pth"]
+    assert checkpoint.load(folder / "checkpoint.pth")["epoch"] == 0
+
+
+def test_overwriting_with_a_checkpoint_from_elsewhere_leaves_nothing_of_the_run_before(whole, toy, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    checkpoint.save(folder / "checkpoint_best.pth", checkpoint.load(folder / "checkpoint_best.pth") | {"max_accuracy": 99.0})
+    assert here(*words(toy, folder, "--resume", whole / "checkpoint.pth", "--overwrite")) == 0
+    assert not (folder / "checkpoint_best.pth").exists() and not lifecycle.earlier(folder) and not (folder / "log.txt").exists()
+
+
+def test_a_log_that_lost_its_end_is_mended(whole, toy, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    checkpoint.save(folder / "checkpoint.pth", checkpoint.load(folder / "checkpoint-0002-000004.pth"))
+    text = (folder / "log.txt").read_text()
+    (folder / "log.txt").write_text(text[: text.rindex("test_acc1")])
+    assert here(*words(toy, folder, "--resume", "auto")) == 0
+    assert "is no line of a log: left out" in capsys.readouterr().err and final(folder) == final(whole)
+
+
 @pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path, monkeypatch):
     more = ["--checkpoint-hist", keep, "--resume", "auto"]
@@ -171,11 +231,11 @@ def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path,
 
 def test_keep_going_tries_again_at_the_next_save(toy, tmp_path, monkeypatch, capsys):
     """A disk that was full for a while costs saves, not the run."""
-    write, saves = checkpoint.atomic_write, []
+    write, saves, full = checkpoint.atomic_write, [], {1, 2}
 
     def full_for_a_while(path, content, **how):
         saves.append(path)
-        if len(saves) <= 2:
+        if len(saves) in full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content, **how)
 
@@ -188,6 +248,12 @@ def test_keep_going_tries_again_at_the_next_save(toy, tmp_path, monkeypatch, cap
     warned = capsys.readouterr().err.splitlines()
     assert len(warned) == 2 and all("going on (--keep-going): cannot write" in line for line in warned) and len(saves) > 2
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 0
+    # A signal is no preemption where nothing could be saved.
+    saves.clear()
+    full.update(range(100))
+    monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: True)
+    assert here(*words(toy, tmp_path / "other"), "--keep-going") == 2
+    assert "the state could not be saved" in capsys.readouterr().err and status(tmp_path / "other")["state"] == "failed"
 
 
 @pytest.mark.slow
@@ -283,10 +349,11 @@ def test_moments_follow_the_names_not_the_places(toy):
         optimizer = torch.optim.AdamW(
             [{"params": [p for p in model.parameters() if p.ndim < 2]}, {"params": [p for p in model.parameters() if p.ndim > 1]}]
         )
-        resume.load_moments(optimizer, model, found)
+        resume.load_moments(optimizer, model, found, [{}, {}])
         assert all(optimizer.state[p]["exp_avg"].flatten()[0] == names.index(n) + 1 for n, p in model.named_parameters())
 
 
+FAR = {"updates": 10**9, "meters": {name: {"total": 1.0, "count": 1, "recent": []} for name in ("lr", "loss")}}
 SPOILED = {
     "a moment of another shape": lambda p: p["optimizer"]["state"][3].update(exp_avg=torch.zeros(2, 3)),
     "a moment that is not finite": lambda p: p["optimizer"]["state"][3]["exp_avg"].view(-1)[:1].fill_(float("nan")),
@@ -313,6 +380,14 @@ SPOILED = {
     "a place inside an epoch in words": lambda p: p.update(progress="half"),
     "a place inside an epoch without its figures": lambda p: p.update(progress={"updates": 2, "meters": {"lr": 3}}),
     "an epoch without figures": lambda p: p.update(evaluated=False, train_stats={"lr": "high"}),
+    "a moment that is missing": lambda p: p["optimizer"]["state"][3].pop("exp_avg_sq"),
+    "an empty moment": lambda p: p["optimizer"]["state"][3].clear(),
+    "a moment of nothing": lambda p: p["optimizer"]["state"][3].update(exp_avg=None),
+    "several steps": lambda p: p["optimizer"]["state"][3].update(step=torch.ones(3)),
+    "a place beyond the epoch": lambda p: p.update(progress=FAR),
+    "figures in words": lambda p: p.update(progress=FAR | {"meters": {k: {"total": 1, "count": 1, "recent": ["x"]} for k in ("lr", "loss")}}),
+    "a figure beyond numbers": lambda p: p.update(evaluated=False, train_stats=p["train_stats"] | {"loss": 10**400}),
+    "a loss scale that is no number": lambda p: p.update(scaler=p["scaler"] | {"scale": float("nan")}),
     "a loss scale in words": lambda p: p.update(scaler={"scale": "big"}),
 }
 

@@ -24,7 +24,8 @@ PARTS = ("model", "model_ema", "optimizer", "scaler", "random_states")
 def digest(payload: Mapping) -> str:
     """64 hexadecimal digits."""
     sha = hashlib.sha256()
-    for name, value in checkpoint.leaves({part: payload[part] for part in PARTS if part in payload}):
+    parts = {part: payload[part] for part in PARTS if part in payload} or payload  # of bare weights, all
+    for name, value in checkpoint.leaves(parts):
         if isinstance(value, Tensor):
             sha.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
             sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -36,7 +36,7 @@ def prepare(folder: Path) -> None:
 
 def save(folder: Path) -> None:
     checkpoint.save(folder / CHECKPOINT, payload(4), keep_as=folder / lifecycle.earlier_name(3, 0))
-    lifecycle.prune(folder, 2)
+    lifecycle.prune(folder, 2, (4, 0))
 
 
 def interrupt(at: int, code: str = "") -> None:

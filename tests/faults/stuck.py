@@ -33,11 +33,13 @@ class Scene:
     def start(self, folder: Path) -> Started:
         return Started(command(words(self.data, folder, **self.options), processes=self.processes, launcher=self.launcher), self.base / "out")
 
-    def disturb(self, name: str, act: Callable[[Started], list[int]], *, within: float, says: str, rc: tuple[int, ...] = (1,)) -> list[str]:
-        """Start a run, do `act` to it in its second epoch, and return the problems. `act` gives the processes that must be gone at the end."""
+    def disturb(
+        self, name: str, act: Callable[[Started], list[int]], *, within: float, says: str, rc: tuple[int, ...] = (1,), at: str = "Epoch: [1]"
+    ) -> list[str]:
+        """Start a run, do `act` to it when it has printed `at`, and return the problems. `act` gives the processes that must be gone at the end."""
         folder = self.base / name
         run = self.start(folder)
-        if not run.wait_for(lambda: "Epoch: [1]" in run.stdout()):
+        if not run.wait_for(lambda: at in run.stdout()):
             return [f"it ended too early: {run.stderr()[-300:]}"]
         watched = act(run)
         begin = time.monotonic()
@@ -102,6 +104,15 @@ def body(table, args, base: Path) -> None:
     scene(table, "a data-loading process stopped", "SIGSTOP", **one, act=send(signal.SIGSTOP, lambda run: loaders(run)[0]), **stuck)
     if args.short:
         return
+    idle = dict(stuck, at="Epoch: [0] Total time")
+    scene(
+        table,
+        "a training's data-loading process stopped in the evaluation",
+        "SIGSTOP",
+        **one,
+        act=send(signal.SIGSTOP, lambda run: min(loaders(run))),
+        **idle,
+    )
     rank = dict(within=DIST_S + SHUTDOWN_S + 15)
     kill, stop = signal.SIGKILL, signal.SIGSTOP
     scene(table, "training process 1 killed", "SIGKILL", **two, act=send(kill, lambda run: ranks(run.process.pid)[1]), says=gone, **rank)
