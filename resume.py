@@ -149,7 +149,7 @@ def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapp
     own = optimizer.state_dict()["param_groups"]
     for group, stored in zip(own, groups):
         counts = {name: stored[name] for name in COUNTERS if name in stored}
-        if not all(map(_is_number, counts.values())):
+        if not all(_is_number(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value) for value in counts.values()):
             raise ValueError(f"counters of a group are {counts}")
         group.update(counts)
     optimizer.load_state_dict({"state": state, "param_groups": own})
