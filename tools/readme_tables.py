@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from count import count
+from count import count, dense_model
 from plot_logs import KEYS, LogError, published_logs, read_log
 
 import gvt
@@ -48,6 +48,15 @@ def paper() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def by_config(prefixes: tuple[str, ...]) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """-> what is published of each config that begins so, and what tools/count.py found, which needs the libraries of `make dense`."""
+    with open(LOGS / "published" / "dense.csv", newline="") as file:
+        published = [row for row in csv.DictReader(file) if row["config"].startswith(prefixes)]
+    with open(LOGS / "dense_counts.csv", newline="") as file:
+        counts = {row["model"]: row for row in csv.DictReader(file)}
+    return [(row, counts[dense_model(row["config"])]) for row in published]
+
+
 def best(log: list[dict]) -> str:
     epoch = max(log, key=lambda epoch: epoch["test_acc1"])
     return f"{epoch['test_acc1']:.2f} ({epoch['epoch']:.0f})"
@@ -69,6 +78,42 @@ def classification() -> list[str]:
                 f"[{best(logs[row['log']])}](logs/published/classification.csv)",
             )
         )
+    return markdown(header, rows)
+
+
+def together(*figures: str) -> str:
+    return " / ".join(figure or "-" for figure in figures) if any(figures) else ""
+
+
+def size_columns(counts: dict[str, str]) -> tuple[str, str]:
+    flops = together(*(f"{float(counts[key]):.1f}" for key in ("gmacs", "gmacs_without_attention")))
+    return flops, f"{int(counts['params']) / 1e6:.1f}"
+
+
+SIZES = "FLOPs (G), with / without attention products", "FLOPs, paper", "#params (M)", "#params, paper"
+
+
+def segmentation() -> list[str]:
+    header = "Config", "mIoU", "multi-scale", "Log: last mIoU, best (iteration)", *SIZES, "URL"
+    rows = []
+    for row, counts in by_config(("fpn", "upernet")):
+        log = f"[{row['log_miou']}, {row['log_best_miou']} ({row['log_best_iteration']})](logs/published/dense.csv)" if row["log_miou"] else ""
+        flops, params = size_columns(counts)
+        url = f"[{row['checkpoint']}](https://drive.google.com/file/d/{row['drive_id']}/view)" if row["drive_id"] else ""
+        name = f"[{row['config']}](segmentation/configs/{row['config']}.py)"
+        rows.append((name, row["miou"], row["miou_ms"], log, flops, row["flops_g"], params, row["params_m"], url))
+    return markdown(header, rows)
+
+
+def detection() -> list[str]:
+    """The paper's sizes of a model stand in its first row."""
+    header = "Config", "Box AP / AP50 / AP75", "small / medium / large", "Mask AP / AP50 / AP75", *SIZES
+    rows = []
+    for row, counts in by_config(("retinanet", "mask_rcnn")):
+        name = f"[{row['config']}](detection/configs/{row['config']}.py)"
+        scores = [together(*(row[key] for key in keys.split())) for keys in ("ap ap50 ap75", "ap_s ap_m ap_l", "mask_ap mask_ap50 mask_ap75")]
+        flops, params = size_columns(counts)
+        rows.append((name, *scores, flops, row["flops_g"], params, row["params_m"]))
     return markdown(header, rows)
 
 
@@ -125,7 +170,7 @@ def read_json(path: Path, *keys: str) -> dict:
     return record
 
 
-TABLES = {"classification": classification, "recipes": recipes, "runs": runs}
+TABLES = {"classification": classification, "recipes": recipes, "segmentation": segmentation, "detection": detection, "runs": runs}
 
 
 # ---------------------------------------------------------------- the README

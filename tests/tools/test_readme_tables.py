@@ -93,6 +93,50 @@ def test_paper_agrees_with_the_published_logs():
         assert peak["train_lr"] == pytest.approx(5e-4 * int(row["global_batch"]) / 512, rel=0.02)
 
 
+@pytest.fixture
+def no_libraries(monkeypatch):
+    def load(library):
+        raise AssertionError(f"{library} was asked for")
+
+    monkeypatch.setattr("dense.libraries.load", load)
+
+
+def test_segmentation(no_libraries):
+    rows = {row[0].split("]")[0].strip("["): row[1:] for row in cells(readme_tables.segmentation())}
+    assert len(rows) == 12
+    assert rows["fpn_alt_gvt_l_512x512_80k_ade20k"] == ["46.7", "", "", "106.6 / 101.5", "102", "102.7", "103.7", ""]
+    assert rows["upernet_alt_gvt_b_512x512_160k_ade20k_swin_setting"] == [
+        *("47.7", "48.9", "[47.69, 48.13 (128000)](logs/published/dense.csv)", "260.0 / 256.2", "261", "87.7", "88.5"),
+        "[alt_gvt_base.pth](https://drive.google.com/file/d/1LNtdvACihmKO6XyBPoJDxbrd6AuHVVvq/view)",
+    ]
+    assert len({row[-1] for row in rows.values()}) == 6 + 1
+
+
+def test_detection(no_libraries):
+    rows = {row[0].split("]")[0].strip("["): row[1:] for row in cells(readme_tables.detection())}
+    assert len(rows) == 22
+    found = rows["retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting"]
+    assert found == ["43.0 / 64.2 / 46.3", "28.0 / 46.4 / 57.5", "", "103.6 / 97.8", "104", "33.8", "34.3"]
+    assert rows["retinanet_alt_gvt_b_fpn_3x_ms_coco"] == ["46.9 / 68.0 / 50.2", "31.7 / 50.3 / -", "", "163.0 / 151.8", "", "66.2", ""]
+    found = rows["mask_rcnn_pcpvt_l_fpn_1x_coco_pvt_setting"]
+    assert found == ["45.4 / - / -", "", "41.5 / - / -", "247.5 / 220.4", "", "80.6", "81.2"]
+    assert rows["mask_rcnn_alt_gvt_l_fpn_3x_coco_swin_setting"] == ["", "", "", "290.4 / 275.4", "", "118.6", ""]
+
+
+def test_every_config_has_a_row_and_says_the_same_figure():
+    rows = {row["config"]: row for row, _ in readme_tables.by_config(("",))}
+    files = {path.stem: path for task in ("segmentation", "detection") for path in (ROOT / task / "configs").glob("*.py")}
+    assert set(rows) == set(files) and len(rows) == 34
+    for name, row in rows.items():
+        if row["miou"]:
+            says = f"{row['miou']} mIoU" + (f"; {row['miou_ms']} with --aug-test" if row["miou_ms"] else "")
+        elif row["ap"]:
+            says = f"box AP {row['ap']}" + (f", mask AP {row['mask_ap']}" if row["mask_ap"] else "")
+        else:
+            says = "no figure"
+        assert f"\nPublished: {says}.\n" in files[name].read_text(), name
+
+
 def make_run(logs: Path, name: str, *, commit: str, epochs: int, data_path: str = "/data/digits") -> Path:
     folder = logs / name
     folder.mkdir(parents=True)
@@ -134,7 +178,16 @@ def test_fills_the_tables_and_nothing_else(tmp_path, capsys, no_runs):
     assert "up to date" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, digit, other", [("classification", "81.7", "81.8"), ("recipes", "0.00125", "0.00126"), ("runs", "none", "none,")])
+@pytest.mark.parametrize(
+    "name, digit, other",
+    [
+        ("classification", "81.7", "81.8"),
+        ("recipes", "0.00125", "0.00126"),
+        ("segmentation", "48.13", "48.31"),
+        ("detection", "163.7", "163.8"),
+        ("runs", "none", "none,"),
+    ],
+)
 def test_check_notices_a_changed_figure(name, digit, other, tmp_path, capsys, no_runs):
     lines = [line for table in readme_tables.TABLES for line in (BEGIN.format(table), END)]
     path = readme(tmp_path, *lines)
@@ -151,7 +204,7 @@ def test_check_notices_a_changed_figure(name, digit, other, tmp_path, capsys, no
 
 
 BAD = {
-    "unknown table": ([BEGIN.format("detection"), END], "unknown table"),
+    "unknown table": ([BEGIN.format("throughput"), END], "unknown table"),
     "misspelt marker": (["<!-- table: runs -->", END], "unknown table"),
     "open at the end": (["text", BEGIN.format("runs"), "none yet"], "table runs is not closed"),
     "open at the next": ([BEGIN.format("recipes"), BEGIN.format("runs"), END], "table recipes is not closed"),
