@@ -121,7 +121,7 @@ def words(data: Path, folder: Path, **changes: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def command(options: list[str], *, processes: int = 1, where: str = "none", launcher: tuple[str, ...] = ()) -> list[str]:
