@@ -5,12 +5,13 @@ from gvt import VARIANTS
 
 def backbone(variant: str, **options) -> dict:
     """The variant with its published weights. options: those of dense.backbone.TwinsBackbone that differ from the setting's."""
-    return dict(variant=variant, pretrained=f"pretrained/{variant}.pth", **options)
+    return dict(variant=variant, pretrained=f"pretrained/{variant}.pth") | options
 
 
-def upernet(variant: str, **options) -> dict:
+def upernet(variant: str, *, num_classes: int = 150, **options) -> dict:
     dims = list(VARIANTS[variant].dims)
-    return dict(backbone=backbone(variant, **options), decode_head=dict(in_channels=dims), auxiliary_head=dict(in_channels=dims[2]))
+    decode = dict(in_channels=dims, num_classes=num_classes)
+    return dict(backbone=backbone(variant, **options), decode_head=decode, auxiliary_head=dict(in_channels=dims[2], num_classes=num_classes))
 
 
 def with_fpn(variant: str, **options) -> dict:
@@ -26,6 +27,36 @@ def steps(*, epochs: int, down_at: list[int], warmup: int = 500) -> list[dict]:
     return [
         dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=warmup + 1),
         dict(type="MultiStepLR", gamma=0.1, by_epoch=True, begin=0, end=epochs, milestones=down_at),
+    ]
+
+
+def poly(*, iterations: int, power: float = 1.0, eta_min: float = 0.0, warmup: int = 0, start_factor: float = 1e-6) -> list[dict]:
+    """A segmentor's learning rates: (1 - i / iterations)^power from the rate to eta_min, times a straight line up in `warmup` iterations.
+
+    Ends as in `steps`.
+    """
+    line = [dict(type="LinearLR", start_factor=start_factor, by_epoch=False, begin=0, end=warmup + 1)] if warmup else []
+    return [*line, dict(type="PolyLR", power=power, eta_min=eta_min, by_epoch=False, begin=0, end=iterations + 1)]
+
+
+def one_size(scale: tuple[int, int], *, with_mask: bool = False, flip: float = 0.5) -> list[dict]:
+    """A detector's training pipeline: whole pictures within `scale`, the longer and the shorter side at most, mirrored in a share of `flip`."""
+    return [
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations", with_bbox=True, with_mask=with_mask),
+        dict(type="Resize", scale=scale, keep_ratio=True),
+        dict(type="RandomFlip", prob=flip),
+        dict(type="PackDetInputs"),
+    ]
+
+
+def for_scores(scale: tuple[int, int], *, with_mask: bool = False) -> list[dict]:
+    """A detector's pipeline for tests: whole pictures within `scale`, as in one_size."""
+    return [
+        dict(type="LoadImageFromFile"),
+        dict(type="Resize", scale=scale, keep_ratio=True),
+        dict(type="LoadAnnotations", with_bbox=True, with_mask=with_mask),  # after Resize: boxes are for the picture's own size
+        dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
     ]
 
 

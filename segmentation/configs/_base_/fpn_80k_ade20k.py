@@ -6,9 +6,10 @@ The paper says 16 images, weight decay 5e-4 and drop path 0.4 for the large mode
 """
 
 _base_ = ["./models/fpn.py", "./datasets/ade20k.py", "./runtime.py"]
+from dense.models import poly
+
 auto_scale_lr = dict(enable=False, base_batch_size=32)  # GPUs x images of the recipe: another number is said when a training starts
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-4, weight_decay=1e-4))
-# (1 - i / 80000)^0.9 from 1e-4 to 1e-6, without warm-up. A schedule of mmengine takes end - begin - 1 steps, hence the end.
-param_scheduler = [dict(type="PolyLR", power=0.9, eta_min=1e-6, by_epoch=False, begin=0, end=80001)]
+param_scheduler = poly(iterations=80000, power=0.9, eta_min=1e-6)
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=80000, val_interval=8000)
 default_hooks = dict(checkpoint=dict(interval=8000))

@@ -5,6 +5,8 @@ backbone read; --cfg-options model.backbone.drop_path_rate=0.3 does what they sa
 """
 
 _base_ = ["./models/upernet.py", "./datasets/ade20k.py", "./runtime.py"]
+from dense.models import poly
+
 train_dataloader = dict(batch_size=2)
 auto_scale_lr = dict(enable=False, base_batch_size=16)  # GPUs x images of the recipe: another number is said when a training starts
 optim_wrapper = dict(
@@ -13,11 +15,6 @@ optim_wrapper = dict(
     # Every name with "norm" or "pos_block" in it. Biases, and the norms of the heads (called bn), do decay.
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0), "pos_block": dict(decay_mult=0.0)}),
 )
-# From 1e-6 of the rate to the rate in 1500 iterations, times the straight line from 1 to 0 in 160000. A schedule of mmengine takes
-# end - begin - 1 steps, hence the ends.
-param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1501),
-    dict(type="PolyLR", power=1.0, eta_min=0.0, by_epoch=False, begin=0, end=160001),
-]
+param_scheduler = poly(iterations=160000, warmup=1500)
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=160000, val_interval=16000)
 default_hooks = dict(checkpoint=dict(interval=16000))

@@ -1,20 +1,10 @@
 """COCO 2017, boxes: pictures of at most 1333 x 800, two a GPU, wide and tall ones in batches of their own."""
 
+_base_ = []  # without it, mmengine takes a file with imports for a config of its other kind
+from dense.models import for_scores, one_size
+
 data_root = "data/coco/"
 scale = (1333, 800)
-train_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="LoadAnnotations", with_bbox=True),
-    dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="PackDetInputs"),
-]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=scale, keep_ratio=True),
-    dict(type="LoadAnnotations", with_bbox=True),  # after Resize: boxes are for the picture's own size
-    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
-]
 train_dataloader = dict(
     batch_size=2,
     num_workers=6,
@@ -27,7 +17,7 @@ train_dataloader = dict(
         ann_file="annotations/instances_train2017.json",
         data_prefix=dict(img="train2017/"),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline,
+        pipeline=one_size(scale),
     ),
 )
 val_dataloader = dict(
@@ -42,7 +32,7 @@ val_dataloader = dict(
         ann_file="annotations/instances_val2017.json",
         data_prefix=dict(img="val2017/"),
         test_mode=True,
-        pipeline=test_pipeline,
+        pipeline=for_scores(scale),
     ),
 )
 test_dataloader = val_dataloader
