@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import json
 import os
 import re
 import sys
@@ -14,8 +15,9 @@ from options import Parser
 import torch
 import torch.distributed
 
+import lifecycle
 from dense import libraries
-from utils import UserError, process_group
+from utils import UserError, environment, is_main_process, process_group
 
 METRICS = {
     "mmseg": ["mIoU", "mDice", "mFscore"],
@@ -115,6 +117,10 @@ def start(args, cfg, payload: dict):
         raise UserError(f"cannot build what the config says ({args.config}): {type(error).__name__}: {reason}") from error
     runner.register_hook(ClassesCheck())
     runner.opened = {cfg.load_from: payload}
+    if is_main_process():
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        record = environment(device, runner.seed) | libraries.versions(cfg.default_scope)
+        lifecycle.write_text(Path(runner.log_dir) / "environment.json", json.dumps(record, indent=1) + "\n")
     return runner
 
 

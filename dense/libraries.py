@@ -36,9 +36,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
+def needed(library: str) -> tuple[str, ...]:
+    return "mmcv", "mmengine", library
+
+
+def versions(library: str) -> dict[str, str]:
+    return {name: importlib.import_module(name).__version__ for name in needed(library)}
+
+
 def load(library: str) -> None:
     """Import all of "mmseg" or "mmdet"."""
-    for name in ("mmcv", "mmengine", library):
+    for name in needed(library):
         if importlib.util.find_spec(name) is None:
             raise UserError(f"{TASKS[library]} needs {name}, which is not installed: run make dense")
     printed = io.StringIO()

@@ -32,7 +32,7 @@ ARROWS = {
     "dense/randomness": {"utils"},
     "dense/runner": {"checkpoint", "utils"},
     "dense/checks": {"utils"},
-    "dense/cli": {"checkpoint", "options", "utils"},
+    "dense/cli": {"checkpoint", "lifecycle", "options", "utils"},
 }
 OPENMMLAB = {"mmcv", "mmengine", "mmseg", "mmdet"}
 

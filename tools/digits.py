@@ -15,19 +15,25 @@ from sklearn.model_selection import train_test_split
 VAL_SHARE = 0.2
 
 
-def lay_out(folder: Path, *, size: int, seed: int) -> dict[str, int]:
-    """Write the pictures, unless they are all there. Returns how many each part has."""
+def parts(seed: int) -> dict[str, list[tuple[int, int, Image.Image]]]:
+    """train and val: each digit's number in scikit-learn's set, its label, and its picture, white on black, 8 x 8."""
     digits = load_digits()
     numbers = np.arange(len(digits.target))
     train, val = train_test_split(numbers, test_size=VAL_SHARE, random_state=seed, stratify=digits.target)
-    for part, chosen in (("train", train), ("val", val)):
-        for number in chosen:
-            path = folder / part / str(digits.target[number]) / f"{number:04d}.png"
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    return {part: [(int(k), int(digits.target[k]), Image.fromarray(grey[k])) for k in chosen] for part, chosen in (("train", train), ("val", val))}
+
+
+def lay_out(folder: Path, *, size: int, seed: int) -> dict[str, int]:
+    """Write the pictures, unless they are all there. Returns how many each part has."""
+    chosen = parts(seed)
+    for part, digits in chosen.items():
+        for number, label, grey in digits:
+            path = folder / part / str(label) / f"{number:04d}.png"
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                grey = Image.fromarray(np.round(digits.images[number] * (255 / 16)).astype(np.uint8))
                 grey.resize((size, size), Image.Resampling.BICUBIC).convert("RGB").save(path)
-    return {"train": len(train), "val": len(val)}
+    return {part: len(digits) for part, digits in chosen.items()}
 
 
 if __name__ == "__main__":

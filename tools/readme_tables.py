@@ -145,7 +145,6 @@ def run_row(folder: Path) -> list[str]:
     log = read_log(folder, keys=(*KEYS, "images_per_s"))
     args = read_json(folder / "args.json", "model", "data_path", "epochs")
     environment = read_json(folder / "environment.json", "device", "commit")
-    commit, plus, changes = environment["commit"].partition("+")
     return [
         f"[{folder.name}](logs/{folder.name})",
         f"`{args['model']}`",
@@ -155,8 +154,52 @@ def run_row(folder: Path) -> list[str]:
         f"{log[-1]['test_acc1']:.2f}",
         f"{statistics.median(epoch['images_per_s'] for epoch in log):.0f}",
         environment["device"],
-        commit[:8] + plus + changes if commit else "unknown",
+        short(environment["commit"]),
     ]
+
+
+SCORES = {
+    "mIoU": "mIoU {:.2f}",
+    "coco/bbox_mAP": "box AP {:.3f}",
+    "coco/bbox_mAP_50": "AP50 {:.3f}",
+    "coco/segm_mAP": "mask AP {:.3f}",
+    "coco/segm_mAP_50": "AP50 {:.3f}",
+}
+
+
+def scores(record: dict) -> str:
+    return ", ".join(words.format(record[key]) for key, words in SCORES.items() if key in record)
+
+
+def dense_runs(logs: Path = LOGS) -> list[str]:
+    """Ours: the folders of logs/ that hold what segmentation/train.py or detection/train.py wrote."""
+    header = "Run", "Iterations", "Loss, first and last", "Last scores", "Of other pictures", "Minutes of training", "Device, threads", "Commit"
+    folders = sorted(path.parent for path in logs.glob("*/scalars.json"))
+    return markdown(header, map(dense_run_row, folders)) if folders else ["none yet"]
+
+
+def dense_run_row(folder: Path) -> list[str]:
+    lines = [json.loads(line) for line in (folder / "scalars.json").read_text().splitlines()]
+    environment = read_json(folder / "environment.json", "device", "threads", "commit")
+    steps, scored = [line for line in lines if "loss" in line], [line for line in lines if scores(line)]
+    between = zip(steps, [0, *(line["iter"] for line in steps)])
+    seconds = sum(line["time"] * (line["iter"] - before) for line, before in between)
+    others = (f"{path.stem.removeprefix('scores_')}: {scores(json.loads(path.read_text()))}" for path in sorted(folder.glob("scores_*.json")))
+    return [
+        f"[{folder.name}](logs/{folder.name})",
+        str(steps[-1]["iter"]),
+        f"{steps[0]['loss']:.3g}, {steps[-1]['loss']:.3g}",
+        scores(scored[-1]) if scored else "",
+        "; ".join(others),
+        f"{seconds / 60:.0f}",
+        f"{environment['device']}, {environment['threads']}",
+        short(environment["commit"]),
+    ]
+
+
+def short(commit: str) -> str:
+    commit, plus, changes = commit.partition("+")
+    return commit[:8] + plus + changes if commit else "unknown"
 
 
 def read_json(path: Path, *keys: str) -> dict:
@@ -170,7 +213,14 @@ def read_json(path: Path, *keys: str) -> dict:
     return record
 
 
-TABLES = {"classification": classification, "recipes": recipes, "segmentation": segmentation, "detection": detection, "runs": runs}
+TABLES = {
+    "classification": classification,
+    "recipes": recipes,
+    "segmentation": segmentation,
+    "detection": detection,
+    "runs": runs,
+    "dense_runs": dense_runs,
+}
 
 
 # ---------------------------------------------------------------- the README
