@@ -68,7 +68,7 @@ demo-dense: dense
 	cd segmentation && $(call learn,configs/small/fpn_alt_gvt_demo_digits.py,segmentor,mIoU)
 	cd detection && $(call learn,configs/small/mask_rcnn_alt_gvt_demo_digits.py,detector,bbox segm)
 	@echo
-	@echo "pictures with labels $(wildcard segmentation detection)/data/digits"
+	@echo "pictures with labels segmentation/data/digits, detection/data/digits"
 	@echo "weights              output/{segmentor,detector}/iter_300.pth"
 	@echo "what they find       output/{segmentor,detector}/pictures"
 	@echo "next: your own pictures, with a copy of one of these configs"
