@@ -1,5 +1,6 @@
 """CamVid in ADE20K's layout: 367, 101 and 233 pictures of 480 x 360 from a car, 11 classes from 0, 255 is unlabelled."""
 
+scale = (320, 240)  # smaller than the pictures: a crop of 128 sees half of a street
 camvid = dict(
     type="BaseSegDataset",
     metainfo=dict(
@@ -16,7 +17,7 @@ camvid = dict(
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="RandomResize", scale=(480, 360), ratio_range=(0.5, 1.25), keep_ratio=True),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.75, 1.5), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(128, 128), cat_max_ratio=0.75),
     dict(type="RandomFlip", prob=0.5),
     dict(type="PhotoMetricDistortion"),
@@ -24,7 +25,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(480, 360), keep_ratio=True),
+    dict(type="Resize", scale=scale, keep_ratio=True),
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
 ]
