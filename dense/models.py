@@ -50,13 +50,13 @@ def one_size(scale: tuple[int, int], *, with_mask: bool = False, flip: float = 0
     ]
 
 
-def for_scores(scale: tuple[int, int], *, with_mask: bool = False) -> list[dict]:
-    """A detector's pipeline for tests: whole pictures within `scale`, as in one_size."""
+def for_scores(scale: tuple[int, int], *, with_mask: bool = False, more: tuple[str, ...] = ()) -> list[dict]:
+    """A detector's pipeline for tests: whole pictures within `scale`, as in one_size. more: what a metric wants to know beside the usual."""
     return [
         dict(type="LoadImageFromFile"),
         dict(type="Resize", scale=scale, keep_ratio=True),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=with_mask),  # after Resize: boxes are for the picture's own size
-        dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+        dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", *more)),
     ]
 
 

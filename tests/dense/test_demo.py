@@ -83,3 +83,21 @@ def test_the_demo_learns_from_fresh_weights(digits, tmp_path, task, name, iterat
         assert found["mIoU"] > 15  # all background: 9
     else:
         assert found["coco/bbox_mAP_50"] > 0.1 and found["coco/segm_mAP_50"] > 0.1
+
+
+GOALS = {
+    "retinanet_alt_gvt_s_first_8": {"coco/bbox_mAP_50": 0.85, "coco/bbox_mAP": 0.6},
+    "mask_rcnn_alt_gvt_s_first_8": {"coco/bbox_mAP_50": 0.85, "coco/segm_mAP_50": 0.7},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+@pytest.mark.parametrize("name", GOALS)
+@pytest.mark.skipif(not (ROOT / "detection/data/coco-mini").exists(), reason="no pictures of COCO in detection/data/coco-mini: ten minutes each")
+def test_a_detector_learns_eight_pictures_by_heart(tmp_path, name):
+    command = [sys.executable, "train.py", f"configs/small/{name}.py", "--seed", "0", "--work-dir", tmp_path]
+    result = run(command, ROOT / "detection", timeout=2300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    found = last_scores(tmp_path)
+    assert all(found[key] >= least for key, least in GOALS[name].items()), found

@@ -14,9 +14,10 @@ train_dataloader = dict(
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(**first_8, pipeline=one_size(scale, with_mask=True, flip=0.0)),
 )
-val_dataloader = dict(num_workers=1, dataset=dict(**first_8, pipeline=for_scores(scale, with_mask=True)))
+# Scores against the annotations of the 8 pictures alone, not of the whole file.
+val_dataloader = dict(num_workers=1, dataset=dict(**first_8, pipeline=for_scores(scale, with_mask=True, more=("instances",))))
 test_dataloader = val_dataloader
-val_evaluator = dict(ann_file=None)  # the annotations of the 8 pictures alone, not of the whole file
+val_evaluator = dict(ann_file=None)
 test_evaluator = val_evaluator
 auto_scale_lr = dict(base_batch_size=2)
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-4, weight_decay=0.0), clip_grad=dict(max_norm=10.0))
