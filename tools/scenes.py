@@ -1,6 +1,6 @@
 """Digits on photographs, for small segmentors and detectors: python tools/scenes.py --ade FOLDER --coco FOLDER [--seed 0].
 
-scikit-learn's handwritten digits, enlarged, coloured and pasted without overlap on pieces of its two sample photographs. Digits of val are not
+scikit-learn's handwritten digits, enlarged, tinted and pasted without overlap on pieces of its two sample photographs. Digits of val are not
 in train. The same pictures are written twice: as ADE20K keeps them (labels from 1: background, then the digits 0 to 9) and as COCO does
 (categories 1 to 10 are the digits 0 to 9, masks as run lengths).
 """
@@ -16,21 +16,22 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 SIDE = 128  # of a picture, in pixels
-DIGIT = (32, 56)  # smallest and largest side of a digit
-MOST = 4  # digits in a picture
+DIGIT = (28, 44)  # smallest and largest side of a digit
+MOST = 8  # digits in a picture
+LIGHT = 0.5  # of a photograph: digits are bright
 INK = 0.4  # of a digit's own darkness: what counts as the digit
 ADE = {"train": "training", "val": "validation"}
 COCO = {"train": "train2017", "val": "val2017"}
 
 
 def texture(random: np.random.Generator, photographs: list[np.ndarray]) -> np.ndarray:
-    """A piece of a photograph, from a third of its height up, mirrored or not. -> (SIDE, SIDE, 3), 0 to 1."""
+    """A piece of a photograph, from a third of its height up, mirrored or not, darkened. -> (SIDE, SIDE, 3), 0 to LIGHT."""
     photograph = photographs[random.integers(len(photographs))]
     height, width = photograph.shape[:2]
     side = int(random.integers(height // 3, height))
     y, x = random.integers(height - side + 1), random.integers(width - side + 1)
     piece = Image.fromarray(photograph[y : y + side, x : x + side]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return np.asarray(piece)[:, :: random.choice([-1, 1])] / 255
+    return np.asarray(piece)[:, :: random.choice([-1, 1])] * (LIGHT / 255)
 
 
 def scene(random: np.random.Generator, photographs: list[np.ndarray], digits: list) -> tuple[np.ndarray, list]:
@@ -46,7 +47,7 @@ def scene(random: np.random.Generator, photographs: list[np.ndarray], digits: li
             continue
         taken[place] = True
         alpha = np.asarray(grey.resize((side, side), Image.Resampling.BICUBIC))[..., None] / 255
-        colour = np.array(colorsys.hsv_to_rgb(random.random(), random.random(), 1.0))
+        colour = np.array(colorsys.hsv_to_rgb(random.random(), 0.4 * random.random(), 1.0))
         pixels[place] = pixels[place] * (1 - alpha) + colour * alpha
         mask = np.zeros((SIDE, SIDE), bool)
         mask[place] = alpha[..., 0] > INK
