@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import formats
 from lifecycle import atomic_write, write_text
-from utils import UserError
+from utils import UserError, did_you_mean
 
 WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema")  # keys under which files keep the weights, in this order
 MOST_OPCODES = 2_000_000  # of a file's pickles: each makes an object of some 50 bytes; a training state has about 50,000
@@ -134,7 +134,7 @@ def load(source: str | Path) -> dict:
     path = _download(source) if str(source).startswith("https://") else Path(source)
     try:
         if not path.is_file():
-            raise UserError(f"no such file ({source}): expected a checkpoint")
+            raise UserError(f"no such file ({source}): {did_you_mean(path) or 'expected a checkpoint'}")
         with open(path, "rb") as file:
             start = file.read(9)
         if start[:4] == b"PK\x03\x04":
@@ -325,6 +325,7 @@ def load_into(
     may_lack: tuple[str, ...] = (),
     may_have: tuple[str, ...] = (),
     report: str = "",
+    lists_all: str = "--report FILE or TWINS_DEBUG=1",
 ) -> dict[str, list[str]]:
     """Copy weights into a model. Names on one side only must begin with one of `may_lack` (the file's lacks) or `may_have` (its surplus).
 
@@ -345,8 +346,7 @@ def load_into(
     if any(wrong.values()):
         most = None if os.environ.get("TWINS_DEBUG") == "1" else SHOWN
         parts = [f"{len(names)} {kind} ({', '.join(names[:most])})" for kind, names in wrong.items() if names]
-        advice = "are they another model's? --report FILE or TWINS_DEBUG=1 lists all"
-        raise UserError(f"the weights do not fit the model ({source}): {'; '.join(parts)}: {advice}")
+        raise UserError(f"the weights do not fit the model ({source}): {'; '.join(parts)}: are they another model's? {lists_all} lists all")
     model.load_state_dict({name: value for name, value in state.items() if name not in kinds["unknown"]}, strict=not kinds["missing"])
     return one_sided
 

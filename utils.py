@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import difflib
 import multiprocessing
 import os
 import platform
@@ -51,6 +52,12 @@ def one_line(error: BaseException) -> str:
     """The message of an error, also of one that a data-loading worker sent with its traceback around it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+
+
+def did_you_mean(path: Path, pattern: str = "*") -> str:
+    """The names most like a missing file's among those in its folder, as a question. Empty: there is none like it."""
+    near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 # ---------------------------------------------------------------- processes

@@ -63,7 +63,7 @@ class TwinsBackbone(Twins):
         state = checkpoint.weights(checkpoint.load(self.pretrained), source=self.pretrained)
         pruned = tuple(f"{part}.{stage}." for part in (*PARTS, "norm_list") for stage in STAGES[len(self.blocks) :])
         unused = ("head.", "norm.", *pruned)
-        checkpoint.load_into(self, state, source=self.pretrained, may_lack=("norm_list.",), may_have=unused)
+        checkpoint.load_into(self, state, source=self.pretrained, may_lack=("norm_list.",), may_have=unused, lists_all="TWINS_DEBUG=1")
         own = self.state_dict()
         fresh, left = [name for name in own if name not in state], [name for name in state if name not in own]
         found = f"{len(own) - len(fresh)} of {len(own)} tensors from {self.pretrained}"

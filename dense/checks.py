@@ -1,6 +1,5 @@
 """What can be seen to be wrong before, or right when, a training or a test starts: each is one line that says what to do."""
 
-import difflib
 from pathlib import Path
 
 from mmengine.config import Config
@@ -9,7 +8,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from torch import nn
 
-from utils import UserError
+from dense.pictures import reason
+from utils import UserError, did_you_mean
 
 PATHS = {  # of a data set's config: what it names, below data_root
     "ann_file": "annotations",
@@ -22,12 +22,11 @@ PATHS = {  # of a data set's config: what it names, below data_root
 def read_config(name: str) -> Config:
     path = Path(name)
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob("*.py")], n=2, cutoff=0.5)
-        raise UserError(f"no such config ({name}): " + (f"did you mean {' or '.join(near)}?" if near else "the published ones are in configs/"))
+        raise UserError(f"no such config ({name}): {did_you_mean(path, '*.py') or 'the published ones are in configs/'}")
     try:
         return Config.fromfile(path)
     except Exception as error:  # a config is a program: it may fail in any way
-        raise UserError(f"not a readable config ({name}): {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+        raise UserError(f"not a readable config ({name}): {reason(error)}") from error
 
 
 def check_data(cfg: Config, *parts: str) -> None:
@@ -39,6 +38,14 @@ def check_data(cfg: Config, *parts: str) -> None:
             path = Path(dataset.get("data_root") or "", value or "")
             if value and key in PATHS and not path.exists():
                 raise UserError(f"no {PATHS[key]} ({path}): unpack the data there, or set {part}_dataloader.dataset.data_root with --cfg-options")
+        for metric in metrics(cfg.get(f"{part}_evaluator")):
+            if metric.get("ann_file") and not Path(metric.ann_file).is_file():
+                raise UserError(f"no annotations to score with ({metric.ann_file}): set {part}_evaluator.ann_file with --cfg-options")
+
+
+def metrics(evaluator: object) -> list:
+    """The configs or objects of an evaluator's metrics; of none, none."""
+    return evaluator if isinstance(evaluator, list) else [evaluator] if evaluator else []
 
 
 def check_pretrained(cfg: Config) -> None:
@@ -60,16 +67,34 @@ def check_batch(cfg: Config) -> None:
 
 
 class ClassesCheck(Hook):
-    """The heads must be for as many classes as the data has."""
+    """The heads must be for as many classes as the data has, and its pictures have scores. A training's validation is checked at the start."""
 
     def before_train(self, runner) -> None:
         check_classes(runner.model, runner.train_dataloader.dataset)
-
-    def before_val(self, runner) -> None:
-        check_classes(runner.model, runner.val_dataloader.dataset)
+        if runner.val_loop is not None:
+            check_classes(runner.model, runner.val_dataloader.dataset)
+            check_scores(runner.val_evaluator, runner.val_dataloader.dataset)
 
     def before_test(self, runner) -> None:
         check_classes(runner.model, runner.test_dataloader.dataset)
+        check_scores(runner.test_evaluator, runner.test_dataloader.dataset)
+
+
+def check_scores(evaluator, dataset) -> None:
+    """What COCO's scores are counted against must list the data set's pictures, and be what pycocotools counts: it would say so at the end."""
+    for metric in evaluator.metrics:
+        coco = getattr(metric, "_coco_api", None)
+        if coco is None:
+            continue
+        if any(dataset.get_data_info(index)["img_id"] not in coco.imgs for index in range(len(dataset))):
+            raise UserError(f"scores for other pictures than the data's ({dataset.ann_file}): set the evaluator's ann_file to that")
+        for key, annotation in coco.anns.items():
+            try:
+                annotation["iscrowd"], annotation["area"]
+                if "segm" in metric.metrics:
+                    coco.annToRLE(annotation)
+            except Exception as error:  # pycocotools fails in any way
+                raise UserError(f"an annotation that cannot be scored ({dataset.ann_file}, id {key}): {reason(error)}") from error
 
 
 def check_classes(model: nn.Module, dataset) -> None:

@@ -1,12 +1,14 @@
 """The published commands of segmentation and detection: train.py and test.py of both folders call train() and test() here."""
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from options import Parser
@@ -17,7 +19,7 @@ import torch.distributed
 
 import lifecycle
 from dense import libraries
-from utils import UserError, environment, is_main_process, process_group
+from utils import UserError, environment, is_main_process, one_line, process_group
 
 METRICS = {
     "mmseg": ["mIoU", "mDice", "mFscore"],
@@ -107,14 +109,14 @@ def say(line: str) -> None:
 def start(args, cfg, payload: dict):
     """The runner of a config, which will not read the file of `payload` again; what the config's parts refuse is one line."""
     from dense.checks import ClassesCheck
+    from dense.pictures import reason
     from dense.runner import TwinsRunner
 
     try:
         with libraries.quiet():
             runner = TwinsRunner.from_cfg(cfg)
     except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
-        reason = (str(error.args[0] if error.args else "").splitlines() or [""])[0]
-        raise UserError(f"cannot build what the config says ({args.config}): {type(error).__name__}: {reason}") from error
+        raise UserError(f"cannot build what the config says ({args.config}): {reason(error)}") from error
     runner.register_hook(ClassesCheck())
     runner.opened = {cfg.load_from: payload}
     if is_main_process():
@@ -139,7 +141,7 @@ def finish(run: Callable[[], None]) -> int:
             run()
             gc.collect()  # the runner is a cycle: its model must let go of the group before the group ends, or the process may abort
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
     return 0
 
@@ -164,11 +166,20 @@ def run_training(args, library: str) -> None:
     if cfg.load_from:
         cfg.model.backbone.pretrained = None  # a whole model's weights follow
     if cfg.resume and args.seed is None:
-        cfg.randomness.seed = payload.get("meta", {}).get("seed")  # the order of pictures is the seed's
+        cfg.randomness.seed = seed_of(payload, cfg.load_from)  # the order of pictures is the seed's
     check_pretrained(cfg)
     runner = start(args, cfg, payload)
     check_batch(cfg)
     runner.train()
+
+
+def seed_of(payload: dict, source: str) -> int | None:
+    """Of the training that wrote a checkpoint; None where another program did."""
+    meta = payload.get("meta")
+    seed = meta.get("seed") if isinstance(meta, dict) else None
+    if not isinstance(seed, int | None):
+        raise UserError(f"no training to resume ({source}): its seed is no number; --load-from starts a new one from its weights")
+    return seed
 
 
 def run_test(args, library: str) -> None:
@@ -183,28 +194,53 @@ def run_test(args, library: str) -> None:
     check_data(cfg, "test")
     cfg.load_from, cfg.resume, cfg.model.backbone.pretrained = args.checkpoint, False, None
     payload = checkpoint.load(args.checkpoint)
-    score(args, cfg, library)
+    labels = score(args, cfg, library)
     draw(args, cfg)
     if args.aug_test:
         if "tta_model" not in cfg:
             raise UserError(f"no test-time augmentation ({args.config}): its config has no tta_model and tta_pipeline")
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(cfg.tta_model, module=cfg.model)
-    start(args, cfg, payload).test()
+    if labels is None:
+        start(args, cfg, payload).test()
+        return
+    with written_whole(labels) as cfg.test_evaluator.output_dir:
+        start(args, cfg, payload).test()
 
 
-def score(args, cfg, library: str) -> None:
-    """--eval, --format-only, --out, --eval-options, --gpu-collect and --tmpdir, in the words of today's metrics."""
-    metric = cfg.test_evaluator
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[str]:
+    """Another folder to write to, whose files take their places in `folder` when all are there; after an error there are none."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    first = is_main_process()
+    try:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            unfinished.mkdir(parents=True)
+        yield str(unfinished)
+        if first:
+            folder.mkdir(exist_ok=True)
+            for path in unfinished.iterdir():
+                path.replace(folder / path.name)
+    except OSError as error:
+        raise UserError(f"cannot write the labels ({folder}): {error.strerror or error}") from error
+    finally:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def score(args, cfg, library: str) -> Path | None:
+    """--eval, --format-only, --out, --eval-options, --gpu-collect and --tmpdir, in the words of today's metrics. Gives the folder of labels."""
+    metric, labels = cfg.test_evaluator, None
     names = list(args.eval or [])
     options = key_values(args.eval_options, "--eval-options")
     if library == "mmseg":
         metric.iou_metrics = names or metric.iou_metrics
         folder = args.out or options.pop("imgfile_prefix", None)
         if folder or args.format_only:
-            metric.output_dir = str(Path(folder or os.path.join(cfg.work_dir, "labels")).with_suffix(""))
+            labels = Path(folder or os.path.join(cfg.work_dir, "labels")).with_suffix("")
             metric.keep_results, metric.format_only = True, args.format_only
-            say(f"a PNG of labels for each picture: {metric.output_dir}")
+            say(f"a PNG of labels for each picture: {labels}")
         if options.pop("efficient_test", None) is not None:
             say("--eval-options efficient_test: not needed, results are counted picture by picture")
     else:
@@ -227,6 +263,7 @@ def score(args, cfg, library: str) -> None:
         say("--tmpdir: not needed, processes send each other a few counts")
     elif args.tmpdir:
         metric.collect_dir = args.tmpdir
+    return labels
 
 
 def draw(args, cfg) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dist import broadcast, get_world_size, master_only
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import checkpoint
 from dense.libraries import quiet
+from dense.pictures import CheckedPictures, reason
 from dense.randomness import StepRandomness, place_pictures
 from utils import UserError
 
@@ -78,6 +80,15 @@ class SharedStatistics(Hook):
             broadcast(buffer)
 
 
+class WrittenConfig(Hook):
+    """The config as it was taken, in the work folder, when nothing was found wrong with it."""
+
+    priority = "LOWEST"
+
+    def before_train(self, runner: Runner) -> None:
+        Runner.dump_config(runner)
+
+
 class TwinsRunner(Runner):
     opened: dict[str, dict] = {}  # by name: files that were read already
 
@@ -95,19 +106,34 @@ class TwinsRunner(Runner):
         shuffled = dataloader["sampler"].get("shuffle", True)
         if shuffled:
             dataloader["sampler"] = dict(type="PlacedSampler", sampler=dataloader["sampler"])
-        where = dataloader["dataset"].get("data_root") or "its config"
+        dataset = dataloader["dataset"]
+        where = os.path.normpath(os.path.join(dataset.get("data_root") or "", dataset.get("ann_file") or ""))
         try:
             loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
-        except (TypeError, KeyError, ValueError, OSError) as error:
-            reason = (str(error).splitlines() or [""])[0][:200]
-            if "need at least one array" in reason:  # what mmengine makes of an empty list
-                reason = "no pictures with labels there, look at the folders and suffixes"
-            raise UserError(f"cannot make the data set ({where}): {reason}") from error
-        if shuffled and hasattr(loader.dataset, "prepare_data"):
-            place_pictures(loader.dataset, seed)
+            empty = not len(loader.dataset)
+        except Exception as error:  # an annotation file may be wrong in any way
+            empty = "need at least one array" in str(error)  # what mmengine makes of an empty list
+            if not empty:
+                raise UserError(f"cannot make the data set ({where}): {reason(error)}") from error
+        if empty:
+            raise UserError(f"no pictures with labels there ({where}): look at the folders, the suffixes and the annotations")
+        if hasattr(loader.dataset, "prepare_data"):
+            loader.dataset.prepare_data = CheckedPictures(loader.dataset)
+            if shuffled:
+                place_pictures(loader.dataset, seed)
         return loader
 
+    def build_evaluator(self, evaluator: dict | list | Evaluator) -> Evaluator:
+        try:
+            return super().build_evaluator(evaluator)
+        except Exception as error:
+            raise UserError(f"cannot make the scores (the config's evaluator): {reason(error)}") from error
+
+    def dump_config(self) -> None:
+        """Not yet: what the folder says of an earlier training stays until this one has begun."""
+
     def train(self) -> nn.Module:
+        self.register_hook(WrittenConfig())
         self.register_hook(StepRandomness())
         self.register_hook(SharedStatistics())
         return super().train()
@@ -124,7 +150,7 @@ class TwinsRunner(Runner):
         if self._train_loop is not None and not self._resume:
             fresh = tuple(k for k, v in own.items() if not k.startswith("backbone.") and (k not in state or state[k].shape != v.shape))
             state = {name: value for name, value in state.items() if name not in fresh}
-        checkpoint.load_into(model, state, source=filename, may_lack=fresh, may_have=UNUSED)
+        checkpoint.load_into(model, state, source=filename, may_lack=fresh, may_have=UNUSED, lists_all="TWINS_DEBUG=1")
         self._has_loaded = True
         unused = sorted(name for name in state if name not in own)
         self.logger.info(f"Load checkpoint from {filename}: {len(own) - len(fresh)} of {len(own)} tensors")
@@ -138,19 +164,19 @@ class TwinsRunner(Runner):
         payload = self.load_checkpoint(filename)
         try:
             meta = payload["meta"]
+            if not all(isinstance(meta[name], int) and meta[name] >= 0 for name in ("epoch", "iter")):
+                raise ValueError("its epoch and iter are no counts")
             self.train_loop._epoch, self.train_loop._iter = meta["epoch"], meta["iter"]
             self.optim_wrapper.load_state_dict(payload["optimizer"])
             for scheduler, state in zip(self.param_schedulers, payload["param_schedulers"], strict=True):
                 scheduler.load_state_dict(state)
             hub = dict(payload["message_hub"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"no training to resume ({filename}): {type(error).__name__} {error}; --load-from starts a new one from its weights"
-            ) from None
+            hub["log_scalars"] = {name: HistoryBuffer(*history) for name, history in hub["log_scalars"].items()}
+            self.message_hub.load_state_dict(hub)
+        except Exception as error:  # a state may be wrong in any way
+            raise UserError(f"no training to resume ({filename}): {reason(error)}; --load-from starts a new one from its weights") from error
         if meta.get("processes", get_world_size()) != get_world_size():
             self.logger.warning(f"{filename} was written by {meta['processes']} processes, not {get_world_size()}: the training will be another")
-        hub["log_scalars"] = {name: HistoryBuffer(*history) for name, history in hub["log_scalars"].items()}
-        self.message_hub.load_state_dict(hub)
         self.logger.info(f"resumed epoch: {self.epoch}, iter: {self.iter}")
 
     @master_only

@@ -30,6 +30,8 @@ ARROWS = {
     "dense/backbone": {"gvt", "checkpoint"},
     "dense/segmentor": {"gvt"},
     "dense/randomness": {"utils"},
+    "dense/pictures": {"utils"},
+    "dense/labels": {"utils"},
     "dense/runner": {"checkpoint", "utils"},
     "dense/checks": {"utils"},
     "dense/cli": {"checkpoint", "lifecycle", "options", "utils"},

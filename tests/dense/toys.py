@@ -1,10 +1,12 @@
 """Small data sets in ADE20K's and COCO's formats, small configs on them, and the commands as a user runs them."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +138,54 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+# ---------------------------------------------------------------- what people have
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(height * width).integers(0, 256, (height, width, channels)).astype(np.uint8)
+
+
+# Each is a picture that can be used, as PNG.
+STRANGE = {
+    "one pixel": lambda: Image.fromarray(noise(1, 1)),
+    "one row": lambda: Image.fromarray(noise(1, 4000)),
+    "one column": lambda: Image.fromarray(noise(4000, 1)),
+    "odd sides": lambda: Image.fromarray(noise(37, 53)),
+    "grey": lambda: Image.fromarray(noise(48, 80)[..., 0]),
+    "transparent": lambda: Image.fromarray(noise(48, 80, 4)),
+    "16 bits": lambda: Image.fromarray(noise(48, 80)[..., 0].astype(np.uint16) * 257),
+    "palette": lambda: Image.fromarray(noise(48, 80)).quantize(16),
+    "black and white": lambda: Image.fromarray(noise(48, 80)).convert("1"),
+}
+
+
+def give_picture(root: Path, number: int, picture: Image.Image) -> None:
+    """Replace a training and a validation picture of a toy, and what is known of it: a label of each class, a box of nearly all."""
+    width, height = picture.size
+    if (root / "images").is_dir():
+        for part in ("training", "validation"):
+            picture.save(root / "images" / part / f"{part}_{number}.jpg", "PNG")  # readers look at the content
+            labels = np.arange(height * width).reshape(height, width) % 4
+            Image.fromarray(labels.astype(np.uint8)).save(root / "annotations" / part / f"{part}_{number}.png")
+        return
+    for part in ("train2017", "val2017"):
+        name = f"{number:012}.jpg"
+        picture.save(root / part / name, "PNG")
+        with annotations(root, part) as content:
+            content["images"] = [each for each in content["images"] if each["id"] != number]
+            content["images"].append(dict(id=number, file_name=name, height=height, width=width))
+            content["annotations"] = [each for each in content["annotations"] if each["image_id"] != number]
+            outline = [0, 0, width, 0, width, height, 0, height]
+            about = dict(bbox=[0, 0, width, height], area=width * height, iscrowd=0, segmentation=[outline])
+            content["annotations"].append(dict(id=1000 + number, image_id=number, category_id=1, **about))
+
+
+@contextlib.contextmanager
+def annotations(root: Path, part: str) -> Iterator[dict]:
+    """The content of a COCO file, to change it in place."""
+    path = root / "annotations" / f"instances_{part}.json"
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))

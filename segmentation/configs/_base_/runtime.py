@@ -1,6 +1,6 @@
 """What every training of a segmentor shares."""
 
-custom_imports = dict(imports=["dense.backbone", "dense.segmentor"], allow_failed_imports=False)
+custom_imports = dict(imports=["dense.backbone", "dense.labels", "dense.segmentor"], allow_failed_imports=False)
 default_scope = "mmseg"
 env_cfg = dict(cudnn_benchmark=True, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0), dist_cfg=dict(backend="nccl"))
 default_hooks = dict(
