@@ -1,4 +1,4 @@
-"""Mask R-CNN on alt_gvt_demo: digits on photographs, from what `make demo` learnt. `make demo-dense` runs it in about 3 minutes.
+"""Mask R-CNN on alt_gvt_demo: digits on photographs, from what `make demo` learnt. `make demo-dense` runs it in about three minutes.
 
 python train.py configs/small/mask_rcnn_alt_gvt_demo_digits.py
 """

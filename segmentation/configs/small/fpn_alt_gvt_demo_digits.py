@@ -1,4 +1,4 @@
-"""Semantic FPN on alt_gvt_demo: digits on photographs, from what `make demo` learnt. `make demo-dense` runs it in about 2 minutes.
+"""Semantic FPN on alt_gvt_demo: digits on photographs, from what `make demo` learnt. `make demo-dense` runs it in two to three minutes.
 
 python train.py configs/small/fpn_alt_gvt_demo_digits.py
 """
