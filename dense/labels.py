@@ -1,8 +1,12 @@
-"""mmsegmentation's reader of label pictures, under its name, without what that leaves to chance: their size, channels and range."""
+"""mmsegmentation's reader and writer of label pictures, under its names, without what these leave to chance: size, channels and range."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from mmseg.datasets.transforms import LoadAnnotations
-from mmseg.registry import TRANSFORMS
+from mmseg.evaluation import IoUMetric
+from mmseg.registry import METRICS, TRANSFORMS
 from PIL import Image
 
 from dense.pictures import reason
@@ -35,3 +39,16 @@ class LoadLabels(LoadAnnotations):
             number = number[[255, *range(254), 255]]  # 0 is unlabelled, as 255 is
         results["gt_seg_map"] = number[labels.astype(np.uint8)]
         results["seg_fields"].append("gt_seg_map")
+
+
+@METRICS.register_module(name="IoUMetric", force=True)
+class LabelMetric(IoUMetric):
+    """The scores of labels; what it writes to output_dir has the picture's size also where that is one row or column."""
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        folder, self.output_dir = self.output_dir, None
+        super().process(data_batch, data_samples)
+        self.output_dir = folder
+        for sample in data_samples if folder is not None else ():
+            labels = sample["pred_sem_seg"]["data"][0].cpu().numpy() + int(sample.get("reduce_zero_label", False))
+            Image.fromarray(labels.astype(np.uint8)).save(Path(folder, Path(sample["img_path"]).with_suffix(".png").name))
