@@ -69,7 +69,7 @@ demo-dense: dense
 	cd detection && $(call learn,configs/small/mask_rcnn_alt_gvt_demo_digits.py,detector,bbox segm --show-score-thr 0.5)
 	@echo
 	@echo "pictures with labels segmentation/data/digits, detection/data/digits"
-	@echo "weights              output/segmentor/iter_800.pth, output/detector/iter_400.pth"
+	@echo "weights              output/segmentor/iter_600.pth, output/detector/iter_300.pth"
 	@echo "truth and findings   output/segmentor/pictures/vis_data/vis_image, output/detector/pictures"
 	@echo "next: your own pictures, with a copy of one of these configs"
 

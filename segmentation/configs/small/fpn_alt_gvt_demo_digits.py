@@ -43,6 +43,6 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=2e-3, weight_decay=0.01))
-param_scheduler = poly(iterations=800, power=0.9, warmup=40)
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=800, val_interval=800)
-default_hooks = dict(checkpoint=dict(interval=800), logger=dict(interval=20))
+param_scheduler = poly(iterations=600, power=0.9, warmup=40)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=600, val_interval=600)
+default_hooks = dict(checkpoint=dict(interval=600), logger=dict(interval=20))
