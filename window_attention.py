@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST_TOKENS = 256  # of a window, and
-MOST_CHANNELS = 64  # of a head: its keys and values have to lie in one tile
-SHARED = 160 * 1024  # bytes of shared memory, which suffice for the largest
+# A window's keys and values have to lie in one tile.
+MOST_TOKENS = 256
+MOST_CHANNELS = 64
+MOST_MEMORY = 160 * 1024  # bytes of shared memory, enough for both; 99 KiB, the least from capability 8.0 on, for half as large a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -40,12 +41,19 @@ def why_not(x: Tensor, *, heads: int, window: int, dropout: float) -> str | None
         return f"a window has {tokens} tokens, the kernel takes {MOST_TOKENS}"
     if channels > MOST_CHANNELS:
         return f"a head has {channels} channels, the kernel takes {MOST_CHANNELS}"
-    device = torch.cuda.get_device_properties(x.device)
-    if torch.version.hip is not None or device.major < 8:
+    memory = shared_memory(x.device.index)
+    if not memory:
         return "the kernel is made for NVIDIA's devices of compute capability 8.0 and above"
-    if tokens > 128 and channels > 32 and device.shared_memory_per_block_optin < SHARED:
-        return f"windows of {tokens} tokens with {channels} channels need {SHARED} bytes of shared memory"
+    if tokens > 128 and channels > 32 and memory < MOST_MEMORY:
+        return f"windows of {tokens} tokens with {channels} channels need a device with {MOST_MEMORY} bytes of shared memory"
     return None
+
+
+@torch.compiler.assume_constant_result  # for torch.compile, which knows no device properties
+def shared_memory(index: int) -> int:
+    """Bytes of it that a program may have on a CUDA device, 0 on one that the kernel is not made for."""
+    device = torch.cuda.get_device_properties(index)
+    return device.shared_memory_per_block_optin if torch.version.hip is None and device.major >= 8 else 0
 
 
 def reference(qkv: Tensor, heads: int, window: int) -> Tensor:
