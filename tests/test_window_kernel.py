@@ -84,31 +84,31 @@ def test_any_size(B, H, W, heads, D, window, dtype):
 
 
 def test_what_is_not_contiguous_is_taken():
-    qkv, grad = torch.randn(2, 96, 9, 8, device=DEVICE), torch.randn(2, 32, 9, 8, device=DEVICE)
+    qkv, grad = torch.randn(1, 48, 8, 7, device=DEVICE), torch.randn(1, 16, 8, 7, device=DEVICE)
     qkv, grad = qkv.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)
-    expected = run(attend_in_windows, qkv.contiguous(), grad.contiguous(), 2, 7)
-    for got, wanted in zip(run(attend_in_windows, qkv, grad, 2, 7), expected):
+    expected = run(attend_in_windows, qkv.contiguous(), grad.contiguous(), 1, 7)
+    for got, wanted in zip(run(attend_in_windows, qkv, grad, 1, 7), expected):
         assert torch.equal(got, wanted)
-    assert torch.isfinite(run(attend_in_windows, qkv, grad[:1, :1, :1, :1].expand_as(grad), 2, 7)[1]).all()
+    assert torch.isfinite(run(attend_in_windows, qkv, grad[:1, :1, :1, :1].expand_as(grad), 1, 7)[1]).all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's numpy, which sees the NaNs too
 def test_every_number_is_written_and_none_beyond():
     """Among numbers that are not finite: nothing of a neighbour's window, head or picture is read, and nothing is left as it was."""
-    qkv = torch.randn(3, 9, 8, 3, 3, 16, device=DEVICE)
+    qkv = torch.randn(2, 9, 8, 3, 2, 16, device=DEVICE)
     others = torch.full_like(qkv, float("nan"))
     others[1, 7:, :7, :, 1] = qkv[1, 7:, :7, :, 1]  # the window below on the left, cut after two rows: 14 tokens of one head
-    out = attend_in_windows(others.flatten(3), 3, 7).unflatten(-1, (3, 16))
-    assert torch.equal(out[1, 7:, :7, 1], attend_in_windows(qkv.flatten(3), 3, 7).unflatten(-1, (3, 16))[1, 7:, :7, 1])
+    out = attend_in_windows(others.flatten(3), 2, 7).unflatten(-1, (2, 16))
+    assert torch.equal(out[1, 7:, :7, 1], attend_in_windows(qkv.flatten(3), 2, 7).unflatten(-1, (2, 16))[1, 7:, :7, 1])
     assert out.isfinite().sum() == 14 * 16
-    grad_qkv = attend_in_windows_backward(torch.ones_like(out).flatten(3), others.flatten(3), 3, 7)
+    grad_qkv = attend_in_windows_backward(torch.ones_like(out).flatten(3), others.flatten(3), 2, 7)
     assert grad_qkv.isfinite().sum() == 3 * 14 * 16
 
 
 def test_the_operators_are_registered_as_torch_wants_them():
-    qkv, grad = torch.randn(1, 5, 7, 96, device=DEVICE), torch.randn(1, 5, 7, 32, device=DEVICE)
-    torch.library.opcheck(attend_in_windows, (qkv.clone().requires_grad_(), 2, 4))
-    torch.library.opcheck(attend_in_windows_backward, (grad, qkv, 2, 4))
+    qkv, grad = torch.randn(1, 4, 3, 48, device=DEVICE), torch.randn(1, 4, 3, 16, device=DEVICE)
+    torch.library.opcheck(attend_in_windows, (qkv.clone().requires_grad_(), 1, 4))
+    torch.library.opcheck(attend_in_windows_backward, (grad, qkv, 1, 4))
 
 
 def test_a_second_derivative_is_refused():
@@ -159,6 +159,7 @@ def test_a_compiled_model_holds_the_kernel(monkeypatch):
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_exported_model_holds_the_kernel(monkeypatch):
     model, x = timm.create_model("alt_gvt_demo", num_classes=5).to(DEVICE).eval(), torch.randn(2, 3, 40, 32, device=DEVICE)
     monkeypatch.setattr(gvt, "why_not", lambda x, **sizes: None)
