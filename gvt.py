@@ -25,6 +25,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from window_attention import attend_in_windows, why_not
+
 PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
 SMALLEST = 32  # pixels: below it, the last stage has no token
 PADS = ("mask", "zero", "published")
@@ -123,6 +125,11 @@ class LocalAttention(nn.Module):
         h = w = self.window
         below, right = -H % h, -W % w
         masked = bool(below or right) if self.pad == "mask" else bool(below and right) and self.pad == "published"
+        dropout = self.attn_drop.p if self.training else 0.0
+        if self.fused_attn and why_not(x, heads=self.heads, window=h, dropout=dropout) is None:  # a GPU's way, where tokens stay in place
+            if (below or right) and not masked:
+                x = F.pad(x, (0, 0, 0, right, 0, below))
+            return self.proj_drop(self.proj(attend_in_windows(self.qkv(x), self.heads, h)[:, :H, :W]))
         if masked:
             # Along a side that is shorter than a window, all of the padding is masked: a shorter window gives the same without it.
             h, w = min(h, H), min(w, W)

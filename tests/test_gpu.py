@@ -8,11 +8,13 @@ from checkpoint_hash import digest
 from conftest import log_lines
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
 
 import checkpoint
 import engine
 import main
 import options
+from window_attention import attend_in_windows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -33,6 +35,44 @@ def test_fused_kernels_serve_every_block(name):
     model = timm.create_model(name).cuda().half().eval()
     with torch.inference_mode(), sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         assert model(torch.randn(2, 3, 224, 224, device="cuda", dtype=torch.half)).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [(224, 224), (200, 168)])
+def test_every_lsa_takes_the_window_kernel(size, dtype):
+    model = timm.create_model("alt_gvt_small").cuda().eval()
+    with torch.inference_mode(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32), profile() as trace:
+        assert model(torch.randn(2, 3, *size, device="cuda")).isfinite().all()
+    calls = {event.key: event.count for event in trace.key_averages()}
+    assert calls["twins::attend_in_windows"] == 1 + 1 + 5 + 2
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+def test_a_compiled_step_with_the_window_kernel():
+    torch.manual_seed(0)
+    model, x = timm.create_model("alt_gvt_demo", num_classes=5).cuda(), torch.randn(2, 3, 72, 104, device="cuda")
+    results = []
+    for run in (model, torch.compile(model, fullgraph=True, dynamic=False)):
+        logits = run(x)
+        results.append([logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))])
+    assert all(torch.allclose(a, b, atol=1e-3, rtol=1e-3) for a, b in zip(*results))
+
+
+def test_the_window_kernel_in_a_cuda_graph():
+    qkv = torch.randn(2, 14, 16, 192, device="cuda")
+    expected, graph = attend_in_windows(qkv, 2, 7), torch.cuda.CUDAGraph()  # chooses its warps in the first call, which a graph cannot hold
+    with torch.cuda.graph(graph):
+        out = attend_in_windows(qkv, 2, 7)
+    qkv.copy_(qkv.flip(0))
+    graph.replay()
+    assert torch.equal(out, expected.flip(0))
+
+
+def test_the_window_kernel_beyond_32_bits():
+    """4 GiB of qkv, with more numbers than 2^31 and more windows than a grid's second side has."""
+    qkv = torch.zeros(3600, 56, 56, 192, device="cuda", dtype=torch.bfloat16)
+    qkv[-1].normal_()
+    assert torch.equal(attend_in_windows(qkv, 2, 7)[-1:], attend_in_windows(qkv[-1:], 2, 7))
 
 
 @pytest.mark.parametrize("amp_dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,7 +9,9 @@ from conftest import ROOT
 # What each file may import of ours. main.py alone knows all the others, and nobody imports it.
 ARROWS = {
     "torchvision_cpu": set(),
-    "gvt": {"torchvision_cpu"},
+    "window_kernel": set(),
+    "window_attention": {"window_kernel"},
+    "gvt": {"torchvision_cpu", "window_attention"},
     "options": set(),
     "lifecycle": set(),
     "utils": {"lifecycle"},
