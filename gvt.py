@@ -20,10 +20,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, use_fused_attn
+from timm.layers import DropPath, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from products import linear
 
 PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
 SMALLEST = 32  # pixels: below it, the last stage has no token
@@ -101,6 +103,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
     return dropout(scores.softmax(dim=-1)) @ v
 
 
+class Linear(nn.Linear):
+    """nn.Linear by the faster of a CPU's libraries: see products.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 class LocalAttention(nn.Module):
     """LSA: attention inside windows of window x window tokens, without overlap or shift (section 3.2). (B, H, W, C) -> same.
 
@@ -113,9 +122,9 @@ class LocalAttention(nn.Module):
         super().__init__()
         self.heads, self.window, self.pad = heads, window, pad
         self.fused_attn = use_fused_attn()
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,10 +161,10 @@ class GlobalAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.fused_attn = use_fused_attn()
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.sr, self.norm = None, None
         if sr_ratio > 1:
@@ -171,6 +180,21 @@ class GlobalAttention(nn.Module):
         k, v = kv.unbind(0)  # each (B, heads, M, D)
         x = attend(q, k, v, None, dropout=self.attn_drop, fused=self.fused_attn)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, each with dropout behind it. (..., C) -> same."""
+
+    def __init__(self, dim: int, hidden: int, *, drop: float):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
 class Block(nn.Module):

@@ -9,7 +9,8 @@ from conftest import ROOT
 # What each file may import of ours. main.py alone knows all the others, and nobody imports it.
 ARROWS = {
     "torchvision_cpu": set(),
-    "gvt": {"torchvision_cpu"},
+    "products": set(),
+    "gvt": {"torchvision_cpu", "products"},
     "options": set(),
     "lifecycle": set(),
     "utils": {"lifecycle"},
