@@ -25,7 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from products import linear
+from products import linear, linear_gelu
 
 PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
 SMALLEST = 32  # pixels: below it, the last stage has no token
@@ -95,12 +95,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
     if fused and beyond_the_grid(q):
         parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)), itertools.repeat(None) if mask is None else mask.split(MOST_ROWS))
         return torch.cat([attend(*part, dropout=dropout, fused=True) for part in parts])
+    if fused and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+        # The CPU's fused kernel has a backward pass in half precision that takes four times as long as in float32.
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), mask, dropout=dropout, fused=True).to(q.dtype)
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout.p if dropout.training else 0.0)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return dropout(scores.softmax(dim=-1)) @ v
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether a hook waits for one of them to be called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
 class Linear(nn.Linear):
@@ -194,7 +203,11 @@ class Mlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
+        if type(self.fc1) is Linear and type(self.act) is nn.GELU and not watched(self.fc1, self.act):
+            x = linear_gelu(x, self.fc1.weight, self.fc1.bias, approximate=self.act.approximate)
+        else:
+            x = self.act(self.fc1(x))
+        return self.drop2(self.fc2(self.drop1(x)))
 
 
 class Block(nn.Module):

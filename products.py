@@ -47,32 +47,43 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out) -> (..., out), as F.linear."""
     if refusal(x, weight) is not None:
         return F.linear(x, weight, bias)
-    if needs_gradient(x, weight, *([] if bias is None else [bias])):
+    if needs_gradient(x, weight, bias):
         return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return _product(x, weight, bias)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return (torch.ops.twins.linear if torch.compiler.is_compiling() else _run)(x, weight, bias)
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
+    """F.gelu of linear, in one go where no gradient is needed. approximate: as F.gelu's."""
+    if refusal(x, weight) is not None or needs_gradient(x, weight, bias):
+        return F.gelu(linear(x, weight, bias), approximate=approximate)
+    return _product(x, weight, bias, "gelu", approximate)
 
 
-def _run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _OPERATOR(x, weight, bias, "none", [], "")
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", algorithm: str = "") -> Tensor:
+    return (torch.ops.twins.linear if torch.compiler.is_compiling() else _run)(x, weight, bias, after, algorithm)
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, after: str, algorithm: str) -> Tensor:
+    return _OPERATOR(x, weight, bias, after, [], algorithm)
+
+
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, after: str, algorithm: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 # The same under a name of ours: the compiler takes torch's operator for its own, with weights that it has laid out before.
 _LIBRARY = torch.library.Library("twins", "FRAGMENT")
-_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, str after, str algorithm) -> Tensor")
 _LIBRARY.impl("linear", _run, "CPU")
-torch.library.register_fake("twins::linear", lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]), lib=_LIBRARY)
+torch.library.register_fake("twins::linear", _shape, lib=_LIBRARY)
 
 
 class _Linear(torch.autograd.Function):
