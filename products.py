@@ -55,8 +55,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out) -> (..., out), as F.linear."""
     if refusal(x, weight) is not None:
         return F.linear(x, weight, bias)
-    if needs_gradient(x, weight, bias):
-        return _Linear.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return _product(x, weight, bias)
 
 
@@ -68,7 +66,12 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approx
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", algorithm: str = "") -> Tensor:
-    return (torch.ops.twins.linear if torch.compiler.is_compiling() else _run)(x, weight, bias, after, algorithm)
+    direct = not torch.compiler.is_compiling() and not needs_gradient(x, weight, bias)
+    return (_run if direct else torch.ops.twins.linear)(x, weight, bias, after, algorithm)
+
+
+# ---------------------------------------------------------------- the operator, for autograd and for the compiler, which wants its own
+# use of torch's one to itself: with weights that it has laid out before
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, after: str, algorithm: str) -> Tensor:
@@ -79,36 +82,28 @@ def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, after: str, algorithm
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-# The same under a name of ours: the compiler takes torch's operator for its own, with weights that it has laid out before.
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    x, weight, *_ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x = of_weight = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = linear(grad, weight.t())
+    x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    if ctx.needs_input_grad[1]:
+        # The same sums either way; oneDNN is faster where the rows of its result are the longer side.
+        wide = grad.shape[1] > x.shape[1]
+        of_weight = linear(x.t(), grad.t()).t() if wide else linear(grad.t(), x.t())
+    if ctx.needs_input_grad[2]:
+        of_bias = grad.sum(0)
+    return of_x, of_weight, of_bias, None, None
+
+
 _LIBRARY = torch.library.Library("twins", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, str after, str algorithm) -> Tensor")
 _LIBRARY.impl("linear", _run, "CPU")
 torch.library.register_fake("twins::linear", _shape, lib=_LIBRARY)
-
-
-class _Linear(torch.autograd.Function):
-    """x (N, in), weight (out, in), bias (out) -> (N, out). Its gradients are products of the same kind."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _product(x, weight, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x, weight, bias = inputs
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        of_x = of_weight = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = linear(grad, weight.t())
-        if ctx.needs_input_grad[1]:
-            # The same sums either way; oneDNN is faster where the longer side comes last.
-            wide = grad.shape[1] > x.shape[1]
-            of_weight = linear(x.t(), grad.t()).t() if wide else linear(grad.t(), x.t())
-        if ctx.has_bias and ctx.needs_input_grad[2]:
-            of_bias = grad.sum(0)
-        return of_x, of_weight, of_bias
+torch.library.register_autograd("twins::linear", _backward, setup_context=_save, lib=_LIBRARY)
