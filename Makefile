@@ -22,7 +22,7 @@ define learn
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install dense demo demo-dense test test-fast faults lint
+.PHONY: help install dense demo demo-dense test test-fast faults bench lint
 
 help:
 	@echo "make demo       install, train a small Twins on handwritten digits, evaluate it, draw what it says (about 3 minutes)"
@@ -30,6 +30,7 @@ help:
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (under 3 minutes; about 4 where make dense ran)"
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
+	@echo "make bench      install, check that ours is no slower than timm's model of the same weights (under 3 minutes)"
 	@echo "make dense      install what segmentation and detection need as well (compiles for 5 to 15 minutes)"
 	@echo "make lint       install, check style and the README's tables"
 	@echo "make install    only install, into .venv"
@@ -81,6 +82,11 @@ test-fast: install
 
 faults: install
 	$(RUN) tests/faults/all.py
+
+# A bound far below what is measured, so that it fails only where something broke.
+bench: install
+	$(RUN) tools/benchmark.py --models alt_gvt_small pcpvt_small_v0 --tasks inference training --modes eager --dtype float32 bfloat16 \
+		--batch-size 4 --repeats 9 --warmup 2 --no-memory --least 0.9
 
 lint: install
 	$(RUN) -m ruff check .

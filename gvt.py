@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, use_fused_attn
+from timm.layers import DropPath, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from products import linear, linear_gelu
 from window_attention import attend_in_windows, why_not
 
 PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
@@ -95,12 +96,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
     if fused and beyond_the_grid(q):
         parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)), itertools.repeat(None) if mask is None else mask.split(MOST_ROWS))
         return torch.cat([attend(*part, dropout=dropout, fused=True) for part in parts])
+    if fused and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
+        # The CPU's fused kernel has a backward pass in half precision that takes four times as long as in float32.
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), mask, dropout=dropout, fused=True).to(q.dtype)
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout.p if dropout.training else 0.0)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return dropout(scores.softmax(dim=-1)) @ v
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether a hook waits for one of them to be called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+class Linear(nn.Linear):
+    """nn.Linear by the faster of a CPU's libraries: see products.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class LocalAttention(nn.Module):
@@ -115,9 +132,9 @@ class LocalAttention(nn.Module):
         super().__init__()
         self.heads, self.window, self.pad = heads, window, pad
         self.fused_attn = use_fused_attn()
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,10 +176,10 @@ class GlobalAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.fused_attn = use_fused_attn()
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.sr, self.norm = None, None
         if sr_ratio > 1:
@@ -178,6 +195,25 @@ class GlobalAttention(nn.Module):
         k, v = kv.unbind(0)  # each (B, heads, M, D)
         x = attend(q, k, v, None, dropout=self.attn_drop, fused=self.fused_attn)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, each with dropout behind it. (..., C) -> same."""
+
+    def __init__(self, dim: int, hidden: int, *, drop: float):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden, dim)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(self.fc1) is Linear and type(self.act) is nn.GELU and not watched(self.fc1, self.act):
+            x = linear_gelu(x, self.fc1.weight, self.fc1.bias, approximate=self.act.approximate)
+        else:
+            x = self.act(self.fc1(x))
+        return self.drop2(self.fc2(self.drop1(x)))
 
 
 class Block(nn.Module):

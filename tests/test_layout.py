@@ -9,9 +9,10 @@ from conftest import ROOT
 # What each file may import of ours. main.py alone knows all the others, and nobody imports it.
 ARROWS = {
     "torchvision_cpu": set(),
+    "products": set(),
     "window_kernel": set(),
     "window_attention": {"window_kernel"},
-    "gvt": {"torchvision_cpu", "window_attention"},
+    "gvt": {"torchvision_cpu", "products", "window_attention"},
     "options": set(),
     "lifecycle": set(),
     "utils": {"lifecycle"},

@@ -77,6 +77,11 @@ def plot(axis: Axes, log: list[dict], key: str, name: str, **style) -> Line2D:
     return axis.plot([epoch["epoch"] for epoch in log], [epoch[key] for epoch in log], label=name, **style)[0]
 
 
+def tidy(axis: Axes) -> None:
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def draw(logs: dict[str, list[dict]], published: dict[str, list[dict]], output: Path) -> None:
     """A panel each for training loss, Acc@1 and learning rate. Both kinds of runs are given as their label -> their epochs."""
     last = max((epoch["epoch"] for log in logs.values() for epoch in log), default=math.inf)
@@ -88,8 +93,7 @@ def draw(logs: dict[str, list[dict]], published: dict[str, list[dict]], output: 
         own = [plot(axis, log, key, name, linewidth=1.8, marker="o" if len(log) < 30 else "", markersize=3) for name, log in logs.items()]
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        tidy(axis)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for lines, place, title in ((own, "upper", None), (behind, "lower", "published (ImageNet)")):
         if lines:

@@ -202,6 +202,43 @@ def short(commit: str) -> str:
     return commit[:8] + plus + changes if commit else "unknown"
 
 
+MODES = ("eager", "compiled", "graphs")
+
+
+def speed(logs: Path = LOGS) -> list[str]:
+    """What tools/benchmark.py wrote: for each of its folders where it was measured and how, then a row for each case."""
+    lines = []
+    for path in sorted((logs / "benchmarks").glob("*/results.json")):
+        found = read_json(path, "environment", "settings", "cases")
+        where = found["environment"]
+        versions = f"torch {where['torch']}, timm {where['timm']}"
+        what = f"{where['hardware']}, {where['threads']} threads, {versions}, {where['started'][:10]}, {found['settings']['repeats']} rounds"
+        lines += [
+            "",
+            f"[{path.parent.name}](logs/benchmarks/{path.parent.name}/results.csv): {what}. `{where['command']}`",
+            "",
+            *speeds(found["cases"]),
+        ]
+    return [*lines, ""] if lines else ["none yet"]
+
+
+def speeds(cases: list[dict]) -> list[str]:
+    """Pictures per second of ours / each other, mode for mode, with the ratio; and the faster mode's share of the product's rate."""
+    pairs = list(dict.fromkeys((ratio["library"], ratio["mode"]) for case in cases for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]))
+    pairs.sort(key=lambda pair: MODES.index(pair[1]))  # stable: the order of the libraries stays
+    rows = []
+    for case in cases:
+        rates = {(row["library"], row["mode"]): row for row in case["rows"]}
+        ahead = {(ratio["library"], ratio["mode"]): ratio["median"] for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]}
+        best = max((row for row in case["rows"] if row["library"] == "ours"), key=lambda row: row["pictures_per_s"])
+        row = [f"`{case['model']}`", case["task"], case["dtype"], f"{case['batch']} x {case['size']}"]
+        for library, mode in pairs:
+            both = [rates[name]["pictures_per_s"] for name in (("ours", mode), (library, mode)) if name in rates]
+            row.append(f"{both[0]:.1f} / {both[1]:.1f} = {ahead[library, mode]:.2f}" if (library, mode) in ahead else "")
+        rows.append([*row, f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})"])
+    return markdown(["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs), "Share of product rate"], rows)
+
+
 def read_json(path: Path, *keys: str) -> dict:
     try:
         record = json.loads(path.read_text())
@@ -220,6 +257,7 @@ TABLES = {
     "detection": detection,
     "runs": runs,
     "dense_runs": dense_runs,
+    "speed": speed,
 }
 
 

@@ -161,6 +161,35 @@ def test_runs(tmp_path):
     ]
 
 
+def make_benchmark(logs: Path) -> None:
+    def row(library, mode, rate, **others):
+        return dict(library=library, mode=mode, pictures_per_s=rate, **others)
+
+    rows = [row("ours", "eager", 20.0, share_of_product_rate=0.5), row("timm", "eager", 10.0)]
+    compiled = [row("ours", "compiled", 30.04, share_of_product_rate=0.754), row("timm", "compiled", 20.0)]
+    ratio = dict(ours="eager", library="timm", mode="eager", median=2.014)
+    others = [dict(ours="compiled", library="timm", mode="compiled", median=1.5), dict(ours="compiled", library="timm", mode="eager", median=3.0)]
+    case = dict(model="alt_gvt_demo", task="inference", dtype="float32", batch=8, size=224, rows=rows, ratios=[ratio])
+    environment = dict(hardware="A CPU", threads=2, torch="2.13.0", timm="1.0.31", started="2026-11-24T10:00:00", command="python tools/benchmark.py")
+    results = dict(environment=environment, settings=dict(repeats=30), cases=[case, case | dict(rows=rows + compiled, ratios=[ratio, *others])])
+    (logs / "benchmarks" / "a_cpu").mkdir(parents=True)
+    (logs / "benchmarks" / "a_cpu" / "results.json").write_text(json.dumps(results))
+
+
+def test_speed(tmp_path):
+    assert readme_tables.speed(tmp_path) == ["none yet"]
+    make_benchmark(tmp_path)
+    found = readme_tables.speed(tmp_path)
+    assert found[1] == (
+        "[a_cpu](logs/benchmarks/a_cpu/results.csv): A CPU, 2 threads, torch 2.13.0, timm 1.0.31, 2026-11-24, 30 rounds. `python tools/benchmark.py`"
+    )
+    assert found[3] == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | Share of product rate |"
+    assert cells(found[3:-1]) == [
+        ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20.0 / 10.0 = 2.01", "", "50 % (eager)"],
+        ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20.0 / 10.0 = 2.01", "30.0 / 20.0 = 1.50", "75 % (compiled)"],
+    ]
+
+
 def test_no_runs(tmp_path):
     assert readme_tables.runs(tmp_path) == ["none yet"]
 

@@ -1,0 +1,109 @@
+"""Linear layers on a CPU through oneDNN.
+
+torch gives products of float32 to MKL, which on AMD's processors reaches half of what oneDNN does with the same bits of precision. Where
+oneDNN cannot serve, or is not wanted, `refusal` says why and torch's own F.linear is taken, which is the reference.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# torch's compiler emits this operator too, but does so by itself for half precision only.
+_OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+_SERVES = _OPERATOR is not None and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+_wanted = True
+
+
+@contextlib.contextmanager
+def by_torch_alone() -> Iterator[None]:
+    """F.linear everywhere: what to compare with."""
+    global _wanted
+    before, _wanted = _wanted, False
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def refusal(x: Tensor, weight: Tensor) -> str | None:
+    """Why oneDNN is not taken for this product, as a sentence; None where it is."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device.type}, oneDNN is for CPUs"
+    if not _wanted:
+        return "it is off (by_torch_alone)"
+    if not _SERVES:
+        return "this torch has no oneDNN for processors with AVX-512"
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dtype != x.dtype:
+        return f"x and weight are {x.dtype} and {weight.dtype}: both must be float32 or bfloat16"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast chooses the dtype of F.linear"
+    if x.dtype == torch.bfloat16 and needs_gradient(x, weight):
+        return "gradients of bfloat16 are no faster"
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return "an exported program is for any machine"
+    return None
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in), weight (out, in), bias (out) -> (..., out), as F.linear."""
+    if refusal(x, weight) is not None:
+        return F.linear(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
+    """F.gelu of linear, in one go where no gradient is needed. approximate: as F.gelu's."""
+    if refusal(x, weight) is not None or needs_gradient(x, weight, bias):
+        return F.gelu(linear(x, weight, bias), approximate=approximate)
+    return _product(x, weight, bias, "gelu", approximate)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", algorithm: str = "") -> Tensor:
+    direct = not torch.compiler.is_compiling() and not needs_gradient(x, weight, bias)
+    return (_run if direct else torch.ops.twins.linear)(x, weight, bias, after, algorithm)
+
+
+# ---------------------------------------------------------------- the operator, for autograd and for the compiler, which wants its own
+# use of torch's one to itself: with weights that it has laid out before
+
+
+def _run(x: Tensor, weight: Tensor, bias: Tensor | None, after: str, algorithm: str) -> Tensor:
+    return _OPERATOR(x, weight, bias, after, [], algorithm)
+
+
+def _shape(x: Tensor, weight: Tensor, bias: Tensor | None, after: str, algorithm: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    x, weight, *_ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    of_x = of_weight = of_bias = None
+    if ctx.needs_input_grad[0]:
+        of_x = linear(grad, weight.t())
+    x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    if ctx.needs_input_grad[1]:
+        # The same sums either way; oneDNN is faster where the rows of its result are the longer side.
+        wide = grad.shape[1] > x.shape[1]
+        of_weight = linear(x.t(), grad.t()).t() if wide else linear(grad.t(), x.t())
+    if ctx.needs_input_grad[2]:
+        of_bias = grad.sum(0)
+    return of_x, of_weight, of_bias, None, None
+
+
+_LIBRARY = torch.library.Library("twins", "FRAGMENT")
+_LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, str after, str algorithm) -> Tensor")
+_LIBRARY.impl("linear", _run, "CPU")
+torch.library.register_fake("twins::linear", _shape, lib=_LIBRARY)
+torch.library.register_autograd("twins::linear", _backward, setup_context=_save, lib=_LIBRARY)
