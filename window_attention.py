@@ -10,6 +10,7 @@ No copies into windows and back, no padding, no mask in memory. What else there 
 """
 
 import importlib.util
+import os
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ MOST_CHANNELS = 64
 MOST_MEMORY = 160 * 1024  # bytes of shared memory, enough for both; 99 KiB, the least from capability 8.0 on, for half as large a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON = importlib.util.find_spec("triton") is not None
+WANTED = os.environ.get("TWINS_WINDOW_KERNEL", "1") != "0"
 
 
 def why_not(x: Tensor, *, heads: int, window: int, dropout: float) -> str | None:
@@ -29,6 +31,8 @@ def why_not(x: Tensor, *, heads: int, window: int, dropout: float) -> str | None
     It has no second derivatives, which nothing shows in advance: asking for them raises.
     """
     tokens, channels = window**2, x.shape[-1] // heads
+    if not WANTED:
+        return "TWINS_WINDOW_KERNEL=0 is set"
     if not TRITON:
         return "Triton is not installed"
     if not x.is_cuda:

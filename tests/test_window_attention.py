@@ -83,6 +83,13 @@ def test_without_triton_all_but_the_kernel_works():
     assert result.stdout == "torch.Size([1, 7, 7, 8]) Triton is not installed\n", result.stderr
 
 
+def test_the_switch():
+    program = "import torch, window_attention as w; print(w.why_not(torch.zeros(1, 7, 7, 8), heads=2, window=7, dropout=0.0))"
+    command = dict(args=[sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    result = subprocess.run(**command, env=os.environ | {"TWINS_WINDOW_KERNEL": "0"})
+    assert result.stdout == "TWINS_WINDOW_KERNEL=0 is set\n", result.stderr
+
+
 @pytest.mark.parametrize(("window", "operator"), [(7, True), (17, False)])
 def test_torch_compile_sees_through_the_choice(window, operator, monkeypatch):
     """On a CUDA device that is not there: tensors without memory, and properties of our making."""

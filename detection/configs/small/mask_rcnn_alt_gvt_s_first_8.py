@@ -1,4 +1,4 @@
-"""Mask R-CNN on SVT-S: the first 8 pictures of a small part of COCO by heart, about 10 minutes on two cores.
+"""Mask R-CNN on SVT-S: the first 8 pictures of a small part of COCO by heart, a quarter of an hour on one core.
 
 python train.py configs/small/mask_rcnn_alt_gvt_s_first_8.py
 """

@@ -1,4 +1,4 @@
-"""RetinaNet on SVT-S: the first 8 pictures of a small part of COCO by heart, about 10 minutes on two cores.
+"""RetinaNet on SVT-S: the first 8 pictures of a small part of COCO by heart, ten minutes on one core.
 
 python train.py configs/small/retinanet_alt_gvt_s_first_8.py
 """
