@@ -470,13 +470,13 @@ def as_csv(results: dict) -> str:
 
 
 def as_table(case: dict) -> str:
-    lines = [f"{'':<34}{'ms':>10}{'q1 - q3':>18}{'pictures/s':>12}{'ours faster':>13}{'of product':>12}{'of copy':>9}{'peak MB':>9}"]
+    lines = [f"{'':<34}{'ms':>10}{'q1 - q3':>22}{'pictures/s':>12}{'ours faster':>13}{'of product':>12}{'of copy':>9}{'peak MB':>9}"]
     for found in flat({"cases": [case]}):
         shares = [f"{100 * float(found[key]):.0f} %" if found[key] else "" for key in ("share_of_product_rate", "share_of_copy_rate")]
         spread = f"{found['ms_q1']} - {found['ms_q3']}"
         name = f"{found['library']} {found['mode']}"
         lines.append(
-            f"{name:<34}{found['ms']:>10}{spread:>18}{found['pictures_per_s']:>12}{found['ours_faster']:>13}"
+            f"{name:<34}{found['ms']:>10}{spread:>22}{found['pictures_per_s']:>12}{found['ours_faster']:>13}"
             f"{shares[0]:>12}{shares[1]:>9}{found['peak_mb']:>9}".rstrip()
         )
     for each in case["ratios"]:
