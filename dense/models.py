@@ -39,6 +39,41 @@ def poly(*, iterations: int, power: float = 1.0, eta_min: float = 0.0, warmup: i
     return [*line, dict(type="PolyLR", power=power, eta_min=eta_min, by_epoch=False, begin=0, end=iterations + 1)]
 
 
+def endless(batch_size: int, workers: int, **dataset) -> dict:
+    """A segmentor's training data, in one order after another."""
+    sampler = dict(type="InfiniteSampler", shuffle=True)
+    return dict(batch_size=batch_size, num_workers=workers, persistent_workers=True, sampler=sampler, dataset=dataset)
+
+
+def one_by_one(workers: int, **dataset) -> dict:
+    """A segmentor's data for scores."""
+    sampler = dict(type="DefaultSampler", shuffle=False)
+    return dict(batch_size=1, num_workers=workers, persistent_workers=True, sampler=sampler, dataset=dataset)
+
+
+def crops(scale: tuple[int, int], *, ratio_range: tuple[float, float], side: int) -> list[dict]:
+    """A segmentor's training pipeline: squares of `side` pixels from pictures within `scale` times a ratio."""
+    return [
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations"),
+        dict(type="RandomResize", scale=scale, ratio_range=ratio_range, keep_ratio=True),
+        dict(type="RandomCrop", crop_size=(side, side), cat_max_ratio=0.75),
+        dict(type="RandomFlip", prob=0.5),
+        dict(type="PhotoMetricDistortion"),
+        dict(type="PackSegInputs"),
+    ]
+
+
+def whole(scale: tuple[int, int]) -> list[dict]:
+    """A segmentor's pipeline for scores: pictures within `scale`."""
+    return [
+        dict(type="LoadImageFromFile"),
+        dict(type="Resize", scale=scale, keep_ratio=True),
+        dict(type="LoadAnnotations"),  # after Resize: the labels keep the picture's own size
+        dict(type="PackSegInputs"),
+    ]
+
+
 def one_size(scale: tuple[int, int], *, with_mask: bool = False, flip: float = 0.5) -> list[dict]:
     """A detector's training pipeline: whole pictures within `scale`, the longer and the shorter side at most, mirrored in a share of `flip`."""
     return [

@@ -4,7 +4,7 @@ python train.py configs/small/fpn_alt_gvt_demo_digits.py
 """
 
 _base_ = ["../_base_/models/fpn.py", "../_base_/runtime.py"]
-from dense.models import poly, with_fpn
+from dense.models import endless, one_by_one, poly, with_fpn
 
 part = with_fpn("alt_gvt_demo", pretrained="../output/demo/checkpoint_best.pth", drop_path_rate=0.0)
 part["neck"]["out_channels"] = 64  # a quarter of the usual, for speed
@@ -25,20 +25,8 @@ scenes = dict(
     reduce_zero_label=True,
     pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
 )
-train_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(**scenes, data_prefix=dict(img_path="images/training", seg_map_path="annotations/training")),
-)
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(**scenes, data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation")),
-)
+train_dataloader = endless(8, 1, **scenes, data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"))
+val_dataloader = one_by_one(1, **scenes, data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"))
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
