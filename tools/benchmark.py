@@ -38,6 +38,7 @@ from count import FlopCounterMode, conv_flop_count, side
 from plot_logs import tidy
 from timm.models.twins import Twins as TimmTwins
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 import checkpoint
 import formats
@@ -55,6 +56,7 @@ PRODUCT, COPY = "matrix product", "memory copy"
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 COPIED = {"cpu": 2**27, "cuda": 2**30}  # bytes
 CHUNK = 8  # pictures of the float64 reference at once
+SMALLEST_SHARE = 0.01
 SEVERAL = 2  # times its own rounding error is what a dtype's outputs may be off
 LOSS_SCALE = {"float16": 1024.0}
 
@@ -326,6 +328,16 @@ def memory_of_each(case: Case, names: Iterable[tuple[str, str]], device: torch.d
     return found
 
 
+def operators(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """What a step's time goes to: the share of each operator without those that it calls, of all but the smallest."""
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]) as trace:
+        for _ in range(3):
+            step()
+    spent = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total for event in trace.key_averages()}
+    total = sum(spent.values())
+    return {name: time / total for name, time in sorted(spent.items(), key=lambda item: -item[1]) if time / total >= SMALLEST_SHARE}
+
+
 # ---------------------------------------------------------------- floors
 
 
@@ -397,11 +409,15 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
     agreement = check_outputs(case, runners, device)
     steps = {name: runner.step for name, runner in runners.items()} | limits(case.torch_dtype, device)
     times = in_turns(steps, device, repeats=args.repeats, warmup=args.warmup)
+    traces = {name: operators(runner.step, device) for name, runner in runners.items()} if args.profile else {}
     floor = floors(case)
     rates = {library: 2 * SIDE[device.type] ** 3 / median(spent) for (what, library), spent in times.items() if what == PRODUCT}
     best = {"operations_per_s": max(rates.values()), "operations_per_s_by": rates, "bytes_per_s": 2 * COPIED[device.type] / median(times[COPY, ""])}
     memory = memory_of_each(case, runners, device) if args.memory else {}
     rows = [row(name, case, times[name], memory.get(name), floor, best) for name in runners]
+    for found, name in zip(rows, runners):
+        if name in traces:
+            found["operators"] = traces[name]
     return dataclasses.asdict(case) | {
         "limits": best,
         "floor": floor | {"operations_s": floor["operations"] / best["operations_per_s"], "bytes_s": floor["bytes"] / best["bytes_per_s"]},
@@ -483,6 +499,10 @@ def as_table(case: dict) -> str:
         if each["ours"] != each["mode"]:
             lines.append(f"ours {each['ours']} against {each['library']} {each['mode']}: {each['median']:.3f} ({each['q1']:.3f} - {each['q3']:.3f})")
     best = case["limits"]
+    for found in case["rows"]:
+        shares = ", ".join(f"{name.rsplit('::')[-1]} {100 * share:.0f} %" for name, share in found.get("operators", {}).items())
+        if shares:
+            lines.append(f"{found['library']} {found['mode']}: {shares}")
     rates = ", ".join(f"{PRODUCT} by {library} {rate / 1e9:,.0f} G operations/s" for library, rate in best["operations_per_s_by"].items())
     lines.append(f"limits: {rates}; {COPY} {best['bytes_per_s'] / 1e9:,.1f} GB/s")
     return "\n".join(lines)
@@ -599,6 +619,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=positive, default=30, metavar="N", help="rounds that count (%(default)s)")
     parser.add_argument("--warmup", type=count, default=3, metavar="N", help="rounds before them (%(default)s)")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory, which starts a process for each")
+    parser.add_argument("--profile", action="store_true", help="record and print what each network's time goes to")
     parser.add_argument("--least", type=above_zero, default=None, metavar="RATIO", help="end with 1 where ours is not so many times as fast")
     parser.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="write results.json, results.csv and figures there")
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")

@@ -191,6 +191,14 @@ def test_json_and_a_bound(capsys, small_limits):
     assert tool.run([*EAGER, "--json", "--least", "0.001"]) == 0
 
 
+def test_a_profile(capsys, small_limits):
+    assert tool.run([*EAGER, "--profile"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("timm eager: ")]
+    shares = dict(part.rsplit(" ", 2)[:2] for part in line.removeprefix("timm eager: ").split(", "))
+    assert {"addmm", "native_layer_norm"} <= set(shares)
+    assert 50 < sum(map(int, shares.values())) <= 105
+
+
 @pytest.mark.slow
 def test_a_dense_backbone(capsys, small_limits):
     pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
