@@ -7,17 +7,20 @@ import torchvision_cpu  # noqa: F401  before timm, see there
 
 # isort: split
 import contextlib
+import functools
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, auto_augment, create_transform
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
@@ -78,6 +81,105 @@ def build_transform(is_train: bool, args, *, mean=IMAGENET_DEFAULT_MEAN, std=IMA
     bicubic = transforms.InterpolationMode.BICUBIC
     resize = [transforms.Resize(int(size / args.eval_crop_ratio), interpolation=bicubic), transforms.CenterCrop(size)]
     return transforms.Compose([*([FitSquare(size)] if size <= SMALL else resize), transforms.ToTensor(), transforms.Normalize(mean, std)])
+
+
+# ---------------------------------------------------------------- bytes until the device
+
+
+class Erasing:
+    """Stands in for the (3, H, W) picture that timm's random erasing writes on: keeps what it writes, (rows, columns, values)."""
+
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int):
+        self.shape, self.written = torch.Size((3, height, width)), []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, where: tuple[slice, slice, slice], values: Tensor) -> None:
+        self.written.append((*where[1:], values))
+
+
+@dataclass
+class Sample:
+    """A picture on its way to the device: bytes (H, W, 3), what erasing writes on it afterwards, and mean and std to normalize it with."""
+
+    pixels: Tensor
+    erased: list[tuple[slice, slice, Tensor]]
+    normal: tuple[tuple[float, ...], tuple[float, ...]]
+
+
+class InBytes:
+    """A pipeline of build_transform up to its first float: a picture -> Sample, with the same random numbers.
+
+    A picture in bytes is a quarter of one in float32, for the memory that loading processes share and for the copy to the device. What
+    is left to do there is Pictures.to's, and gives the same bits.
+    """
+
+    def __init__(self, pipeline: transforms.Compose):
+        steps = pipeline.transforms
+        at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.ToTensor))
+        self.drawing, normalize, self.erasing = steps[:at], steps[at + 1], steps[at + 2 :]
+        self.normal = tuple(tuple(torch.as_tensor(part, dtype=torch.float32).tolist()) for part in (normalize.mean, normalize.std))
+
+    def __call__(self, picture: Image.Image) -> Sample:
+        for step in self.drawing:
+            picture = step(picture)
+        erased = Erasing(picture.height, picture.width)
+        for step in self.erasing:
+            step(erased)
+        return Sample(torch.from_numpy(np.array(picture)), erased.written, self.normal)
+
+
+@dataclass
+class Pictures:
+    """A batch of samples: bytes (B, H, W, 3); the places that erasing writes on, (number, rows, columns, shape); its values in one row."""
+
+    pixels: Tensor
+    erased: list[tuple[int, slice, slice, torch.Size]]
+    values: Tensor
+    normal: tuple[tuple[float, ...], tuple[float, ...]]
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> "Pictures":
+        found = [(number, *written) for number, sample in enumerate(samples) for written in sample.erased]
+        values = torch.cat([values.flatten() for *_, values in found]) if found else torch.empty(0)
+        places = [(*place, values.shape) for *place, values in found]
+        return cls(default_collate([sample.pixels for sample in samples]), places, values, samples[0].normal)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def pin_memory(self) -> "Pictures":
+        """What a loader asks for."""
+        return replace(self, pixels=self.pixels.pin_memory(), values=self.values.pin_memory())
+
+    def to(self, device: torch.device, *, non_blocking: bool = False, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+        """-> (B, 3, H, W) in float32 there, normalized and erased: the bits of build_transform's pipeline, made there."""
+        pixels = self.pixels.to(device, non_blocking=non_blocking).permute(0, 3, 1, 2)
+        white, mean, std = constants(self.normal, device)
+        pictures = pixels.to(torch.float32, memory_format=memory_format).div_(white).sub_(mean).div_(std)
+        if self.erased:
+            values = self.values.to(device, non_blocking=non_blocking).split([shape.numel() for *_, shape in self.erased])
+            for (number, rows, columns, shape), part in zip(self.erased, values):
+                pictures[number, :, rows, columns] = part.view(shape)
+        return pictures
+
+
+@functools.cache
+def constants(normal: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """255, mean and std on the device. White is a tensor too, for CUDA divides by a number as it multiplies by its rounded reciprocal."""
+    mean, std = (torch.tensor(part, device=device).view(-1, 1, 1) for part in normal)
+    return torch.full_like(mean, 255.0), mean, std
+
+
+def collate(items: Sequence) -> list:
+    """Items of a data set -> a batch of them; samples become Pictures."""
+    if not (isinstance(items[0], tuple) and isinstance(items[0][0], Sample)):
+        return default_collate(items)
+    samples, labels = zip(*items)
+    return [Pictures.of(samples), default_collate(labels)]
 
 
 # ---------------------------------------------------------------- data sets
@@ -217,16 +319,20 @@ def match_classes(found: list[str], stored: list[str] | None, head: int) -> list
 # ---------------------------------------------------------------- random numbers and the loader
 
 
+def seed_by(key: Sequence[int]) -> None:
+    words = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3])
+    torch.default_generator.manual_seed(int(words[3]))
+
+
 @contextlib.contextmanager
 def random_numbers(*key: int) -> Iterator[None]:
     """Random numbers of python, numpy and torch as a function of `key`; in the training process, its own states are put back."""
     states = None
     if get_worker_info() is None:
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1:3])
-    torch.default_generator.manual_seed(int(words[3]))
+    seed_by(key)
     try:
         yield
     finally:
@@ -281,7 +387,7 @@ class TimedLoader(DataLoader):
 def build_loader(
     dataset: Dataset, sampler: Iterable, *, batch_size: int, workers: int, pin_memory: bool, drop_last: bool, timeout: float = 0
 ) -> DataLoader:
-    """Batches of (pictures (B, 3, H, W), labels (B,)). Drawing them leaves the process's own random states alone.
+    """Batches of (pictures (B, 3, H, W) or Pictures, labels (B,)). Drawing them leaves the process's own random states alone.
 
     timeout: seconds without a batch of the workers after which it is an error, 0 for none.
     """
@@ -294,6 +400,7 @@ def build_loader(
         drop_last=drop_last,
         persistent_workers=workers > 0,
         seconds=timeout,
+        collate_fn=collate,
         worker_init_fn=loading_process,
         generator=torch.Generator(),
     )

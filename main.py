@@ -190,7 +190,7 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
         classes = datasets.match_classes(datasets.class_folders(Path(args.data_path) / "val"), stored, len(head))
     elif stored is not None:
         classes = stored
-    dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args), classes=classes)
+    dataset = datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)), classes=classes)
     if len(dataset.classes) != len(head):
         raise UserError(f"other classes than the weights' ({args.data_path}): {len(dataset.classes)}, the classifier has {len(head)}")
     model = build_model(args, len(head))
@@ -206,7 +206,7 @@ def throughput(args: argparse.Namespace, written: set[str], device: torch.device
     """Pictures per second in float32 unless --amp-dtype says otherwise, at the evaluation's batch size (1.5 x --batch-size)."""
     batch = eval_batch(args)
     if "data_path" in written:
-        dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args))
+        dataset = datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)))
         images = next(iter(build_eval_loader(args, written, dataset, device)))[0]
         batch = len(images)
     else:
@@ -244,9 +244,9 @@ class Run:
         self.status = lifecycle.Status(self.folder, utils.in_main_process(lifecycle.now))
         rank, world = utils.get_rank(), utils.get_world_size()
         utils.seed_everything(args.seed + rank)
-        train_set = datasets.build_dataset("train", args, transform=datasets.build_transform(True, args))
+        train_set = datasets.build_dataset("train", args, transform=datasets.InBytes(datasets.build_transform(True, args)))
         self.classes = list(train_set.classes)
-        val_set = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args), classes=self.classes)
+        val_set = datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)), classes=self.classes)
         kind = RASampler if args.repeated_aug else ShuffleSampler
         self.sampler = kind(len(train_set), seed=args.seed, rank=rank, world=world)
         self.keyed = datasets.Keyed(train_set, args.seed)

@@ -132,6 +132,62 @@ def test_options_reach_the_pipeline():
         datasets.build_transform(True, arguments("--aa", "rand-x9"))
 
 
+# ---------------------------------------------------------------- bytes until the device
+
+
+def batches_of(args, is_train, late, *, workers=0, repeated=False):
+    """Two epochs' batches, with the pictures in bytes until the device or in float32 from the start; what they become on it."""
+    pipeline = datasets.build_transform(is_train, args)
+    dataset = datasets.build_dataset("train", args, transform=datasets.InBytes(pipeline) if late else pipeline)
+    sampler = (RASampler if repeated else ShuffleSampler)(len(dataset), seed=1)
+    loader = datasets.build_loader(datasets.Keyed(dataset, 1), sampler, batch_size=8, workers=workers, pin_memory=False, drop_last=False)
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        for pictures, labels in loader:
+            assert len(pictures) == len(labels) and isinstance(pictures, datasets.Pictures) == late
+            yield pictures.to(torch.device("cpu"), memory_format=torch.contiguous_format), labels
+
+
+PIPELINES = {
+    "published": [],
+    "several_places": ["--reprob", 0.9, "--recount", 3],
+    "one_colour": ["--reprob", 0.9, "--remode", "rand"],
+    "black": ["--reprob", 0.9, "--remode", "const"],
+    "no_erasing": ["--reprob", 0, "--aa", "", "--train-interpolation", "random"],
+    "shifted": ["--input-size", 32],
+}
+
+
+@pytest.mark.parametrize("is_train", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("words", PIPELINES.values(), ids=PIPELINES)
+def test_bytes_until_the_device_end_as_the_same_bits(words, is_train, toy):
+    args = arguments("--data-path", toy, "--input-size", 40, *words)
+    pairs = list(zip(batches_of(args, is_train, False), batches_of(args, is_train, True), strict=True))
+    assert len(pairs) == 12 and len({tuple(labels.tolist()) for (_, labels), _ in pairs}) > 6
+    for (expected, labels), (found, same_labels) in pairs:
+        assert found.dtype == torch.float32 and found.is_contiguous() and found.shape == (8, 3, args.input_size, args.input_size)
+        assert torch.equal(found, expected) and torch.equal(labels, same_labels)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_bytes_do_not_depend_on_workers(workers, toy):
+    args = arguments("--data-path", toy, "--input-size", 40, "--reprob", 0.5)
+    pairs = zip(batches_of(args, True, False, repeated=True), batches_of(args, True, True, workers=workers, repeated=True), strict=True)
+    for (expected, _), (found, _) in pairs:
+        assert torch.equal(found, expected)
+
+
+def test_a_batch_in_bytes_is_small_and_keeps_its_layout(toy):
+    args = arguments("--data-path", toy, "--input-size", 40, "--reprob", 1)
+    dataset = datasets.build_dataset("train", args, transform=datasets.InBytes(datasets.build_transform(True, args)))
+    batch, _ = datasets.collate([dataset[i] for i in range(8)])
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (8, 40, 40, 3)
+    assert len(batch.erased) == 8 and len(batch.values) == sum(shape.numel() for *_, shape in batch.erased) < batch.pixels.numel()
+    plain, last = (batch.to(torch.device("cpu"), memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last))
+    assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(plain, last)
+    assert torch.equal(batch.to(torch.device("cpu")), plain)  # the bytes are left as they were
+
+
 # ---------------------------------------------------------------- random numbers
 
 
