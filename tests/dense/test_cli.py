@@ -205,13 +205,18 @@ def test_a_training_and_its_log(trained):
     assert not [line for line in output.splitlines() if "UserWarning" in line or "Could not import" in line]
 
 
-def test_a_score(trained, segmentor, tmp_path):
+@pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")  # of mmengine, where one process makes several runs
+def test_a_score(trained, segmentor, tmp_path, monkeypatch):
+    from mmseg.visualization import SegLocalVisualizer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SegLocalVisualizer, "_instance_dict", {})  # a process of its own has none yet
     folder, output = trained
     last = re.findall(r"mIoU: ([\d.]+)", output)[-1]
-    again = ok(
-        run([*python("mmseg", "test"), segmentor, folder / "iter_4.pth", "--eval", "mIoU", "--out", "labels.pkl", "--show-dir", "shown"], tmp_path)
-    )
-    assert re.findall(r"mIoU: ([\d.]+)", again) == [last]
+    words = ["--eval", "mIoU", "--out", "labels.pkl", "--show-dir", "shown", "--work-dir", "run"]
+    scoring("mmseg", segmentor, folder / "iter_4.pth", *words)
+    (log,) = tmp_path.glob("run/*/*.json")
+    assert f"{json.loads(log.read_text())['mIoU']:.4f}" == last
     assert len(list((tmp_path / "labels").glob("*.png"))) == 5 == len(list((tmp_path / "shown").rglob("*.png")))
 
 
@@ -305,3 +310,38 @@ def test_two_processes_of_a_detector(coco, tmp_path):
     words = ["--eval", "mAP", "--cfg-options", "model.test_cfg.score_thr=0.0"]
     output = ok(run(["bash", ROOT / "detection" / "dist_test.sh", config, "run/epoch_2.pth", 2, *words], tmp_path))
     assert "--eval mAP: bbox\n" in output and "coco/bbox_mAP: " in output
+
+
+@pytest.mark.slow
+def test_a_resumed_detector_of_two_processes_has_the_same_bits(detector, tmp_path):
+    """From the end of an epoch, and with workers where there were none."""
+    train = ["bash", ROOT / "detection" / "dist_train.sh", detector, 2, "--no-validate"]
+    ok(run([*train, "--work-dir", "run", "--seed", 3], tmp_path))
+    words = ["--work-dir", "again", "--resume-from", "run/epoch_1.pth", "--cfg-options", "train_dataloader.num_workers=1"]
+    ok(run([*train, *words], tmp_path))
+    assert same_weights(tmp_path / "run" / "epoch_2.pth", tmp_path / "again" / "epoch_2.pth")
+    assert not same_weights_but_iter(tmp_path / "run" / "epoch_1.pth", tmp_path / "run" / "epoch_2.pth")
+
+
+@pytest.mark.slow
+def test_the_published_words_for_pcpvt_l(ade, tmp_path):
+    """From inside segmentation/, the README's command with two processes, and options that make it as small as the toy."""
+    config = "configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py"
+    places = [f"{part}_dataloader.{key}" for part in ("train", "test") for key in (f"dataset.data_root={ade}", "num_workers=0")]
+    small = [
+        "model.data_preprocessor.size=(64,64)",
+        "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
+        "test_dataloader.dataset.pipeline.1.scale=(128,64)",
+    ]
+    short = [
+        "train_cfg.max_iters=2",
+        "default_hooks.checkpoint.save_optimizer=False",
+        "default_hooks.logger.interval=1",
+        "model.backbone.pretrained=None",
+    ]
+    options = ["--work-dir", tmp_path / "run", "--cfg-options", *places, *small, *short]
+    output = ok(run(["bash", "dist_train.sh", config, 2, "--no-validate", *options], ROOT / "segmentation"))
+    assert "a step has 4 pictures (2 x 2), the recipe's has 16" in output
+    assert len(re.findall(r"Iter\(train\) \[[12]/2\].* loss: \d", output)) == 2
+    output = ok(run(["bash", "dist_test.sh", config, tmp_path / "run" / "iter_2.pth", 2, "--eval", "mIoU", *options], ROOT / "segmentation"))
+    assert re.search(r"mIoU: \d", output)

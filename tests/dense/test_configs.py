@@ -1,5 +1,7 @@
 """The 34 published configs: each holds the effective settings of the published run, builds, makes a step and looks at a picture."""
 
+import copy
+import functools
 import importlib
 import re
 from dataclasses import dataclass
@@ -135,8 +137,13 @@ def task(name):
     return libraries.TASKS[TABLE[name][0].library]
 
 
-def config(name):
+@functools.cache
+def parsed(name):
     return Config.fromfile(ROOT / task(name) / "configs" / f"{name}.py")
+
+
+def config(name):
+    return copy.deepcopy(parsed(name))
 
 
 @pytest.fixture(autouse=True)
@@ -245,7 +252,7 @@ def test_headers_say_the_command(name):
     assert f"\nbash dist_train.sh configs/{name}.py 8    # 8 GPUs x {batch} images\nPublished: " in text
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", ALL)
 def test_parameters(name):
     """The widths fit, and the published counts hold with the classifier and norm that the published backbones carry for nothing."""
     variant = TABLE[name][1]
@@ -261,7 +268,7 @@ def test_parameters(name):
     assert exactly is None or f"{published / 1e6:.3f}" == exactly
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", ALL)
 def test_optimizer(name):
     setting, variant, *_ = TABLE[name]
     cfg = config(name)
@@ -316,7 +323,7 @@ RATES = {  # mmcv's formulas, with iterations from 0
 }
 
 
-@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if RATES[name][0][-1] > 100_000 else []) for name in RATES])
 def test_learning_rates(name):
     """Each scheduler stepped as mmengine's hook steps it, against the published formula."""
     points, formula = RATES[name]
