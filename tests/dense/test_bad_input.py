@@ -1,10 +1,14 @@
 """Whatever people have for pictures, labels, annotations and checkpoints: a result, or one line that says what to do, and nothing is lost."""
 
 import copy
+import functools
 import hashlib
 import importlib
+import io
 import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -49,13 +53,23 @@ def toy(folder, library, *, setting="mask_rcnn_3x_swin"):
     return write(folder / "detector.py", DETECTOR, data=data, setting=setting, masks=setting.startswith("mask")), data
 
 
+@functools.cache
+def parsed(name):
+    """A toy's config, wherever its data is: reading one takes longer than most tests."""
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "segmentor.py":
+            return Config.fromfile(write(Path(folder, name), SEGMENTOR, data=""))
+        return Config.fromfile(write(Path(folder, name), DETECTOR, data="", setting="mask_rcnn_3x_swin", masks=True))
+
+
 def pictures(config, part, **options):
     """What a command's loader gives."""
     from dense.runner import TwinsRunner, for_this_machine
 
-    cfg = copy.deepcopy(config) if isinstance(config, Config) else Config.fromfile(config)
+    cfg = copy.deepcopy(parsed(config.name))
     for_this_machine(cfg)
     loader = cfg[f"{part}_dataloader"]
+    loader.dataset.data_root = f"{config.parent / 'data'}/"
     loader.dataset.update(serialize_data=False, **options)  # which takes a whole garbage collection
     if part == "train":
         loader.dataset.pop("filter_cfg", None)  # of COCO's: it leaves small pictures out
@@ -88,14 +102,13 @@ def test_pictures_of_every_kind(library, tmp_path):
     """They come out of the training's and the test's pipelines with labels and boxes of their own size, and a model looks at the smallest."""
     config, data = toy(tmp_path, library)
     found = {}
-    cfg = Config.fromfile(config)
-    model = build(cfg)
+    model = build(parsed(config.name))
     for name, make in STRANGE.items():
         picture = make()
         give_picture(data, 0, picture)
         indices = dict(indices=[0] if library == "mmseg" else [-1])
         for part in ("train", "val"):
-            sample = pictures(cfg, part, **indices)[0]
+            sample = pictures(config, part, **indices)[0]
             facts = sample["data_samples"].metainfo
             assert facts["ori_shape"] == picture.size[::-1], name
             if library == "mmseg":
@@ -124,8 +137,6 @@ def build(cfg):
 
 
 def jpeg():
-    import io
-
     file = io.BytesIO()
     Image.fromarray(noise(48, 80)).save(file, "JPEG")
     return file.getvalue()
@@ -201,7 +212,7 @@ def test_labels_of_chosen_classes(tmp_path):
     with within("mmseg"):
         config, data = toy(tmp_path, "mmseg")
         wall, sky = (ADE20KDataset.METAINFO["classes"].index(name) for name in ("wall", "sky"))
-        pipeline = Config.fromfile(config).val_dataloader.dataset.pipeline
+        pipeline = parsed(config.name).val_dataloader.dataset.pipeline
         Image.fromarray(noise(1, 4)).save(data / "images" / "validation" / "validation_0.jpg", "PNG")
         Image.fromarray(np.array([[0, wall + 1, sky + 1, 9]], np.uint8)).save(data / "annotations" / "validation" / "validation_0.png")
         folders = dict(img_path="images/validation", seg_map_path="annotations/validation")
@@ -220,7 +231,7 @@ def test_a_picture_without_a_label(labels, tmp_path):
             Image.fromarray(np.full((48, 80), labels, np.uint8)).save(data / "annotations" / part / f"{part}_0.png")
         sample = pictures(config, "train")[0]
         assert (sample["data_samples"].gt_sem_seg.data == 255).all()
-        model = build(Config.fromfile(config)).train()
+        model = build(parsed(config.name)).train()
         batch = model.data_preprocessor({key: [value, value] for key, value in sample.items()}, training=True)
         losses = model(**batch, mode="loss")
         assert losses["decode.loss_ce"].item() == 0
@@ -309,7 +320,7 @@ def test_pictures_without_boxes(tmp_path, capsys):
         dataset = pictures(config, "train")
         samples = [dataset[0], dataset[1]]
         assert not len(samples[0]["data_samples"].gt_instances)
-        model = build(Config.fromfile(config)).train()
+        model = build(parsed(config.name)).train()
         batch = model.data_preprocessor({key: [sample[key] for sample in samples] for key in samples[0]}, training=True)
         losses = {key: sum(value) if isinstance(value, list) else value for key, value in model(**batch, mode="loss").items()}
         assert all(value.isfinite() for value in losses.values()) and losses["loss_bbox"] == losses["loss_rpn_bbox"] == 0 < losses["loss_rpn_cls"]

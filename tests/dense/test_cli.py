@@ -207,7 +207,10 @@ def test_a_training_and_its_log(trained):
 
 @pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")  # of mmengine, where one process makes several runs
 def test_a_score(trained, segmentor, tmp_path, monkeypatch):
+    from mmseg.visualization import SegLocalVisualizer
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SegLocalVisualizer, "_instance_dict", {})  # a process of its own has none yet
     folder, output = trained
     last = re.findall(r"mIoU: ([\d.]+)", output)[-1]
     words = ["--eval", "mIoU", "--out", "labels.pkl", "--show-dir", "shown", "--work-dir", "run"]
