@@ -187,7 +187,7 @@ def dense_run_row(folder: Path) -> list[str]:
     others = (f"{path.stem.removeprefix('scores_')}: {scores(json.loads(path.read_text()))}" for path in sorted(folder.glob("scores_*.json")))
     return [
         f"[{folder.name}](logs/{folder.name})",
-        str(steps[-1]["iter"]),
+        str(lines[-1]["step"]),
         f"{steps[0]['loss']:.3g}, {steps[-1]['loss']:.3g}",
         scores(scored[-1]) if scored else "",
         "; ".join(others),

@@ -207,12 +207,12 @@ def test_dense_runs(tmp_path):
     steps = [dict(loss=2.0, time=3.0, iter=20, step=20), dict(loss=0.5, time=1.5, iter=60, step=60)]
     score = {"coco/bbox_mAP": 0.6, "coco/bbox_mAP_50": 0.9, "coco/segm_mAP": 0.5, "coco/segm_mAP_50": 0.75, "coco/bbox_mAP_s": 0.1, "step": 60}
     make_dense_run(tmp_path, "a", [*steps, score])
-    make_dense_run(tmp_path, "b", [steps[0], dict(mIoU=10.0, aAcc=50.0), steps[1], dict(mIoU=20.555, aAcc=60.0)], test=dict(mIoU=19.5))
+    make_dense_run(tmp_path, "b", [steps[0], dict(mIoU=10.0, step=20), steps[1], dict(mIoU=20.555, step=70)], test=dict(mIoU=19.5))
     make_dense_run(tmp_path, "c", steps)
     end = ["2", "cpu: x86_64, 1", "01234567"]
     assert cells(readme_tables.dense_runs(tmp_path)) == [
         ["[a](logs/a)", "60", "2, 0.5", "box AP 0.600, AP50 0.900, mask AP 0.500, AP50 0.750", "", *end],
-        ["[b](logs/b)", "60", "2, 0.5", f"mIoU {20.555:.2f}", "test: mIoU 19.50", *end],
+        ["[b](logs/b)", "70", "2, 0.5", f"mIoU {20.555:.2f}", "test: mIoU 19.50", *end],
         ["[c](logs/c)", "60", "2, 0.5", "", "", *end],
     ]
     assert readme_tables.dense_runs(tmp_path / "none") == ["none yet"]
