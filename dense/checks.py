@@ -44,7 +44,7 @@ def check_data(cfg: Config, *parts: str) -> None:
 
 
 def metrics(evaluator: object) -> list:
-    """The configs or objects of an evaluator's metrics; of none, none."""
+    """The configs of an evaluator's metrics; of none, none."""
     return evaluator if isinstance(evaluator, list) else [evaluator] if evaluator else []
 
 

@@ -201,32 +201,33 @@ def run_test(args, library: str) -> None:
             raise UserError(f"no test-time augmentation ({args.config}): its config has no tta_model and tta_pipeline")
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(cfg.tta_model, module=cfg.model)
-    if labels is None:
-        start(args, cfg, payload).test()
-        return
-    with written_whole(labels) as cfg.test_evaluator.output_dir:
-        start(args, cfg, payload).test()
+    runner = start(args, cfg, payload)
+    with written_whole(labels) if labels is not None else contextlib.nullcontext():
+        runner.test()
+
+
+def unfinished(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.unfinished")
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[str]:
-    """Another folder to write to, whose files take their places in `folder` when all are there; after an error there are none."""
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+def written_whole(folder: Path) -> Iterator[None]:
+    """What is written to unfinished(folder) meanwhile takes its place in `folder` when all is there; after an error nothing does."""
     first = is_main_process()
     try:
         if first:
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-            unfinished.mkdir(parents=True)
-        yield str(unfinished)
+            shutil.rmtree(unfinished(folder), ignore_errors=True)  # of a run that was killed
+            unfinished(folder).mkdir(parents=True)
+        yield
         if first:
             folder.mkdir(exist_ok=True)
-            for path in unfinished.iterdir():
+            for path in unfinished(folder).iterdir():
                 path.replace(folder / path.name)
     except OSError as error:
         raise UserError(f"cannot write the labels ({folder}): {error.strerror or error}") from error
     finally:
         if first:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
 def score(args, cfg, library: str) -> Path | None:
@@ -239,7 +240,7 @@ def score(args, cfg, library: str) -> Path | None:
         folder = args.out or options.pop("imgfile_prefix", None)
         if folder or args.format_only:
             labels = Path(folder or os.path.join(cfg.work_dir, "labels")).with_suffix("")
-            metric.keep_results, metric.format_only = True, args.format_only
+            metric.output_dir, metric.keep_results, metric.format_only = str(unfinished(labels)), True, args.format_only
             say(f"a PNG of labels for each picture: {labels}")
         if options.pop("efficient_test", None) is not None:
             say("--eval-options efficient_test: not needed, results are counted picture by picture")

@@ -18,6 +18,7 @@ import numpy as np
 import timm
 import torch
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.registry import DefaultScope
 from PIL import Image
 from toys import DETECTOR, ROOT, SEGMENTOR, STRANGE, ade_toy, annotations, coco_toy, give_picture, noise, run, write
@@ -288,6 +289,28 @@ def test_wrong_annotations(name, part, tmp_path, capsys):
         line = refusal(use_all, config, part)
         assert re.search(says, line)
         assert re.search(r"instances_(train|val)2017.json|/000000000000.jpg", line)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (without("annotations", "iscrowd"), r"an annotation that cannot be scored \(.*instances_val2017.json, id 0\): 'iscrowd' is missing"),
+        (each("annotations", segmentation=[[1, 2]]), "an annotation that cannot be scored"),
+        (lambda content: content.update(images=content["images"][1:]), r"scores for other pictures than the data's \(.*instances_val2017.json\)"),
+    ],
+)
+def test_annotations_that_cannot_be_scored(change, says, tmp_path, capsys):
+    """It is said before a picture is looked at, not after the last."""
+    from dense.checks import check_scores
+
+    with within("mmdet"):
+        config, data = toy(tmp_path, "mmdet")
+        dataset = pictures(config, "val")
+        scores = dict(type="CocoMetric", ann_file=str(data / "annotations" / "instances_val2017.json"), metric=["bbox", "segm"])
+        check_scores(Evaluator(scores), dataset)
+        with annotations(data, "val2017") as content:
+            change(content)
+        assert re.match(says, refusal(check_scores, Evaluator(scores), dataset))
 
 
 @pytest.mark.parametrize("text", ["", "{not json", "[1]", '"x"', "{}", "\x00\xff"])
