@@ -126,7 +126,7 @@ class TorchCrop:
     def __call__(self, picture: Image.Image) -> Tensor:
         top, left, height, width = self.crop.get_params(picture, self.crop.scale, self.crop.ratio)
         pixels = as_bytes(picture.crop((left, top, left + width, top + height))).permute(2, 0, 1)
-        # In Pillow's order, for the picture between the two passes is rounded, and cut off at 0 and 255.
+        # In Pillow's order but for some crops, which matters little: the picture between the passes is rounded, and cut off at 0 and 255.
         tall, wide = self.crop.size
         between = (tall, width) if height > tall and width < wide else (height, wide)
         for size in (between, self.crop.size):

@@ -105,7 +105,8 @@ def epoch(root, *, workers=0, **late):
 
 
 def test_the_resize_is_pillows_but_for_rounding():
-    """Of noise, which shows the most: one value in fifty is off, by no more than two levels, and on average by less than 0.02."""
+    """Of noise, which shows the most: one value in twenty is off, one in 500 by more than two levels (where what is between the two passes is
+    cut off at 0 or 255, and Pillow does the other one first), and all on average by less than 0.02."""
     pillows = datasets.build_transform(True, arguments("--input-size", 64)).transforms[0]
     torchs, off = datasets.TorchCrop(pillows), []
     for number in range(60):
@@ -116,18 +117,18 @@ def test_the_resize_is_pillows_but_for_rounding():
                 results.append(datasets.as_bytes(crop(Image.fromarray(pixels))).int())
         off.append(results[1] - results[0])
     off = torch.stack(off)
-    assert off.abs().max() <= 2 and (off != 0).double().mean() < 0.02 and off.double().mean().abs() < 0.02
+    assert (off != 0).double().mean() < 1 / 20 and (off.abs() > 2).double().mean() < 1 / 500 and off.double().mean().abs() < 0.02
 
 
 def test_pictures_are_the_published_but_for_rounding(many):
-    """256 pictures of noise, of which three in four are augmented: the same, but for one value in twenty-five that is rounded otherwise;
-    so mean and spread are the same to 0.05 levels, and of a histogram of 32 bins one value in 500 is in another bin."""
+    """256 pictures of noise, of which three in four are augmented: the same, but for one value in a hundred that is rounded otherwise;
+    so mean and spread are the same to 0.02 levels, and of a histogram of 32 bins one value in 500 is in another bin."""
     published, found = epoch(many), epoch(many, fast_augment=True)
     level = (1 / 255 / torch.tensor([0.229, 0.224, 0.225])).view(3, 1, 1)
-    assert (published != found).double().mean() < 1 / 25
+    assert (published != found).double().mean() < 1 / 100
     for statistic in (torch.mean, torch.std):
         apart = statistic(published / level, dim=(0, 2, 3)) - statistic(found / level, dim=(0, 2, 3))
-        assert apart.abs().max() < 0.05, statistic
+        assert apart.abs().max() < 0.02, statistic
     bins = [torch.histc(each, 32, -3, 3) / each.numel() for each in (published, found)]
     assert (bins[0] - bins[1]).abs().sum() / 2 < 0.002
     plain = epoch(many, fast_augment=False)
