@@ -88,6 +88,11 @@ def enlarge(paths: Sequence[Path], folder: Path) -> list[Path]:
     return made
 
 
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
 class Files(torch.utils.data.Dataset):
     def __init__(self, paths: Sequence[Path], transform: Callable):
         self.paths, self.transform = paths, transform
@@ -222,7 +227,7 @@ def loads(paths: Sequence[Path], ways: dict[str, Callable], args: argparse.Names
 def measure(label: str, paths: Sequence[Path], args: argparse.Namespace) -> dict:
     ways = transforms_of(args.size)
     others = check_equal(paths[: args.batch_size], ways)
-    sizes = [Image.open(path).size for path in paths]
+    sizes = [size_of(path) for path in paths]
     width, height = (statistics.median(size[axis] for size in sizes) for axis in (0, 1))
     case = {"pictures": label, "number": len(paths), "median_width": width, "median_height": height, "size": args.size}
     case["other_values_with_fast_augment"] = others
