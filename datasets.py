@@ -17,13 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
+import augment
 from lifecycle import loading_process, time_limit
 from utils import UserError
 
@@ -103,33 +106,72 @@ class Erasing:
 
 @dataclass
 class Sample:
-    """A picture on its way to the device: bytes (H, W, 3), what erasing writes on it afterwards, and mean and std to normalize it with."""
+    """A picture on its way to the device: bytes (H, W, 3), and what is left to do there, in this order.
+
+    operations: RandAugment's, and the colour it fills with, where they are left; normal: mean and std; erased: what erasing writes.
+    """
 
     pixels: Tensor
-    erased: list[tuple[slice, slice, Tensor]]
+    operations: tuple[list[augment.Operation], augment.Colour] | None
     normal: tuple[tuple[float, ...], tuple[float, ...]]
+    erased: list[tuple[slice, slice, Tensor]]
+
+
+class TorchCrop:
+    """timm's random crop and bicubic resize, done by torch in a third of the time: a picture -> (3, H, W) bytes, nearly all the same."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation):
+        self.crop = crop
+
+    def __call__(self, picture: Image.Image) -> Tensor:
+        top, left, height, width = self.crop.get_params(picture, self.crop.scale, self.crop.ratio)
+        pixels = as_bytes(picture.crop((left, top, left + width, top + height))).permute(2, 0, 1)
+        # In Pillow's order but for some crops, which matters little: the picture between the passes is rounded, and cut off at 0 and 255.
+        tall, wide = self.crop.size
+        between = (tall, width) if height > tall and width < wide else (height, wide)
+        for size in (between, self.crop.size):
+            pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+        return pixels
+
+
+def as_bytes(picture: Image.Image | Tensor) -> Tensor:
+    """A picture, or a tensor (3, H, W) of one -> (H, W, 3)."""
+    return picture.permute(1, 2, 0) if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture))
 
 
 class InBytes:
     """A pipeline of build_transform up to its first float: a picture -> Sample, with the same random numbers.
 
     A picture in bytes is a quarter of one in float32, for the memory that loading processes share and for the copy to the device. What
-    is left to do there is Pictures.to's, and gives the same bits.
+    is left to do there is Pictures.to's, and gives the same bits. fast_augment leaves RandAugment too, and lets torch resize: both round
+    otherwise.
     """
 
-    def __init__(self, pipeline: transforms.Compose):
+    def __init__(self, pipeline: transforms.Compose, *, fast_augment: bool = False):
         steps = pipeline.transforms
         at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.ToTensor))
         self.drawing, normalize, self.erasing = steps[:at], steps[at + 1], steps[at + 2 :]
         self.normal = tuple(tuple(torch.as_tensor(part, dtype=torch.float32).tolist()) for part in (normalize.mean, normalize.std))
+        self.drawn = augment.Drawn(self.take_augment()) if fast_augment else None
+        if fast_augment and isinstance(self.drawing[0], RandomResizedCropAndInterpolation):
+            self.drawing[0] = TorchCrop(self.drawing[0])
+
+    def take_augment(self) -> auto_augment.RandAugment:
+        last = self.drawing.pop()
+        reason = augment.why_not(last) if isinstance(last, auto_augment.RandAugment) else "it does not end with RandAugment"
+        if reason:
+            raise UserError(f"not on the device (--fast-augment, this --aa): {reason}; write rand-m9-mstd0.5-inc1, or leave --fast-augment away")
+        return last
 
     def __call__(self, picture: Image.Image) -> Sample:
         for step in self.drawing:
             picture = step(picture)
-        erased = Erasing(picture.height, picture.width)
+        operations = (self.drawn(), self.drawn.fill) if self.drawn else None
+        pixels = as_bytes(picture)
+        erased = Erasing(*pixels.shape[:2])
         for step in self.erasing:
             step(erased)
-        return Sample(torch.from_numpy(np.array(picture)), erased.written, self.normal)
+        return Sample(pixels, operations, self.normal, erased.written)
 
 
 @dataclass
@@ -137,27 +179,36 @@ class Pictures:
     """A batch of samples: bytes (B, H, W, 3); the places that erasing writes on, (number, rows, columns, shape); its values in one row."""
 
     pixels: Tensor
+    plan: augment.Plan | None
+    normal: tuple[tuple[float, ...], tuple[float, ...]]
     erased: list[tuple[int, slice, slice, torch.Size]]
     values: Tensor
-    normal: tuple[tuple[float, ...], tuple[float, ...]]
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> "Pictures":
         found = [(number, *written) for number, sample in enumerate(samples) for written in sample.erased]
         values = torch.cat([values.flatten() for *_, values in found]) if found else torch.empty(0)
         places = [(*place, values.shape) for *place, values in found]
-        return cls(default_collate([sample.pixels for sample in samples]), places, values, samples[0].normal)
+        pixels, plan = default_collate([sample.pixels for sample in samples]), None
+        if samples[0].operations is not None:
+            drawn, fills = zip(*(sample.operations for sample in samples))
+            plan = augment.Plan.of(drawn, fills[0], *pixels.shape[1:3])
+        return cls(pixels, plan, samples[0].normal, places, values)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def pin_memory(self) -> "Pictures":
         """What a loader asks for."""
-        return replace(self, pixels=self.pixels.pin_memory(), values=self.values.pin_memory())
+        plan = self.plan and self.plan.pin_memory()
+        return replace(self, pixels=self.pixels.pin_memory(), plan=plan, values=self.values.pin_memory())
 
     def to(self, device: torch.device, *, non_blocking: bool = False, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-        """-> (B, 3, H, W) in float32 there, normalized and erased: the bits of build_transform's pipeline, made there."""
+        """-> (B, 3, H, W) in float32 there, augmented where that is left, normalized and erased."""
         pixels = self.pixels.to(device, non_blocking=non_blocking).permute(0, 3, 1, 2)
+        if self.plan is not None:
+            pixels = pixels.contiguous()
+            self.plan.apply(pixels, non_blocking=non_blocking)
         white, mean, std = constants(self.normal, device)
         pictures = pixels.to(torch.float32, memory_format=memory_format).div_(white).sub_(mean).div_(std)
         if self.erased:

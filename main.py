@@ -244,7 +244,8 @@ class Run:
         self.status = lifecycle.Status(self.folder, utils.in_main_process(lifecycle.now))
         rank, world = utils.get_rank(), utils.get_world_size()
         utils.seed_everything(args.seed + rank)
-        train_set = datasets.build_dataset("train", args, transform=datasets.InBytes(datasets.build_transform(True, args)))
+        transform = datasets.InBytes(datasets.build_transform(True, args), fast_augment=args.fast_augment)
+        train_set = datasets.build_dataset("train", args, transform=transform)
         self.classes = list(train_set.classes)
         val_set = datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)), classes=self.classes)
         kind = RASampler if args.repeated_aug else ShuffleSampler

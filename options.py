@@ -129,6 +129,7 @@ def get_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("augmentation")
     group.add_argument("--color-jitter", type=amount, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)")
     group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)")
+    group.add_argument("--fast-augment", action="store_true", help="RandAugment on the device: as drawn for --aa, rounded otherwise")
     group.add_argument("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
     group.add_argument("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic", "lanczos"), help="(%(default)s)")
     group.add_argument("--repeated-aug", action="store_true", dest="repeated_aug", default=False, help="each picture three times an epoch")

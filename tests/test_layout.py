@@ -18,7 +18,8 @@ ARROWS = {
     "utils": {"lifecycle"},
     "samplers": set(),
     "losses": {"torchvision_cpu"},
-    "datasets": {"torchvision_cpu", "lifecycle", "utils"},
+    "augment": set(),  # what a device does to pictures: beside datasets, which draws in loading processes what is to be done
+    "datasets": {"torchvision_cpu", "augment", "lifecycle", "utils"},
     "engine": {"utils"},
     "formats": {"gvt", "utils"},
     "checkpoint": {"formats", "lifecycle", "utils"},

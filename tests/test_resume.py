@@ -94,7 +94,11 @@ def test_one_process(place, workers, whole, toy, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [["--opt", "lamb"], ["--opt", "lookahead_adamw"], ["--start_epoch", "2"]], ids=["lamb", "lookahead", "start_epoch"])
+@pytest.mark.parametrize(
+    "more",
+    [["--opt", "lamb"], ["--opt", "lookahead_adamw"], ["--start_epoch", "2"], ["--fast-augment"]],
+    ids=["lamb", "lookahead", "start_epoch", "fast_augment"],
+)
 def test_what_counts_by_the_group_or_starts_late(more, toy, tmp_path, monkeypatch):
     a, b = tmp_path / "a", tmp_path / "b"
     assert here(*words(toy, a, *more)) == 0

@@ -1,0 +1,32 @@
+"""The measurement of what feeds a training: every step is there, ratios follow from them, and unequal ways are not timed."""
+
+import json
+
+import feeding
+import pytest
+
+
+def test_a_run(toy, tmp_path, capsys):
+    words = ["--data-path", toy, "--pictures", 8, "--size", 64, "--batch-size", 4, "--repeats", 2, "--warmup", 0, "--processes", 0]
+    assert feeding.run([*map(str, words), "--gpu-rate", "500", "--output", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [case["pictures"] for case in results["cases"]] == ["as they are", "enlarged to 375"] and results["environment"]["timm"]
+    for case in results["cases"]:
+        totals = {row["way"]: row["cpu_ms"]["median"] for row in case["rows"] if row["step"] == feeding.LOADING}
+        assert list(totals) == [feeding.PUBLISHED, feeding.BYTES, feeding.FAST] == [each["way"] for each in case["feeding"]]
+        for each in case["feeding"]:
+            assert each["cores_a_gpu"] == pytest.approx(500 * totals[each["way"]] / 1000)
+    rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert len(rows) == 1 + sum(len(case["rows"]) for case in results["cases"])
+    assert "cores feed a GPU that trains at 500 pictures/s (given, not measured here)" in capsys.readouterr().out
+
+
+def test_ways_that_differ_are_not_timed(toy, monkeypatch, capsys):
+    monkeypatch.setattr(feeding, "FEW", -1.0)
+    assert feeding.run(["--data-path", str(toy), "--pictures", "4", "--size", "64", "--batch-size", "4"]) == 2
+    assert "nothing was timed" in capsys.readouterr().err
+
+
+def test_no_pictures_is_one_line(tmp_path, capsys):
+    assert feeding.run(["--data-path", str(tmp_path)]) == 2 and feeding.run([]) == 2
+    assert capsys.readouterr().err.count("feeding.py: error: no pictures (--data-path") == 2
