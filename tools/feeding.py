@@ -359,11 +359,11 @@ def loop_table(case: dict) -> str:
 
 
 def write(results: dict, folder: Path) -> None:
-    """results.json and results.csv."""
+    """feeding.json and feeding.csv."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lifecycle.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        lifecycle.write_text(folder / "results.csv", as_csv(results))
+        lifecycle.write_text(folder / "feeding.json", json.dumps(results, indent=1) + "\n")
+        lifecycle.write_text(folder / "feeding.csv", as_csv(results))
     except OSError as error:
         raise UserError(f"cannot write (--output {folder}): {error.strerror}") from error
 
@@ -390,7 +390,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--loop", action="store_true", help="measure the training loop instead, on this CPU")
     parser.add_argument("--model", default="alt_gvt_small", metavar="NAME", help="of --loop (%(default)s)")
     parser.add_argument("--steps", type=positive, default=4, metavar="N", help="of --loop, in a round (%(default)s)")
-    parser.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="write results.json and results.csv there")
+    parser.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="write feeding.json and feeding.csv there")
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
     args = parser.parse_args(argv)
     if not args.loop and args.data_path is None:

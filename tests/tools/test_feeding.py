@@ -9,14 +9,14 @@ import pytest
 def test_a_run(toy, tmp_path, capsys):
     words = ["--data-path", toy, "--pictures", 8, "--size", 64, "--batch-size", 4, "--repeats", 2, "--warmup", 0, "--processes", 0]
     assert feeding.run([*map(str, words), "--gpu-rate", "500", "--output", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "feeding.json").read_text())
     assert [case["pictures"] for case in results["cases"]] == ["as they are", "enlarged to 375"] and results["environment"]["timm"]
     for case in results["cases"]:
         totals = {row["way"]: row["cpu_ms"]["median"] for row in case["rows"] if row["step"] == feeding.LOADING}
         assert list(totals) == [feeding.PUBLISHED, feeding.BYTES, feeding.FAST] == [each["way"] for each in case["feeding"]]
         for each in case["feeding"]:
             assert each["cores_a_gpu"] == pytest.approx(500 * totals[each["way"]] / 1000)
-    rows = (tmp_path / "results.csv").read_text().splitlines()
+    rows = (tmp_path / "feeding.csv").read_text().splitlines()
     assert len(rows) == 1 + sum(len(case["rows"]) for case in results["cases"])
     assert "cores feed a GPU that trains at 500 pictures/s (given, not measured here)" in capsys.readouterr().out
 
