@@ -97,7 +97,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
         parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)), itertools.repeat(None) if mask is None else mask.split(MOST_ROWS))
         return torch.cat([attend(*part, dropout=dropout, fused=True) for part in parts])
     if fused and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
-        # The CPU's fused kernel has a backward pass in half precision that takes four times as long as in float32.
+        # The CPU's fused kernel has a backward pass in half precision that takes several times as long as in float32.
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, dropout=dropout, fused=True).to(q.dtype)
     if fused:
