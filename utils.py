@@ -88,6 +88,15 @@ def print_error(message: str, kind: str = "error") -> None:
     print(line if short else line[: LONGEST_LINE - 3] + "...", file=sys.stderr, flush=True)
 
 
+def exit_code(program: str, main: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """A tool's: what main gives, and after an error of the user's, which is one line, 2."""
+    try:
+        return main(argv) or 0
+    except UserError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+
+
 def warn(message: str) -> None:
     """A line on the error stream, in one process of a run."""
     if is_main_process():

@@ -12,9 +12,7 @@ reads inputs twice more, reads and writes gradients as it does outputs and input
 """
 
 import argparse
-import csv
 import dataclasses
-import io
 import itertools
 import json
 import multiprocessing
@@ -31,22 +29,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvt
 
 # isort: split
+import records
 import timm
 import torch
 import torch.nn.functional as F
 from count import FlopCounterMode, conv_flop_count, side
 from plot_logs import tidy
+from records import csv_text, environment, progress, quartiles
 from timm.models.twins import Twins as TimmTwins
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import checkpoint
 import formats
-import lifecycle
 import products
-import utils
 from options import Parser, above_zero, count, positive
-from utils import UserError
+from utils import UserError, exit_code
 
 TASKS = ("inference", "training", "features")
 MODES = ("eager", "compiled", "graphs")
@@ -89,10 +87,6 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.model} {self.task} {self.dtype} {self.batch} x {self.size} x {self.size}"
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------- the networks
@@ -430,11 +424,6 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
 median = statistics.median
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": middle, "q1": low, "q3": high}
-
-
 def row(name: tuple[str, str], case: Case, times: list[float], memory: tuple[float, float] | None, floor: dict, best: dict) -> dict:
     library, mode = name
     found = {"library": library, "mode": mode, "seconds": quartiles(times), "pictures_per_s": case.batch / median(times)}
@@ -478,11 +467,7 @@ def flat(results: dict) -> list[dict[str, str]]:
 
 
 def as_csv(results: dict) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, (*COLUMNS, *FIGURES), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat(results))
-    return text.getvalue()
+    return csv_text((*COLUMNS, *FIGURES), flat(results))
 
 
 def as_table(case: dict) -> str:
@@ -508,18 +493,10 @@ def as_table(case: dict) -> str:
     return "\n".join(lines)
 
 
-def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else utils.platform.machine()
-
-
 def describe(args: argparse.Namespace) -> dict:
     device = torch.device(args.device)
     return {
-        "environment": utils.environment(device, 0) | {"hardware": hardware(device)},
+        "environment": environment(device, 0),
         "settings": {"repeats": args.repeats, "warmup": args.warmup, "matrices": SIDE[device.type], "copied_bytes": COPIED[device.type]},
         "cases": [],
     }
@@ -527,10 +504,8 @@ def describe(args: argparse.Namespace) -> dict:
 
 def write(results: dict, folder: Path) -> None:
     """results.json, results.csv and the figures."""
+    records.write(folder, "results", results, as_csv(results))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lifecycle.write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
-        lifecycle.write_text(folder / "results.csv", as_csv(results))
         draw(results, folder)
     except OSError as error:
         raise UserError(f"cannot write (--output {folder}): {error.strerror}") from error
@@ -672,11 +647,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(argv: list[str]) -> int:
-    try:
-        return main(argv)
-    except UserError as error:
-        print(f"benchmark.py: error: {error}", file=sys.stderr)
-        return 2
+    return exit_code("benchmark.py", main, argv)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 import lifecycle
 from dense import libraries
 from options import Parser
-from utils import UserError
+from utils import exit_code
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOPS_OF_A_G = 2e9  # FlopCounterMode takes a multiply-add for two operations
@@ -166,12 +166,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(argv: list[str]) -> int:
-    try:
-        main(argv)
-    except UserError as error:
-        print(f"count.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code("count.py", main, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ A ratio is of CPU times, for other programs may use the same core; it is the med
 import argparse
 import contextlib
 import copy
-import csv
 import gc
 import io
 import json
@@ -32,20 +31,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvt  # noqa: F401
 
 # isort: split
+import records
 import timm
 import torch
 import torch.nn.functional as F
 from count import side
 from PIL import Image
+from records import csv_text, environment, progress, quartiles
 from torch import nn
 
 import datasets
 import engine
-import lifecycle
 import options
-import utils
 from options import Parser, above_zero, count, positive
-from utils import UserError
+from utils import UserError, exit_code
 
 PUBLISHED, BYTES, FAST = "float32 as published", "bytes until the device", "--fast-augment"
 FEW = 0.04  # of the values of --fast-augment may be others than the published
@@ -56,15 +55,6 @@ ENDINGS = {".jpeg", ".jpg", ".png", ".webp"}
 CLIP = 5.0  # the published largest norm of gradients
 CLOCKS = {"cpu": time.thread_time, "wall": time.perf_counter}
 CPU = torch.device("cpu")
-
-
-def progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def quartiles(values: Sequence[float]) -> dict[str, float]:
-    q1, middle, q3 = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return {"median": middle, "q1": q1, "q3": q3}
 
 
 # ---------------------------------------------------------------- pictures
@@ -321,12 +311,8 @@ def milliseconds(row: dict) -> dict[str, str]:
 
 
 def as_csv(results: dict) -> str:
-    text = io.StringIO()
     rows = list(flat(results)) or [{"kind": row["kind"]} | milliseconds(row) for row in results["loop"]["rows"]]
-    writer = csv.DictWriter(text, COLUMNS if results["cases"] else ("kind", *CLOCKED), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    return csv_text(COLUMNS if results["cases"] else ("kind", *CLOCKED), rows)
 
 
 def table(rows: Sequence[dict], names: Sequence[str]) -> list[str]:
@@ -356,22 +342,6 @@ def loop_table(case: dict) -> str:
     for name, above in case["loop_above_percent"].items():
         lines.append(f"the loop takes {above['median']:.2f} % above the {name} ({above['q1']:.2f} - {above['q3']:.2f})")
     return "\n".join(lines)
-
-
-def write(results: dict, folder: Path) -> None:
-    """feeding.json and feeding.csv."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lifecycle.write_text(folder / "feeding.json", json.dumps(results, indent=1) + "\n")
-        lifecycle.write_text(folder / "feeding.csv", as_csv(results))
-    except OSError as error:
-        raise UserError(f"cannot write (--output {folder}): {error.strerror}") from error
-
-
-def hardware() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0] if names else utils.platform.machine()
 
 
 # ---------------------------------------------------------------- the command line
@@ -404,7 +374,7 @@ def main(argv: list[str]) -> int:
     args = parse_args(argv)
     torch.set_num_threads(1)  # a loading process has one
     settings = {name: getattr(args, name) for name in ("repeats", "warmup", "processes", "batch_size", "size", "gpu_rate")}
-    results = {"environment": utils.environment(CPU, SEED[0]) | {"hardware": hardware()}, "settings": settings, "cases": []}
+    results = {"environment": environment(CPU, SEED[0]), "settings": settings, "cases": []}
     if args.loop:
         results["loop"] = measure_loop(args)
         shown = [loop_table(results["loop"])]
@@ -417,17 +387,13 @@ def main(argv: list[str]) -> int:
                 results["cases"].append(measure(label, files, args))
         shown = [as_table(case) for case in results["cases"]]
     if args.output:
-        write(results, args.output)
+        records.write(args.output, "feeding", results, as_csv(results))
     print(json.dumps(results, indent=1) if args.json else "\n\n".join(shown))
     return 0
 
 
 def run(argv: list[str]) -> int:
-    try:
-        return main(argv)
-    except UserError as error:
-        print(f"feeding.py: error: {error}", file=sys.stderr)
-        return 2
+    return exit_code("feeding.py", main, argv)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 
 import checkpoint
 import datasets
-from utils import UserError
+from utils import UserError, exit_code
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -93,8 +93,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"picture.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("picture.py", main, sys.argv[1:]))

@@ -9,8 +9,6 @@ gradients is what a step with it takes above a step without.
 """
 
 import argparse
-import csv
-import io
 import math
 import statistics
 import sys
@@ -28,10 +26,11 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from records import csv_text
 
 import lifecycle
 from options import Parser
-from utils import UserError
+from utils import UserError, exit_code
 
 BUCKET = 25 * 2**20  # bytes that DistributedDataParallel exchanges at once
 BACKWARD = 2 / 3  # of a step: what the exchange can hide behind
@@ -246,16 +245,8 @@ def main(argv: list[str]) -> None:
     rows = measure(args) if args.measure else project(args)
     print(table(rows))
     if args.csv:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-        lifecycle.write_text(args.csv, text.getvalue())
+        lifecycle.write_text(args.csv, csv_text(rows[0], rows))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"scaling.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code("scaling.py", main, sys.argv[1:]))
