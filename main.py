@@ -168,6 +168,10 @@ def loading(args: argparse.Namespace, written: set[str], device: torch.device) -
     return dict(workers=workers(args, written), pin_memory=args.pin_mem and device.type == "cuda", timeout=args.loader_timeout)
 
 
+def val_pictures(args: argparse.Namespace, classes: list[str] | None = None):
+    return datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)), classes=classes)
+
+
 def build_eval_loader(args: argparse.Namespace, written: set[str], dataset, device: torch.device) -> Iterable:
     shares = dict(rank=utils.get_rank(), world=utils.get_world_size()) if args.dist_eval else {}
     indices = eval_indices(len(dataset), **shares)
@@ -190,7 +194,7 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
         classes = datasets.match_classes(datasets.class_folders(Path(args.data_path) / "val"), stored, len(head))
     elif stored is not None:
         classes = stored
-    dataset = datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)), classes=classes)
+    dataset = val_pictures(args, classes)
     if len(dataset.classes) != len(head):
         raise UserError(f"other classes than the weights' ({args.data_path}): {len(dataset.classes)}, the classifier has {len(head)}")
     model = build_model(args, len(head))
@@ -206,7 +210,7 @@ def throughput(args: argparse.Namespace, written: set[str], device: torch.device
     """Pictures per second in float32 unless --amp-dtype says otherwise, at the evaluation's batch size (1.5 x --batch-size)."""
     batch = eval_batch(args)
     if "data_path" in written:
-        dataset = datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)))
+        dataset = val_pictures(args)
         images = next(iter(build_eval_loader(args, written, dataset, device)))[0]
         batch = len(images)
     else:
@@ -247,7 +251,7 @@ class Run:
         transform = datasets.InBytes(datasets.build_transform(True, args), fast_augment=args.fast_augment)
         train_set = datasets.build_dataset("train", args, transform=transform)
         self.classes = list(train_set.classes)
-        val_set = datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)), classes=self.classes)
+        val_set = val_pictures(args, self.classes)
         kind = RASampler if args.repeated_aug else ShuffleSampler
         self.sampler = kind(len(train_set), seed=args.seed, rank=rank, world=world)
         self.keyed = datasets.Keyed(train_set, args.seed)
