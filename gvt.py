@@ -25,6 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import products
 from products import linear, linear_gelu
 from window_attention import attend_in_windows, why_not
 
@@ -83,8 +84,11 @@ def real_keys(H: int, W: int, h: int, w: int, *, device: torch.device) -> Tensor
     return to_windows(real, h, w).reshape(-1, 1, 1, h * w)
 
 
-def beyond_the_grid(q: Tensor) -> bool:
-    return q.is_cuda and q.shape[0] > MOST_ROWS
+def rows_at_once(q: Tensor, k: Tensor) -> int:
+    """Of the batch, in one call of fused attention."""
+    if q.is_cuda:
+        return MOST_ROWS
+    return products.rows_at_once(q, k) if products.attention_refusal(q, k) is None else len(q)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.Dropout, fused: bool) -> Tensor:
@@ -93,15 +97,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
     mask broadcasts to (B, heads, N, M), True where a key may be seen. The unfused way sends the map (B, heads, N, M) through `dropout`,
     where a forward hook can look at it.
     """
-    if fused and beyond_the_grid(q):
-        parts = zip(*(x.split(MOST_ROWS) for x in (q, k, v)), itertools.repeat(None) if mask is None else mask.split(MOST_ROWS))
+    if fused and len(q) > (rows := rows_at_once(q, k)):
+        masks = itertools.repeat(None) if mask is None else mask.expand(len(q), -1, -1, -1).split(rows)
+        parts = zip(*(x.split(rows) for x in (q, k, v)), masks)
         return torch.cat([attend(*part, dropout=dropout, fused=True) for part in parts])
     if fused and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
         # The CPU's fused kernel has a backward pass in half precision that takes several times as long as in float32.
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, dropout=dropout, fused=True).to(q.dtype)
+    rate = dropout.p if dropout.training else 0.0
+    if fused and not rate and products.attention_refusal(q, k) is None:
+        return products.attention(q, k, v, mask)
     if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout.p if dropout.training else 0.0)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))

@@ -1,7 +1,8 @@
-"""Linear layers on a CPU through oneDNN.
+"""Linear layers, and attention in bfloat16, on a CPU through oneDNN.
 
-torch gives products of float32 to MKL, which on an AMD EPYC (Zen 5) reached half of oneDNN's rate with an error of the same size. Where
-oneDNN cannot serve, or is not wanted, `refusal` says why and torch's own F.linear is taken, which is the reference.
+torch gives products of float32 to MKL, which on an AMD EPYC (Zen 5) reached half of oneDNN's rate with an error of the same size. Batched
+products of bfloat16 do go to oneDNN, but torch's fused attention has its own, several times as slow where keys are few. Where oneDNN
+cannot serve, or is not wanted, a refusal says why and torch's own F.linear or F.scaled_dot_product_attention is taken, the references.
 """
 
 import contextlib
@@ -15,6 +16,8 @@ from torch import Tensor
 _OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 _SERVES = _OPERATOR is not None and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 _wanted = True
+MOST_KEYS = 256  # of attention through products, whose weights lie in memory
+MOST_WEIGHTS = 2**20  # at once: 4 MiB of float32
 
 
 @contextlib.contextmanager
@@ -63,6 +66,28 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approx
     if refusal(x, weight) is not None or needs_gradient(x, weight, bias):
         return F.gelu(linear(x, weight, bias), approximate=approximate)
     return _product(x, weight, bias, "gelu", approximate)
+
+
+def attention_refusal(q: Tensor, k: Tensor) -> str | None:
+    """As refusal, for attention below."""
+    if q.dtype != torch.bfloat16:
+        return f"q is {q.dtype}: fused attention is as fast but in bfloat16"
+    if k.shape[-2] > MOST_KEYS:
+        return f"{k.shape[-2]} keys: the map of weights is large, products are for {MOST_KEYS}"
+    return refusal(q, k)
+
+
+def rows_at_once(q: Tensor, k: Tensor) -> int:
+    """Of the batch, for attention below: so many that their weights stay in the cache. A compiler fuses what goes over them."""
+    return len(q) if torch.compiler.is_compiling() else max(1, MOST_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """F.scaled_dot_product_attention, where attention_refusal is None. q k^T is rounded to bfloat16, as where it is not fused."""
+    scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1).to(q.dtype) @ v
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none", algorithm: str = "") -> Tensor:

@@ -1,6 +1,7 @@
 """Processes, meters, random states and records: what the other files of the classification code share."""
 
 import contextlib
+import ctypes
 import datetime
 import difflib
 import multiprocessing
@@ -29,6 +30,7 @@ from lifecycle import identity, process_state
 
 ROOT = Path(__file__).resolve().parent
 LONGEST_LINE = 300  # characters
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 PEERS: list[tuple[str, int, str]] = []  # `identity` of each process of the run
 
 
@@ -124,6 +126,16 @@ def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
     }
 
 
+def keep_freed_memory() -> None:
+    """On a CPU: let the C library reuse the memory of freed tensors, where it can be told so (glibc), for the rest of the process.
+
+    Unless told, it gives each block above 32 MiB back, and takes the next from the kernel anew, page by page.
+    """
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        for parameter, size in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, 2**30)):
+            mallopt(parameter, size)
+
+
 def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: float = 1800) -> torch.device:
     """Choose the device, and join the other processes of the run where a launcher started several (NCCL on GPUs, gloo on a CPU)."""
     try:
@@ -147,6 +159,8 @@ def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: 
     device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     if variables is None:
         say("Not using distributed mode")
     else:

@@ -19,7 +19,7 @@ import torch.distributed
 
 import lifecycle
 from dense import libraries
-from utils import UserError, environment, is_main_process, one_line, process_group
+from utils import UserError, environment, is_main_process, keep_freed_memory, one_line, process_group
 
 METRICS = {
     "mmseg": ["mIoU", "mDice", "mFscore"],
@@ -136,6 +136,8 @@ def test(library: str, argv: list[str] | None = None) -> None:
 
 def finish(run: Callable[[], None]) -> int:
     """Errors of the user are one line and exit code 2."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     try:
         with process_group():
             run()

@@ -235,8 +235,7 @@ def test_more_windows_than_a_cuda_grid_are_taken_in_parts(pad, monkeypatch):
     model, x = build(DEMO, pad=pad).double().eval(), torch.randn(3, 3, 72, 104, dtype=torch.float64)
     with torch.inference_mode():
         expected = model(x)
-        monkeypatch.setattr(gvt, "MOST_ROWS", 4)
-        monkeypatch.setattr(gvt, "beyond_the_grid", lambda q: q.shape[0] > gvt.MOST_ROWS)
+        monkeypatch.setattr(gvt, "rows_at_once", lambda q, k: 4)
         assert torch.allclose(model(x), expected, rtol=1e-12)
 
 

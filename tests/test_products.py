@@ -1,6 +1,7 @@
 """Linear layers through oneDNN: as near to the exact result as torch's own, differentiable twice, and refused for a reason."""
 
 import copy
+import functools
 
 import pytest
 import timm
@@ -117,6 +118,53 @@ def test_off_and_under_autocast():
         assert "autocast" in products.refusal(x, weight)
         assert products.linear(x, weight).dtype == torch.bfloat16
     assert products.refusal(x, weight) is None
+
+
+def queries_keys_values(batch, heads, queries, keys, dtype=torch.bfloat16):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(batch, count, heads, 32).to(dtype).transpose(1, 2) for count in (queries, keys, keys))
+    return q, k, v, torch.rand(batch, 1, 1, keys) > 0.3
+
+
+@serves
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("batch", "heads", "queries", "keys"), [(512, 2, 49, 49), (1, 1, 3136, 49), (2, 3, 5, 256), (3, 1, 1, 1)])
+def test_attention_in_bfloat16(batch, heads, queries, keys, masked):
+    """As near to the exact one as torch's own products of this dtype; batches that go in parts lose nothing."""
+    *given, mask = queries_keys_values(batch, heads, queries, keys)
+    mask = mask | (torch.arange(keys) == 0) if masked else None  # each query has a key
+    attend = functools.partial(gvt.attend, mask=mask, dropout=nn.Dropout(0.1).eval())
+    with torch.no_grad():
+        assert products.attention_refusal(*given[:2]) is None
+        result = attend(*given, fused=True)
+        exact = attend(*doubled(*given), fused=True)
+        plain = attend(*given, fused=False)
+    assert result.shape == plain.shape and result.dtype == torch.bfloat16
+    assert error(result, exact) <= 2 * error(plain, exact)
+
+
+@serves
+def test_one_mask_for_all_rows(monkeypatch):
+    q, k, v, mask = queries_keys_values(9, 2, 49, 49)
+    attend = functools.partial(gvt.attend, q, k, v, mask[:1], dropout=nn.Dropout(0.0), fused=True)
+    with torch.no_grad():
+        whole = attend()
+        monkeypatch.setattr(products, "MOST_WEIGHTS", 4 * 2 * 49 * 49)
+        assert products.rows_at_once(q, k) == 4
+        assert torch.equal(attend(), whole)
+
+
+@serves
+def test_attention_that_is_refused_says_why():
+    q, k, v, _ = queries_keys_values(1, 1, 2, 257)
+    assert "257 keys" in products.attention_refusal(q, k)
+    assert "torch.float32" in products.attention_refusal(q.float(), k.float())
+    assert "gradients" in products.attention_refusal(q.requires_grad_(), k[:, :, :9])
+    torch.manual_seed(0)
+    with torch.no_grad():  # dropout of weights, where nothing asks for gradients
+        dropped = gvt.attend(q, k[:, :, :9], v[:, :, :9], None, dropout=nn.Dropout(0.9), fused=True)
+        kept = gvt.attend(q, k[:, :, :9], v[:, :, :9], None, dropout=nn.Dropout(0.0), fused=True)
+    assert not torch.allclose(dropped, kept, atol=0.1)
 
 
 def test_hooks_and_other_modules_in_the_mlp_are_honoured():

@@ -1,6 +1,10 @@
 """Launchers' variables, meters, random states and whole files."""
 
+import platform
 import random
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -74,8 +78,6 @@ def test_lines_of_a_loop(capsys):
     for i, _ in enumerate(log.log_every([(torch.zeros(4),)] * 30, 25, "Epoch: [3]")):
         log.update(lr=1e-3, loss=float(i))
     lines = capsys.readouterr().out.splitlines()
-    import re
-
     form = (
         r"Epoch: \[3\]  \[ ?\d+/25\]  eta: \d:\d\d:\d\d  lr: 0\.001000  loss: [\d.]{6,7} \([\d.]{6,7}\)"
         r"  time: \d\.\d{4}  data: \d\.\d{4}  max mem: \d+"
@@ -96,3 +98,26 @@ def test_environment_names_the_commit_and_versions():
     record = utils.environment(torch.device("cpu"), 7)
     assert record["torch"].startswith(torch.__version__.split("+")[0]) and record["seed"] == 7 and record["processes"] == 1
     assert record["command"].startswith("python ")
+
+
+ALLOCATIONS = """
+import resource, sys, torch, utils
+if sys.argv[1] == "kept":
+    utils.keep_freed_memory()
+def faults(rounds):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+torch.ones(2**27)  # room for what follows
+print(faults(10))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone can be told to keep freed memory")
+def test_freed_memory_is_kept():
+    found = {}
+    for how in ("given back", "kept"):
+        done = subprocess.run([sys.executable, "-c", ALLOCATIONS, how], cwd=utils.ROOT, capture_output=True, text=True, check=True)
+        found[how] = int(done.stdout)
+    assert found["kept"] < found["given back"] / 4
