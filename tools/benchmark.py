@@ -12,6 +12,7 @@ reads inputs twice more, reads and writes gradients as it does outputs and input
 """
 
 import argparse
+import csv
 import dataclasses
 import itertools
 import json
@@ -55,6 +56,7 @@ SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices
 COPIED = {"cpu": 2**27, "cuda": 2**30}  # bytes
 CHUNK = 8  # pictures of the float64 reference at once
 SMALLEST_SHARE = 0.01
+PUBLISHED = Path(__file__).resolve().parent.parent / "logs" / "published"
 SEVERAL = 2  # times its own rounding error is what a dtype's outputs may be off
 LOSS_SCALE = {"float16": 1024.0}
 
@@ -336,7 +338,7 @@ def operators(step: Callable[[], object], device: torch.device) -> dict[str, flo
 
 
 def floors(case: Case) -> dict[str, float]:
-    """-> operations and bytes of a step: see the top of this file."""
+    """-> operations and bytes of a step: see the top of this file; and of the forward pass the shares of operations in LSA and GSA."""
     with torch.device("meta"):
         model = build_ours(case) if case.task == "features" else timm.create_model(case.model)  # the padding with the fewest operations
         pictures, targets = torch.empty(case.batch, 3, case.size, case.size), torch.empty(case.batch, dtype=torch.long)
@@ -344,18 +346,41 @@ def floors(case: Case) -> dict[str, float]:
     sizes, mapping = watch(model), {torch.ops.aten.convolution_backward: both_gradients}
     training = case.task == "training"
     with torch.set_grad_enabled(training), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        inside = watch_attention(model, counter)
         out = model(pictures)
+        forward = counter.get_total_flops()
         if training:
             F.cross_entropy(out, targets).backward()
     read, written, residual = (sum(sizes[key]) for key in ("read", "written", "residual"))
     params, width = sum(parameter.numel() for parameter in model.parameters()), case.torch_dtype.itemsize
     moved = (3 * read + 2 * written + 2 * residual) * width + 10 * 4 * params if training else (read + written + residual + params) * width
-    return {"operations": counter.get_total_flops(), "bytes": moved}
+    shares = {name: operations / forward for name, operations in inside.items()}
+    return {"operations": counter.get_total_flops(), "bytes": moved, "shares_of_operations": shares}
 
 
 def both_gradients(grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, *, out_shape) -> int:
     """Operations of a convolution's backward pass, where torch's counter takes one with groups for one without."""
     return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed=False)
+
+
+def watch_attention(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
+    """Operations that the next forward pass has in each kind of attention, its projections and sub-sampling among them."""
+    found = {"LSA": 0, "GSA": 0}
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found[kind(module)] -= counter.get_total_flops()
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found[kind(module)] += counter.get_total_flops()
+
+    def kind(module: nn.Module) -> str:
+        return "LSA" if isinstance(module, gvt.LocalAttention) else "GSA"
+
+    for module in model.modules():
+        if isinstance(module, (gvt.LocalAttention, gvt.GlobalAttention)):
+            module.register_forward_pre_hook(enter)
+            module.register_forward_hook(leave)
+    return found
 
 
 def watch(model: nn.Module) -> dict[str, list[int]]:
@@ -490,6 +515,8 @@ def as_table(case: dict) -> str:
             lines.append(f"{found['library']} {found['mode']}: {shares}")
     rates = ", ".join(f"{PRODUCT} by {library} {rate / 1e9:,.0f} G operations/s" for library, rate in best["operations_per_s_by"].items())
     lines.append(f"limits: {rates}; {COPY} {best['bytes_per_s'] / 1e9:,.1f} GB/s")
+    shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in case["floor"]["shares_of_operations"].items())
+    lines.append(f"operations: {case['floor']['operations'] / case['batch'] / 1e9:,.2f} G a picture; of the forward pass {shares}")
     return "\n".join(lines)
 
 
@@ -515,21 +542,26 @@ def write(results: dict, folder: Path) -> None:
 
 
 def draw(results: dict, folder: Path) -> None:
-    """bars.png, and batch.png and resolution.png where there are several of them."""
+    """bars.png; batch.png and resolution.png where there are several of them; accuracy.png where there are peers whose top-1 is known."""
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(f"{case['task']}, {case['dtype']}" for case in results["cases"]))
-    for name, per in (("bars", None), ("batch", "batch"), ("resolution", "size")):
-        chosen = {title: [case for case in results["cases"] if f"{case['task']}, {case['dtype']}" == title] for title in titles}
-        if per:
-            chosen = {title: series(cases, per) for title, cases in chosen.items()}
+    top1 = published_top1()
+    drawings = {
+        "bars": (lambda cases: cases, draw_bars),
+        "batch": (lambda cases: series(cases, "batch"), lambda axis, cases: draw_lines(axis, cases, "batch")),
+        "resolution": (lambda cases: series(cases, "size"), lambda axis, cases: draw_lines(axis, cases, "size")),
+        "accuracy": (lambda cases: points(cases, top1), draw_accuracy),
+    }
+    for name, (choose, put) in drawings.items():
+        chosen = {title: choose([case for case in results["cases"] if f"{case['task']}, {case['dtype']}" == title]) for title in titles}
         chosen = {title: cases for title, cases in chosen.items() if cases}
         if not chosen:
             continue
         figure = Figure(figsize=(7.5, 4.2 * len(chosen)), layout="constrained")
         for axis, (title, cases) in zip(figure.subplots(len(chosen), squeeze=False).flat, chosen.items()):
             axis.set_title(title)
-            draw_bars(axis, cases) if per is None else draw_lines(axis, cases, per)
+            put(axis, cases)
             tidy(axis)
         figure.savefig(folder / f"{name}.png", dpi=120)
 
@@ -573,6 +605,42 @@ def draw_lines(axis, groups: dict[tuple, list[dict]], per: str) -> None:
     axis.minorticks_off()
     axis.set(xlabel={"batch": "pictures in a batch", "size": "side of a picture, pixels"}[per], ylabel="ms a picture")
     axis.legend(frameon=False, fontsize=7)
+
+
+def published_top1() -> dict[str, tuple[str, float]]:
+    """-> the paper's name and the published top-1 of models of gvt.MODEL_NAMES and of other networks of timm, at 224 x 224."""
+    names = {key: name for name, key in gvt.MODEL_NAMES.items()}
+    found = {}
+    for table, key in (("paper", "model"), ("peers", "timm")):
+        with open(PUBLISHED / f"{table}.csv", newline="") as file:
+            found |= {names.get(row[key], row[key]): (row["name"], float(row["acc1"])) for row in csv.DictReader(file)}
+    return found
+
+
+def points(cases: list[dict], top1: dict[str, tuple[str, float]]) -> list[tuple[str, str, float, float]]:
+    """-> (network, mode, pictures per second, top-1) of the first batch at 224, where other networks are measured beside ours; else none."""
+    cases = [case for case in cases if case["task"] == "inference" and case["size"] == 224 and case["batch"] == cases[0]["batch"]]
+    rows = [(case["model"], each) for case in cases for each in case["rows"]]
+    if not any(each["library"] in top1 for _, each in rows):
+        return []
+    found = {}
+    for model, each in rows:
+        own = each["library"] in ("ours", PEER["inference"])
+        if (key := model if own else each["library"]) in top1:
+            name, accuracy = top1[key]
+            found[f"{name} ({each['library']})" if own else name, each["mode"]] = each["pictures_per_s"], accuracy
+    return [(*name, *place) for name, place in found.items()]
+
+
+def draw_accuracy(axis, found: list[tuple[str, str, float, float]]) -> None:
+    for mode in dict.fromkeys(mode for _, mode, _, _ in found):
+        chosen = [(name, rate, accuracy) for name, own, rate, accuracy in found if own == mode]
+        axis.scatter([rate for _, rate, _ in chosen], [accuracy for *_, accuracy in chosen], label=mode)
+        for name, rate, accuracy in chosen:
+            axis.annotate(name, (rate, accuracy), textcoords="offset points", xytext=(5, 4), fontsize=7)
+    axis.set(xlabel="pictures per second", ylabel="published top-1, %")
+    axis.margins(0.2)
+    axis.legend(frameon=False, fontsize=8)
 
 
 # ---------------------------------------------------------------- the command line

@@ -223,7 +223,11 @@ def speed(logs: Path = LOGS) -> list[str]:
 
 
 def speeds(cases: list[dict]) -> list[str]:
-    """Pictures per second of ours / each other, mode for mode, with the ratio; and the faster mode's share of the product's rate."""
+    """Pictures per second of ours / each other, mode for mode, with the ratio; and the faster mode's share of the product's rate.
+
+    Where sizes differ, attention's shares of the operations too.
+    """
+    sizes = len({case["size"] for case in cases}) > 1
     pairs = list(dict.fromkeys((ratio["library"], ratio["mode"]) for case in cases for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]))
     pairs.sort(key=lambda pair: MODES.index(pair[1]))  # stable: the order of the libraries stays
     rows = []
@@ -236,7 +240,10 @@ def speeds(cases: list[dict]) -> list[str]:
             both = [rates[name]["pictures_per_s"] for name in (("ours", mode), (library, mode)) if name in rates]
             row.append(f"{both[0]:.1f} / {both[1]:.1f} = {ahead[library, mode]:.2f}" if (library, mode) in ahead else "")
         rows.append([*row, f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})"])
-    return markdown(["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs), "Share of product rate"], rows)
+        if sizes:
+            rows[-1].append(", ".join(f"{name} {100 * share:.0f} %" for name, share in case["floor"]["shares_of_operations"].items()))
+    columns = ["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs), "Share of product rate"]
+    return markdown([*columns, *(["Of operations"] if sizes else [])], rows)
 
 
 def read_json(path: Path, *keys: str) -> dict:

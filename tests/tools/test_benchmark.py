@@ -12,6 +12,7 @@ import benchmark as tool
 import pytest
 import torch
 from count import count as count_of
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -135,6 +136,25 @@ def test_floors_are_those_of_count_and_grow():
     assert more["bytes"] - 4 * params == 4 * (one["bytes"] - 4 * params)
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_shares_of_attention_by_hand(size):
+    """Twice the multiply-adds of projections, sub-sampling and the products q k^T and softmax(...) v, block by block."""
+    v, found = tool.gvt.VARIANTS["alt_gvt_demo"], {"LSA": 0, "GSA": 0}
+    for k, (C, r, depth) in enumerate(zip(v.dims, v.sr_ratios, v.depths)):
+        side = size // 4 // 2**k
+        padded, keys = (-(-side // v.window) * v.window) ** 2, (side // r) ** 2
+        masked = min(side, v.window) ** 2 if side < v.window else padded  # a window shrinks to a smaller map
+        N = masked if side < v.window else padded
+        lsa = N * 3 * C * C + 2 * N * min(side, v.window) ** 2 * C + side**2 * C * C
+        gsa = 2 * side**2 * C * C + keys * (2 * C * C + (r * r * C * C if r > 1 else 0)) + 2 * side**2 * keys * C
+        found["LSA"] += depth // 2 * lsa
+        found["GSA"] += depth // 2 * gsa
+    floor = tool.floors(case(batch=1, size=size))
+    for name, macs in found.items():
+        assert floor["shares_of_operations"][name] == pytest.approx(2 * macs / floor["operations"])
+    assert tool.floors(case("training", batch=1, size=size))["shares_of_operations"] == floor["shares_of_operations"]
+
+
 def test_floors_of_training_and_of_half_precision():
     inference, training = (tool.floors(case(task)) for task in ("inference", "training"))
     assert 2.8 < training["operations"] / inference["operations"] < 3  # the pictures need no gradient
@@ -197,6 +217,22 @@ def test_a_profile(capsys, small_limits):
     shares = dict(part.rsplit(" ", 2)[:2] for part in line.removeprefix("timm eager: ").split(", "))
     assert {"addmm", "native_layer_norm"} <= set(shares)
     assert 50 < sum(map(int, shares.values())) <= 105
+
+
+def test_points_of_accuracy_and_speed():
+    """Each network that is known once, in each mode, beside others only; of the first batch alone."""
+    top1 = tool.published_top1()
+    assert top1["alt_gvt_small"] == ("Twins-SVT-Small", 81.7) and top1["swin_tiny_patch4_window7_224"] == ("Swin-T", 81.3)
+    row = dict(mode="eager", pictures_per_s=9.0)
+    rows = [row | dict(library=library) for library in ("ours", "timm", "swin_tiny_patch4_window7_224", "resnet18")]
+    cases = [dict(model="alt_gvt_small", task="inference", size=224, batch=batch, rows=rows) for batch in (8, 1)]
+    names = ["Twins-SVT-Small (ours)", "Twins-SVT-Small (timm)", "Swin-T"]
+    assert tool.points(cases, top1) == [(name, "eager", 9.0, 81.3 if name == "Swin-T" else 81.7) for name in names]
+    assert tool.points([cases[0] | dict(rows=rows[:2])], top1) == []
+    figure = Figure()
+    axis = figure.subplots()
+    tool.draw_accuracy(axis, tool.points(cases, top1))
+    assert [text.get_text() for text in axis.texts] == names
 
 
 @pytest.mark.slow

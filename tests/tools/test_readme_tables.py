@@ -190,6 +190,15 @@ def test_speed(tmp_path):
     ]
 
 
+def test_attentions_shares_where_sizes_differ():
+    case = dict(model="m", task="features", dtype="float32", batch=1, ratios=[], rows=[])
+    case["rows"] = [dict(library="ours", mode="eager", pictures_per_s=1.0, share_of_product_rate=0.5)]
+    cases = [case | dict(size=size, floor=dict(shares_of_operations={"LSA": 0.2, "GSA": gsa})) for size, gsa in ((224, 0.1), (512, 0.304))]
+    table = readme_tables.speeds(cases)
+    assert table[0].endswith("| Share of product rate | Of operations |")
+    assert [row[-1] for row in cells(table)] == ["LSA 20 %, GSA 10 %", "LSA 20 %, GSA 30 %"]
+
+
 def test_no_runs(tmp_path):
     assert readme_tables.runs(tmp_path) == ["none yet"]
 
