@@ -1,9 +1,12 @@
 """The measurement of what feeds a training: every step is there, ratios follow from them, and unequal ways are not timed."""
 
+import copy
 import json
 
-import feeding
+import feeding  # first: it lets torchvision be imported
 import pytest
+import timm
+import torch
 
 
 def test_a_run(toy, tmp_path, capsys):
@@ -30,3 +33,25 @@ def test_ways_that_differ_are_not_timed(toy, monkeypatch, capsys):
 def test_no_pictures_is_one_line(tmp_path, capsys):
     assert feeding.run(["--data-path", str(tmp_path)]) == 2 and feeding.run([]) == 2
     assert capsys.readouterr().err.count("feeding.py: error: no pictures (--data-path") == 2
+
+
+def test_the_loop_and_the_bare_step_do_the_same():
+    torch.manual_seed(0)
+    model = timm.create_model("alt_gvt_demo", num_classes=3)
+    batches = [(torch.randn(2, 3, 32, 32), torch.tensor([0, 2])) for _ in range(2)]
+    ends = []
+    for way in (lambda *given: feeding.bare(*given, clip=True), feeding.looped):
+        own = copy.deepcopy(model)
+        way(own, batches, torch.optim.AdamW(own.parameters(), lr=1e-3, fused=True))
+        ends.append(torch.cat([parameter.detach().flatten() for parameter in own.parameters()]))
+    assert torch.equal(*ends) and not torch.equal(ends[0], torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+
+
+def test_a_run_of_the_loop(tmp_path, capsys):
+    words = ["--loop", "--model", "alt_gvt_demo", "--size", "32", "--batch-size", "1", "--steps", "1", "--repeats", "3", "--warmup", "0"]
+    assert feeding.run([*words, "--output", str(tmp_path)]) == 0
+    loop = json.loads((tmp_path / "feeding.json").read_text())["loop"]
+    assert [row["kind"] for row in loop["rows"]] == ["bare step", "bare step, clipped", "loop"]
+    assert set(loop["loop_above_percent"]) == {"bare step", "bare step, clipped"}
+    assert "% above the bare step, clipped (" in capsys.readouterr().out
+    assert feeding.run(["--loop", "--model", "no_such"]) == 2 and "unknown model (--model no_such)" in capsys.readouterr().err
