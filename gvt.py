@@ -88,7 +88,7 @@ def rows_at_once(q: Tensor, k: Tensor) -> int:
     """Of the batch, in one call of fused attention."""
     if q.is_cuda:
         return MOST_ROWS
-    return products.rows_at_once(q, k) if products.attention_refusal(q, k) is None else len(q)
+    return products.rows_at_once(q, k) if products.attention_refusal(q, k) is None else q.shape[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.Dropout, fused: bool) -> Tensor:
@@ -97,8 +97,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
     mask broadcasts to (B, heads, N, M), True where a key may be seen. The unfused way sends the map (B, heads, N, M) through `dropout`,
     where a forward hook can look at it.
     """
-    if fused and len(q) > (rows := rows_at_once(q, k)):
-        masks = itertools.repeat(None) if mask is None else mask.expand(len(q), -1, -1, -1).split(rows)
+    if fused and q.shape[0] > (rows := rows_at_once(q, k)):
+        masks = itertools.repeat(None) if mask is None else mask.expand(q.shape[0], -1, -1, -1).split(rows)
         parts = zip(*(x.split(rows) for x in (q, k, v)), masks)
         return torch.cat([attend(*part, dropout=dropout, fused=True) for part in parts])
     if fused and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():

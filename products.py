@@ -79,7 +79,7 @@ def attention_refusal(q: Tensor, k: Tensor) -> str | None:
 
 def rows_at_once(q: Tensor, k: Tensor) -> int:
     """Of the batch, for attention below: so many that their weights stay in the cache. A compiler fuses what goes over them."""
-    return len(q) if torch.compiler.is_compiling() else max(1, MOST_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
+    return q.shape[0] if torch.compiler.is_compiling() else max(1, MOST_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
