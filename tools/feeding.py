@@ -44,7 +44,7 @@ import datasets
 import engine
 import options
 from options import Parser, above_zero, count, positive
-from utils import UserError, exit_code
+from utils import UserError, exit_code, keep_freed_memory
 
 PUBLISHED, BYTES, FAST = "float32 as published", "bytes until the device", "--fast-augment"
 FEW = 0.04  # of the values of --fast-augment may be others than the published
@@ -247,6 +247,7 @@ def measure(label: str, paths: Sequence[Path], args: argparse.Namespace) -> dict
 
 def measure_loop(args: argparse.Namespace) -> dict:
     """A training step of main.py's loop beside forward, backward and optimizer alone, without and with the recipe's clipping of gradients."""
+    keep_freed_memory()  # for all, as main.py: otherwise the bare step waits for the kernel's pages
     torch.manual_seed(0)
     model, steps = timm.create_model(args.model, num_classes=100), range(args.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
