@@ -542,7 +542,7 @@ def write(results: dict, folder: Path) -> None:
 
 
 def draw(results: dict, folder: Path) -> None:
-    """bars.png; batch.png and resolution.png where there are several of them; accuracy.png where there are peers whose top-1 is known."""
+    """bars.png; batch.png, resolution.png and shares.png where there are several of them; accuracy.png where there are peers of known top-1."""
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(f"{case['task']}, {case['dtype']}" for case in results["cases"]))
@@ -551,6 +551,7 @@ def draw(results: dict, folder: Path) -> None:
         "bars": (lambda cases: cases, draw_bars),
         "batch": (lambda cases: series(cases, "batch"), lambda axis, cases: draw_lines(axis, cases, "batch")),
         "resolution": (lambda cases: series(cases, "size"), lambda axis, cases: draw_lines(axis, cases, "size")),
+        "shares": (lambda cases: series(cases, "size"), draw_shares),
         "accuracy": (lambda cases: points(cases, top1), draw_accuracy),
     }
     for name, (choose, put) in drawings.items():
@@ -594,16 +595,43 @@ def series(cases: list[dict], per: str) -> dict[tuple, list[dict]]:
 
 
 def draw_lines(axis, groups: dict[tuple, list[dict]], per: str) -> None:
-    """Milliseconds a picture, both axes logarithmic. A cost that grows with the number of pixels has a slope of 2 against the side."""
+    """Milliseconds a picture, both axes logarithmic; against the side also what would be linear in the number of pixels."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
     for (model, other, value), cases in groups.items():
         for name in names_in(cases):
             found = [(case[per], 1000 / r["pictures_per_s"]) for case in cases for r in case["rows"] if (r["library"], r["mode"]) == name]
             label = f"{model}, {' '.join(name)} ({other} {value})"
             axis.loglog(*zip(*found), marker="o", markersize=3, linestyle="-" if name[0] == "ours" else "--", label=label)
+        if per == "size":
+            first = axis.lines[-len(names_in(cases))]
+            sides, times = first.get_data()
+            linear = [times[0] * (side / sides[0]) ** 2 for side in sides]
+            axis.loglog(sides, linear, linestyle=":", color=first.get_color(), label=f"{model}, linear in pixels")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.set_ylabel("ms a picture")
+    finish_lines(axis, groups, per)
+
+
+def draw_shares(axis, groups: dict[tuple, list[dict]]) -> None:
+    """Attention's shares of the counted operations against the side of a picture."""
+    for (model, *_), cases in groups.items():
+        for kind, style in (("LSA", ":"), ("GSA", "-")):
+            found = [(case["size"], 100 * case["floor"]["shares_of_operations"][kind]) for case in cases]
+            if any(share for _, share in found):
+                axis.semilogx(*zip(*found), marker="o", markersize=3, linestyle=style, label=f"{model}, {kind}")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("share of the operations, %")
+    finish_lines(axis, groups, "size")
+
+
+def finish_lines(axis, groups: dict[tuple, list[dict]], per: str) -> None:
     ticks = sorted({case[per] for cases in groups.values() for case in cases})
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.minorticks_off()
-    axis.set(xlabel={"batch": "pictures in a batch", "size": "side of a picture, pixels"}[per], ylabel="ms a picture")
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel({"batch": "pictures in a batch", "size": "side of a picture, pixels"}[per])
     axis.legend(frameon=False, fontsize=7)
 
 

@@ -318,12 +318,12 @@ def as_csv(results: dict) -> str:
 
 def table(rows: Sequence[dict], names: Sequence[str]) -> list[str]:
     """Medians and quartiles in ms."""
-    lines = [f"{'':<60}{'CPU ms':>9}{'q1 - q3':>17}{'wall ms':>10}{'q1 - q3':>17}"]
+    lines = [f"{'':<60}{'CPU ms':>10}{'q1 - q3':>22}{'wall ms':>11}{'q1 - q3':>22}"]
     for row in rows:
         texts = milliseconds(row)
         spreads = [f"{texts[f'{clock}_ms_q1']} - {texts[f'{clock}_ms_q3']}" if texts[f"{clock}_ms"] else "" for clock in CLOCKS]
         name = ": ".join(row[part] for part in names)
-        lines.append(f"{name:<60}{texts['cpu_ms']:>9}{spreads[0]:>17}{texts['wall_ms']:>10}{spreads[1]:>17}".rstrip())
+        lines.append(f"{name:<60}{texts['cpu_ms']:>10}{spreads[0]:>22}{texts['wall_ms']:>11}{spreads[1]:>22}".rstrip())
     return lines
 
 
@@ -361,7 +361,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--loop", action="store_true", help="measure the training loop instead, on this CPU")
     parser.add_argument("--model", default="alt_gvt_small", metavar="NAME", help="of --loop (%(default)s)")
     parser.add_argument("--steps", type=positive, default=4, metavar="N", help="of --loop, in a round (%(default)s)")
-    parser.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="write feeding.json and feeding.csv there")
+    parser.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="write feeding.json, feeding.csv and table.txt there")
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
     args = parser.parse_args(argv)
     if not args.loop and args.data_path is None:
@@ -378,7 +378,7 @@ def main(argv: list[str]) -> int:
     results = {"environment": environment(CPU, SEED[0]), "settings": settings, "cases": []}
     if args.loop:
         results["loop"] = measure_loop(args)
-        shown = [loop_table(results["loop"])]
+        shown = loop_table(results["loop"])
     else:
         paths = find_pictures(args.data_path, args.pictures)
         with tempfile.TemporaryDirectory() as folder:
@@ -386,10 +386,10 @@ def main(argv: list[str]) -> int:
             for label, files in {"as they are": paths, f"enlarged to {ENLARGED}": enlarge(paths, Path(folder))}.items():
                 progress(f"pictures {label}")
                 results["cases"].append(measure(label, files, args))
-        shown = [as_table(case) for case in results["cases"]]
+        shown = "\n\n".join(map(as_table, results["cases"]))
     if args.output:
-        records.write(args.output, "feeding", results, as_csv(results))
-    print(json.dumps(results, indent=1) if args.json else "\n\n".join(shown))
+        records.write(args.output, "feeding", results, as_csv(results), shown)
+    print(json.dumps(results, indent=1) if args.json else shown)
     return 0
 
 

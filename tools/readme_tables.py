@@ -1,6 +1,6 @@
-"""Write the tables of the README from the models and from logs/: python tools/readme_tables.py [--check] [--readme FILE].
+"""Write the tables of README files from the models and from logs/: python tools/readme_tables.py [--check] [--readme FILE ...].
 
-What stands between two lines such as these is replaced:
+What stands between two lines such as these is replaced; after `speed` may come folders of logs/benchmarks, otherwise it has all of them:
 
     <!-- table: classification (python tools/readme_tables.py) -->
     <!-- end table -->
@@ -29,7 +29,8 @@ from utils import UserError
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs"
 GPUS = 8  # of the published commands
-START = re.compile(r"<!-- table: (\S+) \(python tools/readme_tables\.py\) -->")
+READMES = ROOT / "README.md", LOGS / "benchmarks" / "README.md"
+START = re.compile(r"<!-- table: ([\w -]+) \(python tools/readme_tables\.py\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
 
@@ -205,20 +206,15 @@ def short(commit: str) -> str:
 MODES = ("eager", "compiled", "graphs")
 
 
-def speed(logs: Path = LOGS) -> list[str]:
+def speed(*folders: str, logs: Path = LOGS) -> list[str]:
     """What tools/benchmark.py wrote: for each of its folders where it was measured and how, then a row for each case."""
     lines = []
-    for path in sorted((logs / "benchmarks").glob("*/results.json")):
+    for path in [logs / "benchmarks" / name / "results.json" for name in folders] or sorted(logs.glob("benchmarks/*/results.json")):
         found = read_json(path, "environment", "settings", "cases")
         where = found["environment"]
         versions = f"torch {where['torch']}, timm {where['timm']}"
         what = f"{where['hardware']}, {where['threads']} threads, {versions}, {where['started'][:10]}, {found['settings']['repeats']} rounds"
-        lines += [
-            "",
-            f"[{path.parent.name}](logs/benchmarks/{path.parent.name}/results.csv): {what}. `{where['command']}`",
-            "",
-            *speeds(found["cases"]),
-        ]
+        lines += ["", f"{what}. `{where['command']}`", "", *speeds(found["cases"])]
     return [*lines, ""] if lines else ["none yet"]
 
 
@@ -238,7 +234,7 @@ def speeds(cases: list[dict]) -> list[str]:
         row = [f"`{case['model']}`", case["task"], case["dtype"], f"{case['batch']} x {case['size']}"]
         for library, mode in pairs:
             both = [rates[name]["pictures_per_s"] for name in (("ours", mode), (library, mode)) if name in rates]
-            row.append(f"{both[0]:.1f} / {both[1]:.1f} = {ahead[library, mode]:.2f}" if (library, mode) in ahead else "")
+            row.append(f"{both[0]:.3g} / {both[1]:.3g} = {ahead[library, mode]:.2f}" if (library, mode) in ahead else "")
         rows.append([*row, f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})"])
         if sizes:
             rows[-1].append(", ".join(f"{name} {100 * share:.0f} %" for name, share in case["floor"]["shares_of_operations"].items()))
@@ -250,10 +246,10 @@ def read_json(path: Path, *keys: str) -> dict:
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read ({path}): put back what main.py wrote") from error
+        raise UserError(f"cannot be read ({path}): put back what was written there") from error
     lacking = [key for key in keys if key not in record]
     if lacking:
-        raise UserError(f"no {', '.join(lacking)} ({path}): put back what main.py wrote")
+        raise UserError(f"no {', '.join(lacking)} ({path}): put back what was written there")
     return record
 
 
@@ -280,7 +276,7 @@ def find_tables(lines: list[str], source: Path) -> list[tuple[str, int, int]]:
             if opened:
                 break
             match = START.fullmatch(line)
-            if not match or match[1] not in TABLES:
+            if not match or match[1].split()[0] not in TABLES or (" " in match[1] and not match[1].startswith("speed ")):
                 raise UserError(f"unknown table ({where}): expected <!-- table: NAME (python tools/readme_tables.py) --> of {', '.join(TABLES)}")
             opened = match[1], index + 1
         elif line == END:
@@ -297,7 +293,8 @@ def fill(lines: list[str], source: Path) -> tuple[list[str], list[str]]:
     """-> the lines of a README with its tables made anew, and the names of the tables that differ."""
     new, changed, end = [], [], 0
     for name, first, stop in find_tables(lines, source):
-        table = TABLES[name]()
+        kind, *folders = name.split()
+        table = TABLES[kind](*folders)
         new += lines[end:first] + table
         end = stop
         if table != lines[first:stop]:
@@ -308,19 +305,24 @@ def fill(lines: list[str], source: Path) -> tuple[list[str], list[str]]:
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date, by the exit code")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE", help="(the project's)")
+    parser.add_argument("--readme", type=Path, nargs="+", default=READMES, metavar="FILE", help="(the project's)")
     args = parser.parse_args(argv)
+    return max([update(path, check=args.check) for path in args.readme])
+
+
+def update(readme: Path, *, check: bool) -> int:
+    """-> the exit code for one file."""
     try:
-        text = args.readme.read_text()
+        text = readme.read_text()
     except OSError as error:
-        raise UserError(f"cannot be read (--readme {args.readme}): give a file") from error
-    lines, changed = fill(text.split("\n"), args.readme)
-    if args.check and changed:
-        print(f"readme_tables.py: out of date ({args.readme}, {', '.join(changed)}): run python tools/readme_tables.py", file=sys.stderr)
+        raise UserError(f"cannot be read (--readme {readme}): give a file") from error
+    lines, changed = fill(text.split("\n"), readme)
+    if check and changed:
+        print(f"readme_tables.py: out of date ({readme}, {', '.join(changed)}): run python tools/readme_tables.py", file=sys.stderr)
         return 1
     if changed:
-        lifecycle.write_text(args.readme, "\n".join(lines))
-    print(f"{args.readme}: {'wrote ' + ', '.join(changed) if changed else 'tables are up to date'}")
+        lifecycle.write_text(readme, "\n".join(lines))
+    print(f"{readme}: {'wrote ' + ', '.join(changed) if changed else 'tables are up to date'}")
     return 0
 
 

@@ -46,11 +46,13 @@ def csv_text(columns: Iterable[str], rows: Iterable[Mapping]) -> str:
     return text.getvalue()
 
 
-def write(folder: Path, name: str, results: dict, table: str) -> None:
-    """FOLDER/name.json and FOLDER/name.csv."""
+def write(folder: Path, name: str, results: dict, table: str, shown: str = "") -> None:
+    """FOLDER/name.json, FOLDER/name.csv, and FOLDER/table.txt where there is something to be read."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lifecycle.write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
         lifecycle.write_text(folder / f"{name}.csv", table)
+        if shown:
+            lifecycle.write_text(folder / "table.txt", shown + "\n")
     except OSError as error:
         raise UserError(f"cannot write (--output {folder}): {error.strerror}") from error

@@ -235,6 +235,27 @@ def test_points_of_accuracy_and_speed():
     assert [text.get_text() for text in axis.texts] == names
 
 
+def test_lines_against_the_side():
+    """Times, what would be linear in pixels, and attention's shares: the sides in order, a kind of attention that a model lacks left out."""
+
+    def case(size, ms, gsa):
+        rows = [dict(library=library, mode="eager", pictures_per_s=1000 / (times * ms)) for library, times in (("ours", 1), ("mmseg", 2))]
+        return dict(model="alt_gvt_demo", batch=1, size=size, rows=rows, floor=dict(shares_of_operations={"LSA": 0.0, "GSA": gsa}))
+
+    groups = tool.series([case(64, 12.0, 0.5), case(32, 2.0, 0.25)], "size")
+    axis = Figure().subplots()
+    tool.draw_lines(axis, groups, "size")
+    lines = {line.get_label(): [*zip(*line.get_data())] for line in axis.lines}
+    assert {label: [(side, pytest.approx(ms)) for side, ms in line] for label, line in lines.items()} == {
+        "alt_gvt_demo, ours eager (batch 1)": [(32, 2.0), (64, 12.0)],
+        "alt_gvt_demo, mmseg eager (batch 1)": [(32, 4.0), (64, 24.0)],
+        "alt_gvt_demo, linear in pixels": [(32, 2.0), (64, 8.0)],
+    }
+    axis = Figure().subplots()
+    tool.draw_shares(axis, groups)
+    assert [(line.get_label(), *zip(*line.get_data())) for line in axis.lines] == [("alt_gvt_demo, GSA", (32, 25.0), (64, 50.0))]
+
+
 @pytest.mark.slow
 def test_a_dense_backbone(capsys, small_limits):
     pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")

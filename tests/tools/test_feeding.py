@@ -51,6 +51,7 @@ def test_a_run_of_the_loop(tmp_path, capsys):
     words = ["--loop", "--model", "alt_gvt_demo", "--size", "32", "--batch-size", "1", "--steps", "1", "--repeats", "3", "--warmup", "0"]
     assert feeding.run([*words, "--output", str(tmp_path)]) == 0
     loop = json.loads((tmp_path / "feeding.json").read_text())["loop"]
+    assert (tmp_path / "table.txt").read_text() == feeding.loop_table(loop) + "\n"
     assert [row["kind"] for row in loop["rows"]] == ["bare step", "bare step, clipped", "loop"]
     assert set(loop["loop_above_percent"]) == {"bare step", "bare step, clipped"}
     assert "% above the bare step, clipped (" in capsys.readouterr().out

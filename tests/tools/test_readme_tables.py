@@ -177,16 +177,15 @@ def make_benchmark(logs: Path) -> None:
 
 
 def test_speed(tmp_path):
-    assert readme_tables.speed(tmp_path) == ["none yet"]
+    assert readme_tables.speed(logs=tmp_path) == ["none yet"]
     make_benchmark(tmp_path)
-    found = readme_tables.speed(tmp_path)
-    assert found[1] == (
-        "[a_cpu](logs/benchmarks/a_cpu/results.csv): A CPU, 2 threads, torch 2.13.0, timm 1.0.31, 2026-11-24, 30 rounds. `python tools/benchmark.py`"
-    )
+    found = readme_tables.speed(logs=tmp_path)
+    assert found == readme_tables.speed("a_cpu", logs=tmp_path)
+    assert found[1] == "A CPU, 2 threads, torch 2.13.0, timm 1.0.31, 2026-11-24, 30 rounds. `python tools/benchmark.py`"
     assert found[3] == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | Share of product rate |"
     assert cells(found[3:-1]) == [
-        ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20.0 / 10.0 = 2.01", "", "50 % (eager)"],
-        ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20.0 / 10.0 = 2.01", "30.0 / 20.0 = 1.50", "75 % (compiled)"],
+        ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20 / 10 = 2.01", "", "50 % (eager)"],
+        ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20 / 10 = 2.01", "30 / 20 = 1.50", "75 % (compiled)"],
     ]
 
 
@@ -267,6 +266,8 @@ def test_check_notices_a_changed_figure(name, digit, other, tmp_path, capsys, no
 
 BAD = {
     "unknown table": ([BEGIN.format("throughput"), END], "unknown table"),
+    "a folder that is not there": ([BEGIN.format("speed no_such-folder"), END], "no_such-folder/results.json): put back"),
+    "a folder of no speed": ([BEGIN.format("runs mine"), END], "unknown table"),
     "misspelt marker": (["<!-- table: runs -->", END], "unknown table"),
     "open at the end": (["text", BEGIN.format("runs"), "none yet"], "table runs is not closed"),
     "open at the next": ([BEGIN.format("recipes"), BEGIN.format("runs"), END], "table recipes is not closed"),
