@@ -32,6 +32,7 @@ from window_attention import attend_in_windows, why_not
 PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
 SMALLEST = 32  # pixels: below it, the last stage has no token
 PADS = ("mask", "zero", "published")
+RECOMPUTED = ("block", "mlp")
 MOST_ROWS = 65_535  # of a batch in one call of a fused CUDA kernel, whose grid ends there; windows of 1,024 pictures of 224 go beyond
 
 
@@ -238,10 +239,15 @@ class Block(nn.Module):
         for name in order:
             self.add_module(name, parts[name])
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
+        self.recompute_mlp = False
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        recompute = self.recompute_mlp and self.training
+        return x + self.drop_path(checkpoint(self.normed_mlp, x, use_reentrant=False) if recompute else self.normed_mlp(x))
+
+    def normed_mlp(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
 
 
 class PatchEmbed(nn.Module):
@@ -261,7 +267,9 @@ class PEG(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.proj = nn.Sequential(nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim))  # the Sequential is in the published keys
+        conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        # Laid out as its input, and so as its gradient, which DistributedDataParallel asks for. The Sequential is in the published keys.
+        self.proj = nn.Sequential(conv.to(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -446,9 +454,13 @@ class Twins(nn.Module):
         )
         return dict(stem=r"^patch_embeds\.0", blocks=[*blocks, (r"^norm", (99999,))])
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass: less memory, one more forward pass."""
-        self.grad_checkpointing = enable
+    def set_grad_checkpointing(self, enable: bool = True, part: str = "block") -> None:
+        """Recompute activations in the backward pass: less memory, one more forward pass of each block, or (part="mlp") of its MLP alone."""
+        if part not in RECOMPUTED:
+            raise ValueError(f"part={part!r} is none of {', '.join(RECOMPUTED)}")
+        self.grad_checkpointing = enable and part == "block"
+        for block in itertools.chain.from_iterable(self.blocks):
+            block.recompute_mlp = enable and part == "mlp"
 
     def set_fused_attn(self, enable: bool = True) -> None:
         """Fused attention, or (False) the unfused way for export and for looking at attention maps: see attend."""

@@ -150,7 +150,11 @@ def build_model(args: argparse.Namespace, num_classes: int) -> nn.Module:
 def ready(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """The model on its device, as the options want it laid out."""
     say(f"number of params: {count_parameters(model)}")
-    if args.grad_checkpointing:
+    if args.grad_checkpointing == "mlp":
+        if not isinstance(model, gvt.Twins):
+            raise UserError(f"MLPs alone can be recomputed in models of gvt.py (--grad-checkpointing mlp, --model {args.model}): leave mlp away")
+        model.set_grad_checkpointing(part="mlp")
+    elif args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model.to(device, memory_format=memory_format(args))
 

@@ -276,8 +276,7 @@ def test_inductor_gives_the_same_logits_and_gradients():
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-3, rtol=1e-3), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_export(fused):
     model = build(DEMO, num_classes=5).eval()
     model.set_fused_attn(fused)
@@ -304,18 +303,28 @@ def test_precisions(name, dtype, fused):
     assert (logits.float() - expected).abs().max() < (1e-5 if dtype == torch.float64 else 0.05) * expected.abs().max()
 
 
+@pytest.mark.parametrize("part", ["block", "mlp"])
 @pytest.mark.parametrize("name", [DEMO, "pcpvt_small_v0"])
-def test_gradient_checkpointing_gives_equal_gradients(name):
-    """With dropout and drop path on: the recomputation draws the same random numbers."""
+def test_gradient_checkpointing_gives_equal_gradients(name, part):
+    """With dropout and drop path on: the recomputation draws the same random numbers. In training alone, and until it is turned off."""
     model = build(name, num_classes=5, drop_path_rate=0.3, drop_rate=0.1)
     again = copy.deepcopy(model)
-    again.set_grad_checkpointing()
+    again.set_grad_checkpointing(part=part)
+    calls = []
+    again.blocks[0][0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     x = torch.randn(2, 3, 64, 64)
     for m in (model, again):
         torch.manual_seed(0)
         m(x).square().sum().backward()
+    assert len(calls) == 2
     for (key, p), q in zip(model.named_parameters(), again.parameters()):
         assert torch.equal(p.grad, q.grad), key
+    again.eval()(x).sum().backward()
+    again.train().set_grad_checkpointing(False)
+    again(x).sum().backward()
+    assert len(calls) == 4
+    with pytest.raises(ValueError, match="is none of block, mlp"):
+        again.set_grad_checkpointing(part="head")
 
 
 @pytest.mark.parametrize("name", [DEMO, *ALL_SIZES])
@@ -324,6 +333,8 @@ def test_every_parameter_gets_a_gradient(name):
     model = build(name, num_classes=3)
     F.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([0, 2])).backward()
     assert not [key for key, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    # Otherwise DistributedDataParallel copies it, and warns.
+    assert not [key for key, p in model.named_parameters() if p.grad.stride() != p.stride()]
 
 
 def test_drop_path_rates_grow_linearly():

@@ -186,7 +186,11 @@ def test_bare_weights_do_not_write_over_a_run(trained, toy, tmp_path, capsys):
             id="bfloat16",
             marks=pytest.mark.slow,
         ),
-        pytest.param(["--mixup", "0", "--cutmix-minmax", "0.2", "0.8", "--opt", "sgd", "--input-size", "40"], id="minmax", marks=pytest.mark.slow),
+        pytest.param(
+            ["--mixup", "0", "--cutmix-minmax", "0.2", "0.8", "--opt", "sgd", "--input-size", "40", "--grad-checkpointing", "mlp"],
+            id="minmax",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             ["--mixup", "0", "--cutmix", "1", "--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "0"], id="cutmix", marks=pytest.mark.slow
         ),
@@ -506,6 +510,7 @@ BAD = {
     "no folder possible": (["--output_dir", "/proc/nope/x"], "cannot make the folder (--output_dir /proc/nope/x)"),
     "no connection": (["--resume", "https://localhost:1/x-01234567.pth"], "no checkpoint from there (https://localhost:1/x-01234567.pth)"),
     "no such policy": (["--aa", "rand-z1"], "no such augmentation (--aa rand-z1)"),
+    "no MLPs to recompute": (["--model", "resnet18", "--grad-checkpointing", "mlp"], "(--grad-checkpointing mlp, --model resnet18)"),
     "no such device": (["--device", "cuda:99"], "--device"),
     "device in words": (["--device", "gpu"], "--device gpu"),
 }

@@ -74,7 +74,7 @@ def whole(toy, tmp_path_factory):
 # ---------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("place", ["epoch's end", "inside an epoch", "in the evaluation"])
+@pytest.mark.parametrize("place", ["epoch's end", "inside an epoch", pytest.param("in the evaluation", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_process(place, workers, whole, toy, tmp_path, monkeypatch, capsys):
     stops = []
@@ -218,7 +218,7 @@ def test_a_log_that_lost_its_end_is_mended(whole, toy, tmp_path, capsys):
     assert "is no line of a log: left out" in capsys.readouterr().err and final(folder) == final(whole)
 
 
-@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("keep", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
 def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path, monkeypatch):
     more = ["--checkpoint-hist", keep, "--resume", "auto"]
     monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: run.epoch == 0 and run.evaluated)
@@ -445,6 +445,7 @@ def test_a_published_training_checkpoint_is_compared_by_its_arguments(whole, toy
 # ---------------------------------------------------------------- one owner, and what became of it
 
 
+@pytest.mark.slow
 def test_a_second_run_in_a_folder_is_refused(toy, tmp_path):
     first = subprocess.Popen(
         [sys.executable, str(ROOT / "main.py"), *map(str, words(toy, tmp_path)), "--epochs", "500"],

@@ -152,12 +152,19 @@ def build_other(name: str, case: Case) -> nn.Module:
 
 
 BUILDERS = {"timm": build_timm, "mmseg": build_mmseg}
+RECOMPUTED = "MLP recomputed"  # ours, with less memory
+
+
+def same_weights(case: Case) -> tuple[str, ...]:
+    return "ours", RECOMPUTED, PEER[case.task]
 
 
 def build(case: Case, library: str, device: torch.device) -> nn.Module:
-    """library: ours, timm, mmseg, or the name of another network of timm."""
-    if library == "ours":
+    """library: ours, RECOMPUTED, timm, mmseg, or the name of another network of timm."""
+    if library in ("ours", RECOMPUTED):
         model = build_ours(case)
+        if library == RECOMPUTED:
+            model.set_grad_checkpointing(part="mlp")
     elif library in BUILDERS:
         model = BUILDERS[library](case, build_ours(case).state_dict())
     else:
@@ -234,7 +241,7 @@ def rms(x: Tensor) -> float:
 def check_outputs(case: Case, runners: dict[tuple[str, str], Runner], device: torch.device) -> dict:
     """Each that holds our weights is off the float64 outputs by at most SEVERAL times what plain PyTorch in this dtype is; else UserError."""
     truth, own = reference(case, device)
-    errors = {name: rms(runner.outputs() - truth) for name, runner in runners.items() if name[0] in ("ours", PEER[case.task])}
+    errors = {name: rms(runner.outputs() - truth) for name, runner in runners.items() if name[0] in same_weights(case)}
     for (library, mode), error in errors.items():
         if not error <= SEVERAL * own:
             allowed = f"{SEVERAL} x {own:.3g}, the error of the dtype itself"
@@ -421,6 +428,8 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
     device = torch.device(args.device)
     torch.compiler.reset()
     libraries = ["ours", PEER[case.task], *(args.peers if case.task != "features" else ())]
+    if args.recompute and case.task == "training":
+        libraries.append(RECOMPUTED)
     progress("  building")
     modules = {library: build(case, library, device) for library in libraries}
     runners = {(library, mode): Runner(case, modules[library], mode, device) for mode in args.modes for library in libraries}
@@ -452,7 +461,7 @@ median = statistics.median
 def row(name: tuple[str, str], case: Case, times: list[float], memory: tuple[float, float] | None, floor: dict, best: dict) -> dict:
     library, mode = name
     found = {"library": library, "mode": mode, "seconds": quartiles(times), "pictures_per_s": case.batch / median(times)}
-    if library in ("ours", PEER[case.task]):  # the same network, so the same floors
+    if library in same_weights(case):  # the same network, so the same floors
         found["share_of_product_rate"] = floor["operations"] / best["operations_per_s"] / median(times)
         found["share_of_copy_rate"] = floor["bytes"] / best["bytes_per_s"] / median(times)
     if memory:
@@ -689,6 +698,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, default=None, metavar="N", help="on a CPU (as many as torch takes)")
     parser.add_argument("--repeats", type=positive, default=30, metavar="N", help="rounds that count (%(default)s)")
     parser.add_argument("--warmup", type=count, default=3, metavar="N", help="rounds before them (%(default)s)")
+    parser.add_argument("--recompute", action="store_true", help="training: measure ours with the MLPs recomputed in the backward pass too")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory, which starts a process for each")
     parser.add_argument("--profile", action="store_true", help="record and print what each network's time goes to")
     parser.add_argument("--least", type=above_zero, default=None, metavar="RATIO", help="end with 1 where ours is not so many times as fast")
@@ -709,6 +719,8 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         raise UserError("float16 is for GPUs (--dtype float16, --device cpu): take bfloat16")
     if args.device == "cuda" and "bfloat16" in args.dtype and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"no bfloat16 (--dtype bfloat16, {torch.cuda.get_device_name()}): take float16")
+    if args.recompute and "training" not in args.tasks:
+        raise UserError("nothing is recomputed without a backward pass (--recompute): add --tasks training, or leave it away")
     if "features" in args.tasks:
         if "alt_gvt_demo" in args.models:
             raise UserError("not in mmsegmentation (--tasks features --models alt_gvt_demo): take another model")

@@ -256,6 +256,15 @@ def test_lines_against_the_side():
     assert [(line.get_label(), *zip(*line.get_data())) for line in axis.lines] == [("alt_gvt_demo, GSA", (32, 25.0), (64, 50.0))]
 
 
+def test_recomputing_is_measured_beside_ours(capsys, small_limits):
+    assert tool.run([*EAGER, "--tasks", "training", "--recompute", "--batch-size", "1", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["cases"]
+    assert [each["library"] for each in found["rows"]] == ["ours", "timm", "MLP recomputed"]
+    assert set(found["outputs"]["rms_error"]) == {"ours eager", "timm eager", "MLP recomputed eager"}
+    assert [each["library"] for each in found["ratios"]] == ["timm", "MLP recomputed"]
+    assert all("share_of_product_rate" in each for each in found["rows"])
+
+
 @pytest.mark.slow
 def test_a_dense_backbone(capsys, small_limits):
     pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
@@ -292,6 +301,7 @@ WRONG = {
     "unknown model": (["--models", "alt_gvt_tiny"], "alt_gvt_tiny"),
     "unknown peer": (["--peers", "no_such_net"], "unknown model (--peers no_such_net)"),
     "float16 on a CPU": (["--device", "cpu", "--dtype", "float16"], "float16 is for GPUs (--dtype float16, --device cpu): take bfloat16"),
+    "nothing to recompute": (["--recompute"], "nothing is recomputed without a backward pass (--recompute)"),
     "graphs on a CPU": (["--device", "cpu", "--modes", "graphs"], "CUDA graphs without CUDA"),
     "small": (["--size", "31"], "31 is below 32"),
     "no repeats": (["--repeats", "0"], "'0' is not a number from 1 up"),
