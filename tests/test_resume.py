@@ -218,7 +218,9 @@ def test_a_log_that_lost_its_end_is_mended(whole, toy, tmp_path, capsys):
     assert "is no line of a log: left out" in capsys.readouterr().err and final(folder) == final(whole)
 
 
-@pytest.mark.parametrize("keep", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "keep", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+)
 def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path, monkeypatch):
     more = ["--checkpoint-hist", keep, "--resume", "auto"]
     monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: run.epoch == 0 and run.evaluated)
