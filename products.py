@@ -18,6 +18,7 @@ _SERVES = _OPERATOR is not None and torch.backends.mkldnn.is_available() and tor
 _wanted = True
 MOST_KEYS = 256  # of attention through products, whose weights lie in memory
 MOST_WEIGHTS = 2**20  # at once: 4 MiB of float32
+MOST_HIDDEN = 2**24  # bytes of an MLP's hidden layer at once
 
 
 @contextlib.contextmanager
@@ -66,6 +67,17 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approx
     if refusal(x, weight) is not None or needs_gradient(x, weight, bias):
         return F.gelu(linear(x, weight, bias), approximate=approximate)
     return _product(x, weight, bias, "gelu", approximate)
+
+
+def rows_of_mlp(x: Tensor, weight: Tensor) -> int | None:
+    """How many rows of x an MLP with this first layer should take at once; None for all.
+
+    What the layer makes of more would leave the cache, and the C library takes a block above 32 MiB from the kernel anew, page by page.
+    """
+    if refusal(x, weight) is not None or needs_gradient(x, weight) or torch.compiler.is_compiling():
+        return None
+    rows = max(1, MOST_HIDDEN // (weight.shape[0] * weight.element_size()))
+    return rows if x.numel() > rows * x.shape[-1] else None
 
 
 def attention_refusal(q: Tensor, k: Tensor) -> str | None:

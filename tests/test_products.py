@@ -181,6 +181,26 @@ def test_hooks_and_other_modules_in_the_mlp_are_honoured():
         assert torch.equal(other(x), other.fc2(F.relu(other.fc1(x))))
 
 
+@serves
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_mlp_takes_many_rows_in_parts(dtype, monkeypatch):
+    mlp, x, sizes = gvt.Mlp(8, 16, drop=0.0).eval().to(dtype), torch.randn(3, 5, 7, 8).to(dtype), []
+    own = products.linear_gelu
+    monkeypatch.setattr(gvt, "linear_gelu", lambda x, *rest, **options: sizes.append(len(x)) or own(x, *rest, **options))
+    with torch.no_grad():
+        whole = mlp(x)
+        monkeypatch.setattr(products, "MOST_HIDDEN", 50 * 16 * x.element_size())
+        parts = mlp(x)
+    assert sizes == [3, 50, 50, 5]
+    assert parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    assert mlp(x).requires_grad and len(sizes) == 5  # with gradients in one go
+    calls = []
+    mlp.fc2.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
+    with torch.no_grad():
+        mlp(x)
+    assert calls == [x.shape]  # a hook sees the whole
+
+
 @pytest.mark.parametrize("name", ["alt_gvt_demo", "pcpvt_small_v0"])
 def test_half_precision_trains_as_torch_alone_does(name):
     """Attention goes through float32 on a CPU, where gradients are wanted: no farther from the exact gradients than in bfloat16."""
