@@ -23,6 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 import products
@@ -118,8 +119,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether a hook waits for one of them to be called."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+    """Whether somebody waits for one of them to be called: a hook, or a function in the place of its forward."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return has_any_global_hook() or any("forward" in vars(module) or any(getattr(module, kind) for kind in hooks) for module in modules)
 
 
 class Linear(nn.Linear):
@@ -200,7 +202,7 @@ class GlobalAttention(nn.Module):
         q = self.q(x).reshape(B, H * W, self.heads, C // self.heads).transpose(1, 2)  # (B, heads, N, D)
         if self.sr is not None:
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B, H/r, W/r, C)
-        kv = self.kv(x.flatten(1, 2)).reshape(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+        kv = self.kv(x.flatten(1, 2)).unflatten(-1, (2, self.heads, C // self.heads)).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)  # each (B, heads, M, D)
         x = attend(q, k, v, None, dropout=self.attn_drop, fused=self.fused_attn)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 # torch's compiler emits this operator too, but does so by itself for half precision only.
 _OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -48,7 +50,15 @@ def refusal(x: Tensor, weight: Tensor) -> str | None:
         return "gradients of bfloat16 are no faster"
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return "an exported program is for any machine"
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return "the operator has no rules for torch.func and forward derivatives"
     return None
+
+
+def unfit(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether F.linear has something to say about the shapes or the bias, or there is nothing to multiply."""
+    other = bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1])
+    return other or x.shape[-1:] != weight.shape[1:] or x.numel() == 0
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -57,14 +67,14 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., in), weight (out, in), bias (out) -> (..., out), as F.linear."""
-    if refusal(x, weight) is not None:
+    if refusal(x, weight) is not None or unfit(x, weight, bias):
         return F.linear(x, weight, bias)
     return _product(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
     """F.gelu of linear, in one go where no gradient is needed. approximate: as F.gelu's."""
-    if refusal(x, weight) is not None or needs_gradient(x, weight, bias):
+    if refusal(x, weight) is not None or unfit(x, weight, bias) or needs_gradient(x, weight, bias):
         return F.gelu(linear(x, weight, bias), approximate=approximate)
     return _product(x, weight, bias, "gelu", approximate)
 
@@ -129,7 +139,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     of_x = of_weight = of_bias = None
     if ctx.needs_input_grad[0]:
         of_x = linear(grad, weight.t())
-    x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    x, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if ctx.needs_input_grad[1]:
         # The same sums either way; oneDNN is faster where the rows of its result are the longer side.
         wide = grad.shape[1] > x.shape[1]
@@ -139,8 +149,14 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return of_x, of_weight, of_bias, None, None
 
 
+def _operations(x: torch.Size, weight: torch.Size, *others, out_shape: torch.Size, **options) -> int:
+    """Two a multiply-add, as FlopCounterMode counts those of torch's own products."""
+    return 2 * x.numel() * weight[0]
+
+
 _LIBRARY = torch.library.Library("twins", "FRAGMENT")
 _LIBRARY.define("linear(Tensor x, Tensor weight, Tensor? bias, str after, str algorithm) -> Tensor")
 _LIBRARY.impl("linear", _run, "CPU")
 torch.library.register_fake("twins::linear", _shape, lib=_LIBRARY)
 torch.library.register_autograd("twins::linear", _backward, setup_context=_save, lib=_LIBRARY)
+register_flop_formula([torch.ops.twins.linear, *([_OPERATOR] if _OPERATOR is not None else [])])(_operations)

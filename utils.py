@@ -129,11 +129,13 @@ def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
 def keep_freed_memory() -> None:
     """On a CPU: let the C library reuse the memory of freed tensors, where it can be told so (glibc), for the rest of the process.
 
-    Unless told, it gives each block above 32 MiB back, and takes the next from the kernel anew, page by page.
+    Unless told, it gives each block above 32 MiB back, and takes the next from the kernel anew, page by page. Older ones can be told so of
+    blocks up to 32 MiB only.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        for parameter, size in ((M_TRIM_THRESHOLD, 2**31 - 1), (M_MMAP_THRESHOLD, 2**30)):
-            mallopt(parameter, size)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if not mallopt(M_MMAP_THRESHOLD, 2**30):
+            mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
 def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: float = 1800) -> torch.device:

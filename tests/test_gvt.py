@@ -337,6 +337,14 @@ def test_every_parameter_gets_a_gradient(name):
     assert not [key for key, p in model.named_parameters() if p.grad.stride() != p.stride()]
 
 
+@pytest.mark.parametrize("name", [DEMO, "pcpvt_small_v0"])
+def test_no_pictures(name):
+    model = build(name, num_classes=3)
+    logits = model(torch.zeros(0, 3, 40, 72))
+    logits.sum().backward()
+    assert logits.shape == (0, 3)
+
+
 def test_drop_path_rates_grow_linearly():
     model = build("pcpvt_small_v0", drop_path_rate=0.3)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.blocks for block in stage]

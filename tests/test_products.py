@@ -1,5 +1,6 @@
 """Linear layers through oneDNN: as near to the exact result as torch's own, differentiable twice, and refused for a reason."""
 
+import contextlib
 import copy
 import functools
 
@@ -8,6 +9,8 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 import gvt
 import products
@@ -67,6 +70,55 @@ def test_second_derivatives():
         (first,) = torch.autograd.grad(function(*given).square().sum(), given[1], create_graph=True)
         second.append(torch.autograd.grad(first.square().sum(), given[1])[0])
     assert torch.allclose(*second, rtol=1e-5)
+
+
+def test_derivatives_of_torch_func_and_of_forward_mode():
+    torch.manual_seed(0)
+    mlp, x, tangent = gvt.Mlp(4, 8, drop=0.0), torch.randn(3, 4), torch.randn(3, 4)
+    frozen = gvt.Linear(4, 5).requires_grad_(False)
+
+    def derivatives():
+        yield torch.func.jvp(mlp, (x,), (tangent,))[1]
+        yield torch.func.hessian(lambda x: mlp(x).square().sum())(x)
+        yield torch.func.vmap(torch.func.grad(lambda x: mlp(x).sum()))(x)
+        with forward_ad.dual_level():
+            yield forward_ad.unpack_dual(frozen(forward_ad.make_dual(x, tangent))).tangent
+        given = x.clone().requires_grad_()
+        yield torch.autograd.grad(mlp(given), given, torch.ones(2, 3, 4), is_grads_batched=True)[0]
+
+    found = list(derivatives())
+    with products.by_torch_alone():
+        for ours, plain in zip(found, derivatives(), strict=True):
+            assert plain.any() and torch.allclose(ours, plain, atol=1e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_operations_are_counted(grad):
+    mlp, x, counts = gvt.Mlp(8, 16, drop=0.0), torch.randn(3, 5, 8), []
+    for way in (contextlib.nullcontext, products.by_torch_alone):
+        with way(), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
+            result = mlp(x).sum()
+            if grad:
+                result.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_what_does_not_fit_is_said_by_torch():
+    x, weight, bias = tensors((3, 8), 5)
+    for function in (products.linear, products.linear_gelu):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
+            function(x[:, :7], weight, bias)
+        with torch.no_grad(), pytest.raises(RuntimeError, match="bias|same dtype|expand|size"):
+            function(x, weight, bias[:4])
+
+
+@pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 0, 8)])
+def test_one_row_and_none(shape):
+    x, weight, bias = torch.randn(shape, requires_grad=True), *(each.requires_grad_() for each in tensors((1, 8), 5)[1:])
+    result = products.linear(x, weight, bias)
+    result.sum().backward()
+    assert result.shape == (*shape[:-1], 5) and x.grad.shape == shape and weight.grad.shape == (5, 8)
 
 
 def test_only_the_gradients_that_are_asked_for():
@@ -179,6 +231,26 @@ def test_hooks_and_other_modules_in_the_mlp_are_honoured():
         other = copy.deepcopy(mlp)
         other.act = nn.ReLU()
         assert torch.equal(other(x), other.fc2(F.relu(other.fc1(x))))
+
+
+def test_other_ways_to_watch_the_mlp_are_honoured():
+    """Hooks of the backward pass and of all modules, and a function put in the place of forward."""
+    torch.manual_seed(0)
+    plain, x, seen = gvt.Mlp(8, 16, drop=0.0), torch.randn(2, 8), []
+    mlp = copy.deepcopy(plain)
+    for module in (mlp.fc1, mlp.act, mlp.fc2):
+        module.register_full_backward_hook(lambda *_: seen.append(1))
+    mlp(x.clone().requires_grad_()).sum().backward()
+    assert len(seen) == 3
+    everywhere = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        plain(x)
+    finally:
+        everywhere.remove()
+    assert plain.fc1 in seen and plain.act in seen
+    other = copy.deepcopy(plain)
+    other.fc1.forward = lambda x: torch.zeros(2, 16)
+    assert torch.equal(other(x), other.fc2(torch.zeros(2, 16)))
 
 
 @serves

@@ -1,7 +1,7 @@
 """What more processes cost: projected for clusters, measured on this machine.
 
 python tools/scaling.py --step-ms MS --batch-size N [--model NAME] [--gpus 8 64 512] ...
-python tools/scaling.py --measure 1 2 4 [--model NAME] [--batch-size N] [--input-size S] [--csv FILE]
+python tools/scaling.py --measure 1 2 4 [--model NAME] [--batch-size N] [--input-size S] [--output FOLDER]
 
 The projection's formula is in `exchange` and `Projection`; docs/scaling.md explains it. --measure trains on random pictures on one machine
 (a GPU a process, or one thread a process): weak scaling keeps the pictures of a process, strong scaling those of all, and the exchange of
@@ -22,13 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gvt
 
 # isort: split
+import records
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from records import csv_text
+from records import csv_text, environment
 
-import lifecycle
 from options import Parser
 from utils import UserError, exit_code
 
@@ -217,7 +217,7 @@ def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="alt_gvt_base", help="(%(default)s)")
     parser.add_argument("--batch-size", type=int, default=128, help="pictures of a GPU or process (%(default)s)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write scaling.json and scaling.csv there")
     projected = parser.add_argument_group("projection")
     projected.add_argument("--step-ms", type=float, help="what a step takes on one GPU, as tools/benchmark.py measures it")
     projected.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
@@ -244,8 +244,10 @@ def main(argv: list[str]) -> None:
         raise UserError("give --step-ms for a projection, or --measure PROCESSES for a measurement")
     rows = measure(args) if args.measure else project(args)
     print(table(rows))
-    if args.csv:
-        lifecycle.write_text(args.csv, csv_text(rows[0], rows))
+    if args.output:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        settings = {name: value for name, value in vars(args).items() if name != "output"}
+        records.write(args.output, "scaling", {"environment": environment(device, 0), "settings": settings, "rows": rows}, csv_text(rows[0], rows))
 
 
 if __name__ == "__main__":

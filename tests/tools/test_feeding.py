@@ -30,6 +30,14 @@ def test_ways_that_differ_are_not_timed(toy, monkeypatch, capsys):
     assert "nothing was timed" in capsys.readouterr().err
 
 
+def test_bytes_that_differ_are_not_timed(toy, monkeypatch, capsys):
+    own = feeding.transforms_of
+    monkeypatch.setattr(feeding, "transforms_of", lambda size: own(size) | {feeding.BYTES: own(size)[feeding.FAST]})
+    monkeypatch.setattr(feeding, "FEW", 1.0)
+    assert feeding.run(["--data-path", str(toy), "--pictures", "4", "--size", "64", "--batch-size", "4"]) == 2
+    assert "nothing was timed" in capsys.readouterr().err
+
+
 def test_no_pictures_is_one_line(tmp_path, capsys):
     assert feeding.run(["--data-path", str(tmp_path)]) == 2 and feeding.run([]) == 2
     assert capsys.readouterr().err.count("feeding.py: error: no pictures (--data-path") == 2

@@ -1,6 +1,7 @@
 """tools/scaling.py: the projection's arithmetic, and that the measurement measures."""
 
 import csv
+import json
 
 import pytest
 import scaling
@@ -40,13 +41,13 @@ def test_what_breaks_first():
 
 
 def test_projection(tmp_path, capsys):
-    scaling.main(["--step-ms", "100", "--batch-size", "128", "--gpus", "1", "8", "--csv", str(tmp_path / "table.csv")])
-    one, eight = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
+    scaling.main(["--step-ms", "100", "--batch-size", "128", "--gpus", "1", "8", "--output", str(tmp_path / "full")])
+    one, eight = csv.DictReader((tmp_path / "full" / "scaling.csv").read_text().splitlines())
     assert one["img/s"] == "1280" and one["efficiency"] == "1.000" and float(eight["img/s"]) < 8 * 1280
     assert eight["global batch"] == "1024" and eight["beyond its limit"] == "nothing"
     assert capsys.readouterr().out.count("\n") == 4
-    scaling.main(["--step-ms", "100", "--gpus", "8", "--gradients", "bfloat16", "--csv", str(tmp_path / "half.csv")])
-    (half,) = csv.DictReader((tmp_path / "half.csv").read_text().splitlines())
+    scaling.main(["--step-ms", "100", "--gpus", "8", "--gradients", "bfloat16", "--output", str(tmp_path / "half")])
+    (half,) = csv.DictReader((tmp_path / "half" / "scaling.csv").read_text().splitlines())
     assert float(half["exchange (ms)"]) < 0.6 * float(eight["exchange (ms)"])
 
 
@@ -69,8 +70,10 @@ def test_wrong_words(words, says):
 
 @pytest.mark.slow
 def test_measurement(tmp_path):
-    path = tmp_path / "measured.csv"
-    scaling.main(f"--measure 1 2 --model alt_gvt_demo --batch-size 4 --input-size 32 --repeats 3 --csv {path}".split())
+    path = tmp_path / "scaling.csv"
+    scaling.main(f"--measure 1 2 --model alt_gvt_demo --batch-size 4 --input-size 32 --repeats 3 --output {tmp_path}".split())
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    assert {"command", "commit", "hardware", "torch", "started"} <= set(record["environment"]) and record["settings"]["measure"] == [1, 2]
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [(row["scaling"], row["processes"], row["pictures of each"]) for row in rows] == [
         *(("weak", "1", "4"), ("strong", "1", "4"), ("weak", "2", "4"), ("strong", "2", "2")),
