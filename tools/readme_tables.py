@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs"
 GPUS = 8  # of the published commands
 READMES = ROOT / "README.md", LOGS / "benchmarks" / "README.md"
-START = re.compile(r"<!-- table: ([\w -]+) \(python tools/readme_tables\.py\) -->")
+START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python tools/readme_tables\.py\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
 
@@ -276,7 +276,7 @@ def find_tables(lines: list[str], source: Path) -> list[tuple[str, int, int]]:
             if opened:
                 break
             match = START.fullmatch(line)
-            if not match or match[1].split()[0] not in TABLES or (" " in match[1] and not match[1].startswith("speed ")):
+            if not match or match[1].split()[0] not in TABLES:
                 raise UserError(f"unknown table ({where}): expected <!-- table: NAME (python tools/readme_tables.py) --> of {', '.join(TABLES)}")
             opened = match[1], index + 1
         elif line == END:

@@ -268,6 +268,7 @@ BAD = {
     "unknown table": ([BEGIN.format("throughput"), END], "unknown table"),
     "a folder that is not there": ([BEGIN.format("speed no_such-folder"), END], "no_such-folder/results.json): put back"),
     "a folder of no speed": ([BEGIN.format("runs mine"), END], "unknown table"),
+    "no name": ([BEGIN.format("  "), END], "unknown table"),
     "misspelt marker": (["<!-- table: runs -->", END], "unknown table"),
     "open at the end": (["text", BEGIN.format("runs"), "none yet"], "table runs is not closed"),
     "open at the next": ([BEGIN.format("recipes"), BEGIN.format("runs"), END], "table recipes is not closed"),
