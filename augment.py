@@ -1,7 +1,9 @@
-"""RandAugment on the device: timm draws in the loading process what it would do to each picture, and here it is done to many at once.
+"""RandAugment on the device: timm draws in the loading process what it would do to each picture, and here it is done to
+many at once.
 
-So a picture gets the operations and strengths that it would get there, for any number of processes, and differs by rounding alone: what
-bends a picture (rotation, shear, translation) by one grey level at most, in less than one pixel of a thousand, all else not at all.
+So a picture gets the operations and strengths that it would get there, for any number of processes, and differs by
+rounding alone: what bends a picture (rotation, shear, translation) by one grey level at most, in less than one pixel of
+a thousand, all else not at all.
 """
 
 import copy
@@ -20,7 +22,8 @@ Colour = tuple[int, int, int]
 
 
 class Drawn:
-    """timm's RandAugment that only draws. Called, it gives the operations that it would do to a picture, with the same random numbers.
+    """timm's RandAugment that only draws. Called, it gives the operations that it would do to a picture, with the same
+    random numbers.
 
     fill: the colour of what comes in from outside a picture.
     """
@@ -52,8 +55,8 @@ def why_not(augment) -> str:
 class Plan:
     """What is done to a batch: one operation after the other to some of its pictures each.
 
-    steps: (name, how many pictures); numbers (N,): theirs in the batch, one step's after the other's; arguments (N, 6): the operation's in
-    the first column, or the matrix of what bends a picture.
+    steps: (name, how many pictures); numbers (N,): theirs in the batch, one step's after the other's; arguments (N, 6):
+    the operation's in the first column, or the matrix of what bends a picture.
     """
 
     steps: list[tuple[str, int]]
@@ -85,11 +88,16 @@ class Plan:
         arguments = self.arguments.to(pictures.device, non_blocking=non_blocking).split(sizes)
         for (name, _), some, values in zip(self.steps, numbers, arguments):
             chosen = pictures[some]
-            done = bend(chosen, values, self.fill) if name in MATRICES else OPERATIONS[name](chosen, values[:, 0].view(-1, 1, 1, 1))
+            done = (
+                bend(chosen, values, self.fill)
+                if name in MATRICES
+                else OPERATIONS[name](chosen, values[:, 0].view(-1, 1, 1, 1))
+            )
             pictures[some] = done.to(torch.uint8)
 
 
-# ---------------------------------------------------------------- what changes levels: x (N, 3, H, W) uint8, value (N, 1, 1, 1) float64
+# ---------------------------------------------------------------- what changes levels
+# x (N, 3, H, W) uint8, value (N, 1, 1, 1) float64
 
 
 def invert(x: Tensor, _: Tensor) -> Tensor:
@@ -121,7 +129,9 @@ def auto_contrast(x: Tensor, _: Tensor) -> Tensor:
 def equalize(x: Tensor, _: Tensor) -> Tensor:
     """Give each channel a level histogram as even as it can be."""
     pixels, levels = x.flatten(2).long(), torch.arange(256, device=x.device)
-    counts = torch.zeros(*x.shape[:2], 256, dtype=torch.int64, device=x.device).scatter_add_(2, pixels, torch.ones_like(pixels))
+    counts = torch.zeros(*x.shape[:2], 256, dtype=torch.int64, device=x.device).scatter_add_(
+        2, pixels, torch.ones_like(pixels)
+    )
     below = counts.cumsum(2) - counts
     step = below.gather(2, pixels.amax(2, keepdim=True)) // 255  # all pixels but those of the brightest level
     table = (step // 2 + below) // step.clamp(min=1)
@@ -167,7 +177,10 @@ def sharpness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 OPERATIONS = {
-    **{operation.__name__: operation for operation in (invert, solarize, solarize_add, posterize, auto_contrast, equalize)},
+    **{
+        operation.__name__: operation
+        for operation in (invert, solarize, solarize_add, posterize, auto_contrast, equalize)
+    },
     **{operation.__name__: operation for operation in (brightness, color, contrast, sharpness)},
     "posterize_or_black": posterize,
 }

@@ -1,7 +1,8 @@
 """The one door for weights and training states: no other file opens or writes one.
 
-Reading is for files that nobody vouches for: checksums first, then what a file's pickles name against a short list, then
-torch.load(weights_only=True) with stand-ins of ours, and what comes out are tensors and plain values. Nothing in a file can run.
+Reading is for files that nobody vouches for: checksums first, then what a file's pickles name against a short list,
+then torch.load(weights_only=True) with stand-ins of ours, and what comes out are tensors and plain values. Nothing in a
+file can run.
 """
 
 import argparse
@@ -23,11 +24,32 @@ import formats
 from lifecycle import atomic_write, write_text
 from utils import UserError, did_you_mean
 
-WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema")  # keys under which files keep the weights, in this order
-MOST_OPCODES = 2_000_000  # of a file's pickles: each makes an object of some 50 bytes; a training state has about 50,000
+WRAPPERS = (
+    "model",
+    "state_dict",
+    "model_state",
+    "model_ema",
+    "state_dict_ema",
+)  # keys under which files keep the weights, in this order
+MOST_OPCODES = (
+    2_000_000  # of a file's pickles: each makes an object of some 50 bytes; a training state has about 50,000
+)
 MOST_STRING = 2**24  # bytes of one value among them; configurations and histories stay far below
-MOST_HEADER = 2**24  # bytes of a safetensors header, or of a zip's directory; those of the largest model here have 100 kB
-DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+MOST_HEADER = (
+    2**24
+)  # bytes of a safetensors header, or of a zip's directory; those of the largest model here have 100 kB
+DTYPES = {
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+}
 SHOWN = 3  # names of each kind in an error's line
 
 
@@ -54,7 +76,9 @@ def _scalar(dtype: _Dtype, data: bytes) -> int | float | bool:
 
 
 class _Left:
-    """Stands in for objects that are of no use here (the log history in mmengine's files): whatever they hold is left out."""
+    """Stands in for objects that are of no use here (the log history in mmengine's files): whatever they hold is left
+    out.
+    """
 
     def __new__(cls, *_):
         return super().__new__(cls)
@@ -66,10 +90,15 @@ class _Left:
         pass
 
 
-# What files of others hold beside tensors. Allowed only while a file is being read, and each name means the object given here.
+# What files of others hold beside tensors. Allowed only while a file is being read, and each name means the object
+# given here.
 STAND_INS = [
     (argparse.Namespace, "argparse.Namespace"),
-    *((os.path.join, f"pathlib{inner}.{kind}Path") for inner in ("", "._local") for kind in ("Posix", "PurePosix", "Windows", "PureWindows")),
+    *(
+        (os.path.join, f"pathlib{inner}.{kind}Path")
+        for inner in ("", "._local")
+        for kind in ("Posix", "PurePosix", "Windows", "PureWindows")
+    ),
     *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     (_Dtype, "numpy.dtype"),
     *((_Left, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
@@ -88,8 +117,14 @@ NAMES = {
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v2",
     "torch.storage.UntypedStorage",
-    *(f"torch.{kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")),
-    *(f"torch.{kind}" for kind in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")),
+    *(
+        f"torch.{kind}Storage"
+        for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+    ),
+    *(
+        f"torch.{kind}"
+        for kind in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    ),
 }
 
 
@@ -106,7 +141,9 @@ class _Short:
 
 
 def _scan(file: BinaryIO, opcodes: int = 0) -> int:
-    """Refuse a pickle that names anything else, without executing it. Leaves the file behind it; counts its operations."""
+    """Refuse a pickle that names anything else, without executing it. Leaves the file behind it; counts its
+    operations.
+    """
     for opcode, argument, _ in pickletools.genops(_Short(file)):
         opcodes += 1
         if opcodes > MOST_OPCODES:
@@ -128,8 +165,8 @@ def _scan(file: BinaryIO, opcodes: int = 0) -> int:
 def load(source: str | Path) -> dict:
     """Read a checkpoint or bare weights, from a file or an https address, onto the CPU, as tensors and plain values.
 
-    Zip files (torch.save), the older format of torch.save, and safetensors. Zip files have checksums, which are checked; the others have
-    none. Raises UserError with one line for whatever is wrong with the file.
+    Zip files (torch.save), the older format of torch.save, and safetensors. Zip files have checksums, which are
+    checked; the others have none. Raises UserError with one line for whatever is wrong with the file.
     """
     path = _download(source) if str(source).startswith("https://") else Path(source)
     try:
@@ -168,7 +205,9 @@ def _download(source: str) -> Path:
             found = torch.hub.HASH_REGEX.search(name)
             torch.hub.download_url_to_file(source, str(folder / name), found and found.group(1), progress=False)
     except Exception as error:  # of the network, the hash or the disk
-        raise UserError(f"no checkpoint from there ({source}): {(str(error).splitlines() or [type(error).__name__])[0][:120]}") from error
+        raise UserError(
+            f"no checkpoint from there ({source}): {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
+        ) from error
     return folder / name
 
 
@@ -178,9 +217,13 @@ def _read_zip(path: Path) -> object:
         records = archive.infolist()
         if archive.start_dir > size or size - archive.start_dir > MOST_HEADER:
             raise ValueError("its directory is too large")
-        if any(record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records):
+        if any(
+            record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records
+        ):
             raise ValueError("it is compressed, which torch.save never does: not opened")
-        if sum(record.file_size for record in records) > size or len({record.filename for record in records}) < len(records):
+        if sum(record.file_size for record in records) > size or len({record.filename for record in records}) < len(
+            records
+        ):
             raise ValueError("its records overlap: not opened")
         if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums that its files carry
             raise ValueError(f"damaged, the checksum of {damaged[:60]} is wrong: take another copy")
@@ -215,7 +258,8 @@ def _read_safetensors(path: Path, header: int) -> dict[str, Tensor]:
 
 
 class _Plain:
-    """Takes what a file gave apart: tensors become copies of their own, everything else plain values. Raises ValueError for the rest.
+    """Takes what a file gave apart: tensors become copies of their own, everything else plain values. Raises ValueError
+    for the rest.
 
     Tensors that claim more than the file has (an expanded or shared storage) are refused before they are copied.
     """
@@ -270,7 +314,9 @@ class _Plain:
 
 def all_finite(value: Tensor) -> bool:
     """Whether no element is infinite or not a number, in parts that need little memory."""
-    return not value.is_floating_point() or all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(2**22))
+    return not value.is_floating_point() or all(
+        bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(2**22)
+    )
 
 
 # ---------------------------------------------------------------- weights
@@ -288,7 +334,11 @@ def found(payload: Mapping, *, source: str, key: str | None = None) -> tuple[dic
     """As `weights`; then the format that the names are in, and the names of other parts, which were left out."""
     if key is not None and key not in payload:
         raise UserError(f"no averaged weights ({source}): it was trained without --model-ema")
-    wrapped = payload[key] if key is not None else next((payload[name] for name in WRAPPERS if isinstance(payload.get(name), dict)), payload)
+    wrapped = (
+        payload[key]
+        if key is not None
+        else next((payload[name] for name in WRAPPERS if isinstance(payload.get(name), dict)), payload)
+    )
     items = wrapped.items() if isinstance(wrapped, dict) else ()
     state = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
     if not state:
@@ -312,7 +362,9 @@ def differences(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list
         "missing": [name for name in own if name not in state],
         "unknown": [name for name in state if name not in own],
         "of another shape": [name for name in shared if own[name].shape != state[name].shape],
-        "of another type": [name for name in shared if own[name].is_floating_point() != state[name].is_floating_point()],
+        "of another type": [
+            name for name in shared if own[name].is_floating_point() != state[name].is_floating_point()
+        ],
         "not finite": [name for name in shared if not all_finite(state[name])],
     }
 
@@ -327,10 +379,12 @@ def load_into(
     report: str = "",
     lists_all: str = "--report FILE or TWINS_DEBUG=1",
 ) -> dict[str, list[str]]:
-    """Copy weights into a model. Names on one side only must begin with one of `may_lack` (the file's lacks) or `may_have` (its surplus).
+    """Copy weights into a model. Names on one side only must begin with one of `may_lack` (the file's lacks) or
+    `may_have` (its surplus).
 
-    Any other difference, also in shape or type, and numbers that are not finite, raise UserError with counts and the first names, and the
-    model stays as it is. report: a file for all of the names, whether it fits or not. Returns the names on one side only.
+    Any other difference, also in shape or type, and numbers that are not finite, raise UserError with counts and the
+    first names, and the model stays as it is. report: a file for all of the names, whether it fits or not. Returns the
+    names on one side only.
     """
     kinds = differences(model, state)
     if report:
@@ -342,12 +396,19 @@ def load_into(
             raise UserError(f"cannot write the report (--report {report}): {error.strerror}") from error
     one_sided = {"missing": kinds["missing"], "unknown": kinds["unknown"]}
     allowed = {"missing": may_lack, "unknown": may_have}
-    wrong = {kind: [name for name in names if not name.startswith(allowed.get(kind, ()))] for kind, names in kinds.items()}
+    wrong = {
+        kind: [name for name in names if not name.startswith(allowed.get(kind, ()))] for kind, names in kinds.items()
+    }
     if any(wrong.values()):
         most = None if os.environ.get("TWINS_DEBUG") == "1" else SHOWN
         parts = [f"{len(names)} {kind} ({', '.join(names[:most])})" for kind, names in wrong.items() if names]
-        raise UserError(f"the weights do not fit the model ({source}): {'; '.join(parts)}: are they another model's? {lists_all} lists all")
-    model.load_state_dict({name: value for name, value in state.items() if name not in kinds["unknown"]}, strict=not kinds["missing"])
+        raise UserError(
+            f"the weights do not fit the model ({source}): {'; '.join(parts)}: are they another model's? {lists_all} "
+            "lists all"
+        )
+    model.load_state_dict(
+        {name: value for name, value in state.items() if name not in kinds["unknown"]}, strict=not kinds["missing"]
+    )
     return one_sided
 
 
@@ -355,7 +416,8 @@ def load_into(
 
 
 def save(path: Path, payload: dict, *, keep_as: Path | None = None) -> None:
-    """Write a checkpoint: at every moment the file is the old one or the new one, whole. keep_as: another name for the old one.
+    """Write a checkpoint: at every moment the file is the old one or the new one, whole. keep_as: another name for the
+    old one.
 
     Files hold tensors and plain values only: torch.load(weights_only=True) opens them as they are.
     """
@@ -371,7 +433,9 @@ def _write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Path | N
     try:
         atomic_write(path, write, keep_as=keep_as)
     except OSError as error:
-        raise UserError(f"cannot write ({path}): {error.strerror}; nothing there has changed, mend that and try again") from error
+        raise UserError(
+            f"cannot write ({path}): {error.strerror}; nothing there has changed, mend that and try again"
+        ) from error
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:

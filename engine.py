@@ -36,7 +36,9 @@ class LateValues:
 
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """An optimizer step that happens only where `finite`, a 0-d tensor on the device, is true."""
-    if scaler.is_enabled():  # a loss that is not finite has poisoned the gradients, and the scaler skips those by itself
+    if (
+        scaler.is_enabled()
+    ):  # a loss that is not finite has poisoned the gradients, and the scaler skips those by itself
         scaler.step(optimizer)
         scaler.update()
     elif getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimizers: decided on the device
@@ -68,12 +70,13 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on the batches of `loader`; an update takes accum_steps of them, and a last partial group is dropped.
 
-    Returns the learning rate and loss averaged over the steps and processes, and the loop's times and memory. Raises NonFiniteError
-    in every process at the same step where the loss of any is not finite, or a gradient without a loss scale; the update of that
-    step has no effect, and the host learns of it one step later at most.
+    Returns the learning rate and loss averaged over the steps and processes, and the loop's times and memory. Raises
+    NonFiniteError in every process at the same step where the loss of any is not finite, or a gradient without a loss
+    scale; the update of that step has no effect, and the host learns of it one step later at most.
 
-    after_update is called with the number of updates of this epoch, a function that gives the epoch's progress, and whether any process
-    wants to stop, which all learn at the same update. progress: what that function gave, to go on from there; `loader` has the rest.
+    after_update is called with the number of updates of this epoch, a function that gives the epoch's progress, and
+    whether any process wants to stop, which all learn at the same update. progress: what that function gave, to go on
+    from there; `loader` has the rest.
     """
     model.train()
     log = MetricLogger(lr="{value:.6f}", loss="{median:.4f} ({mean:.4f})")
@@ -89,7 +92,10 @@ def train_one_epoch(
         if not finite:
             what = "the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}"
             where = f"epoch {epoch}, step {step}"
-            raise NonFiniteError(f"{what} ({where}): stopped; try a lower --lr or --amp-dtype bfloat16, the last checkpoint is intact", step)
+            raise NonFiniteError(
+                f"{what} ({where}): stopped; try a lower --lr or --amp-dtype bfloat16, the last checkpoint is intact",
+                step,
+            )
         log.update(loss=loss)
 
     late = LateValues(read)
@@ -106,7 +112,8 @@ def train_one_epoch(
         with contextlib.nullcontext() if updates or world == 1 else model.no_sync():
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
                 loss = criterion(model(images), targets)
-            # Sums over all processes: of the loss, which is finite where the losses of all are, and of those that want to stop.
+            # Sums over all processes: of the loss, which is finite where the losses of all are, and of those that want
+            # to stop.
             stop = torch.full_like(loss.detach(), float(wants_to_stop()))
             total, stop = all_reduce_sum(torch.stack([loss.detach(), stop])).unbind()
             finite = torch.isfinite(total)
@@ -116,7 +123,9 @@ def train_one_epoch(
         if updates:
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad if clip_grad > 0 else math.inf)
-            if not scaler.is_enabled():  # with a loss scale, an overflow of the gradients is skipped and the scale halved
+            if (
+                not scaler.is_enabled()
+            ):  # with a loss scale, an overflow of the gradients is skipped and the scale halved
                 finite = finite & torch.isfinite(norm)
             step_if(group_finite & finite, optimizer, scaler)
             group_finite = torch.ones_like(group_finite)
@@ -151,8 +160,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 in percent and the mean cross entropy over every picture once.
 
-    shared: each process has a part of the pictures, and the counts of all are added up. With fewer than five classes, top-5 is over all.
-    between is called after each batch, and where this process has fewer batches than `rounds`, so many times in all.
+    shared: each process has a part of the pictures, and the counts of all are added up. With fewer than five classes,
+    top-5 is over all. between is called after each batch, and where this process has fewer batches than `rounds`, so
+    many times in all.
     """
     model.eval()
     log = MetricLogger(**dict.fromkeys(("loss", "acc1", "acc5"), "{median:.4f} ({mean:.4f})"))
@@ -163,7 +173,9 @@ def evaluate(
         targets = targets.to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
             logits = model(images)
-        losses = F.cross_entropy(logits.double() if logits.dtype == torch.float64 else logits.float(), targets, reduction="none")
+        losses = F.cross_entropy(
+            logits.double() if logits.dtype == torch.float64 else logits.float(), targets, reduction="none"
+        )
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         n, loss = len(targets), losses.double().sum().item()
         right = torch.stack([targets.new_tensor(n), best[:, 0].sum(), best.sum()])

@@ -1,7 +1,8 @@
 """Names of the weights in other libraries' files, both ways: published, timm, mmsegmentation, mmpretrain.
 
-The published names are the common tongue: `to_published` reads a file's names, `from_published` writes them. Values are never changed, only
-joined and split where mmsegmentation keeps q, k and v of a GSA block in one tensor. timm's names are the published ones in another order.
+The published names are the common tongue: `to_published` reads a file's names, `from_published` writes them. Values are
+never changed, only joined and split where mmsegmentation keeps q, k and v of a GSA block in one tensor. timm's names
+are the published ones in another order.
 
 A rule is (published, theirs): the module at the front of a name, * for a number.
 """
@@ -28,14 +29,27 @@ MMSEG = (
     ("blocks.*.*.mlp.fc2", "layers.*.*.ffn.layers.1"),
 )
 MMPRETRAIN = (
-    *((published, theirs.replace("layers", "stages", 1) if theirs.startswith("layers") else theirs) for published, theirs in MMSEG),
+    *(
+        (published, theirs.replace("layers", "stages", 1) if theirs.startswith("layers") else theirs)
+        for published, theirs in MMSEG
+    ),
     ("norm", "norm_after_stage3"),
     ("head", "head.fc"),
 )
 BACKBONE = "backbone."
 # What stands beside the backbone in files of segmentors and detectors.
-OTHER_PARTS = ("neck.", "decode_head.", "auxiliary_head.", "rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "data_preprocessor.")
-# What a network may lack: the classifier, the final norm (mmsegmentation's models), the norms after each stage (all but dense SVT).
+OTHER_PARTS = (
+    "neck.",
+    "decode_head.",
+    "auxiliary_head.",
+    "rpn_head.",
+    "roi_head.",
+    "bbox_head.",
+    "mask_head.",
+    "data_preprocessor.",
+)
+# What a network may lack: the classifier, the final norm (mmsegmentation's models), the norms after each stage (all but
+# dense SVT).
 OPTIONAL = ("head.", "norm.", "norm_list.")
 # What the networks of a format never have.
 NOT_HELD = {"mmseg": ("head.",), "timm": ("norm_list.",), "hub": ("norm_list.",), "mmpretrain": ("norm_list.",)}
@@ -45,10 +59,11 @@ TIMM_BLOCK_ORDER = ("norm1", "attn", "norm2", "mlp")
 
 
 def to_published(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Tensors as a file names them -> the same by published names, the name of the file's format, and the names that were left out.
+    """Tensors as a file names them -> the same by published names, the name of the file's format, and the names that
+    were left out.
 
-    Left out is what belongs to other parts of a segmentor or detector. A name that no rule knows stays as it is. Raises UserError where
-    two tensors would have one name. Published names come back as they are.
+    Left out is what belongs to other parts of a segmentor or detector. A name that no rule knows stays as it is. Raises
+    UserError where two tensors would have one name. Published names come back as they are.
     """
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -59,7 +74,9 @@ def to_published(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str,
         backbone = {name: value for name, value in state.items() if not name.startswith(OTHER_PARTS)}
         state = _renamed(backbone, lambda name: name.removeprefix(BACKBONE), source=source)
     blocks = [found[0] for name in state if (found := re.match(r"(layers|stages|blocks)(?=\.[0-9]+\.[0-9]+\.)", name))]
-    usual = max(set(blocks), key=blocks.count, default=None)  # not the first: a strange name does not change how the others are read
+    usual = max(
+        set(blocks), key=blocks.count, default=None
+    )  # not the first: a strange name does not change how the others are read
     if usual == "layers":
         fmt, state = "mmseg", _renamed(_split(state), lambda name: _rename(name, _inverse(MMSEG)), source=source)
     elif usual == "stages":
@@ -67,19 +84,26 @@ def to_published(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str,
     return dict(state), fmt, left_out
 
 
-def from_published(state: Mapping[str, Tensor], fmt: str, *, source: str, no_head: bool = False) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Published names -> the same tensors by the names of `fmt`, in its order; the names that it does not hold; and what else to know.
+def from_published(
+    state: Mapping[str, Tensor], fmt: str, *, source: str, no_head: bool = False
+) -> tuple[dict[str, Tensor], list[str], list[str]]:
+    """Published names -> the same tensors by the names of `fmt`, in its order; the names that it does not hold; and
+    what else to know.
 
-    fmt is one of FORMATS; all but mmseg are for classification. Raises UserError where the weights are no Twins, or where they lack what a
-    classifier has and no_head is not given. no_head also leaves a classifier out.
+    fmt is one of FORMATS; all but mmseg are for classification. Raises UserError where the weights are no Twins, or
+    where they lack what a classifier has and no_head is not given. no_head also leaves a classifier out.
     """
     variant = variant_of(state, source=source)
     if fmt == "hub" and not VARIANTS[variant].timm:
         raise UserError(f"timm has no {variant} ({source}): a hub folder is for timm, take another format")
     if fmt == "hub" and "norm.weight" not in state:
-        raise UserError(f"no final norm ({source}): a hub folder is for timm, whose model needs it, take another format")
+        raise UserError(
+            f"no final norm ({source}): a hub folder is for timm, whose model needs it, take another format"
+        )
     order = {name: rank for rank, name in enumerate(_shapes(variant))}
-    lacking = [what for what, name in (("classifier", "head.weight"), ("final norm", "norm.weight")) if name not in state]
+    lacking = [
+        what for what, name in (("classifier", "head.weight"), ("final norm", "norm.weight")) if name not in state
+    ]
     if lacking and fmt != "mmseg" and not no_head:
         raise UserError(f"no {' and no '.join(lacking)} ({source}): give --no-head to write {fmt} weights without")
     absent = NOT_HELD.get(fmt, ()) + (("head.",) if no_head else ())
@@ -91,7 +115,10 @@ def from_published(state: Mapping[str, Tensor], fmt: str, *, source: str, no_hea
         held = {name: held[name] for name in sorted(held, key=_timm_rank)}
     elif fmt == "mmseg":
         if "norm.weight" in held:
-            notes.append("norm is kept, as mmsegmentation's own converter does, but its models have none: they load with strict=False")
+            notes.append(
+                "norm is kept, as mmsegmentation's own converter does, but its models have none: they load with "
+                "strict=False"
+            )
         held = _renamed(_joined(held, source=source), lambda name: _rename(name, MMSEG), source=source)
     elif fmt == "mmpretrain":
         held = _renamed(held, _to_mmpretrain, source=source)
@@ -99,9 +126,11 @@ def from_published(state: Mapping[str, Tensor], fmt: str, *, source: str, no_hea
 
 
 def variant_of(state: Mapping[str, Tensor], *, source: str = "these weights") -> str:
-    """The key of gvt.VARIANTS whose network these published names and shapes are; any number of classes and of input channels.
+    """The key of gvt.VARIANTS whose network these published names and shapes are; any number of classes and of input
+    channels.
 
-    The classifier, the final norm and the norms after each stage may be absent as a whole. Raises UserError with what is wrong.
+    The classifier, the final norm and the norms after each stage may be absent as a whole. Raises UserError with what
+    is wrong.
     """
     wrong = {}
     for key in VARIANTS:
@@ -116,8 +145,12 @@ def variant_of(state: Mapping[str, Tensor], *, source: str = "these weights") ->
         if not wrong[key]:
             return key
     nearest = min(wrong, key=lambda key: sum(map(len, wrong[key].values())))
-    parts = [f"{len(names)} {kind} ({', '.join(name[:60] for name in names[:3])})" for kind, names in wrong[nearest].items()]
-    raise UserError(f"these weights are no Twins ({source}): {nearest} is nearest, with {'; '.join(parts)}: is it the right file?")
+    parts = [
+        f"{len(names)} {kind} ({', '.join(name[:60] for name in names[:3])})" for kind, names in wrong[nearest].items()
+    ]
+    raise UserError(
+        f"these weights are no Twins ({source}): {nearest} is nearest, with {'; '.join(parts)}: is it the right file?"
+    )
 
 
 # ---------------------------------------------------------------- names
@@ -154,7 +187,9 @@ def _to_mmpretrain(name: str) -> str:
 
 
 def _timm_rank(name: str) -> tuple[int, ...]:
-    """The place of a published name in timm's order. Names of equal rank keep their order, which is timm's within a module."""
+    """The place of a published name in timm's order. Names of equal rank keep their order, which is timm's within a
+    module.
+    """
     part, *rest = name.split(".")
     rank = (TIMM_ORDER.index(part),)
     return (*rank, int(rest[0]), int(rest[1]), TIMM_BLOCK_ORDER.index(rest[2])) if part == "blocks" else rank
@@ -164,7 +199,9 @@ def _timm_rank(name: str) -> tuple[int, ...]:
 
 
 def _joined(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """Published names -> the same but for GSA blocks, which keep q over kv as attn.attn.in_proj_*, and proj as attn.attn.out_proj."""
+    """Published names -> the same but for GSA blocks, which keep q over kv as attn.attn.in_proj_*, and proj as
+    attn.attn.out_proj.
+    """
     joined = {}
     for name, value in state.items():
         block, found, leaf = name.rpartition(".attn.")
@@ -173,7 +210,10 @@ def _joined(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
             if module == "q":
                 kv = state[f"{block}.attn.kv.{kind}"]
                 if kv.dtype != value.dtype:
-                    raise UserError(f"q and kv differ in type ({source}, {name}): {value.dtype} and {kv.dtype} do not fit in one tensor")
+                    raise UserError(
+                        f"q and kv differ in type ({source}, {name}): {value.dtype} and {kv.dtype} do not fit in one "
+                        "tensor"
+                    )
                 name, value = f"{block}.attn.attn.in_proj_{kind}", torch.cat([value, kv])
             elif module == "kv":
                 continue
@@ -184,7 +224,9 @@ def _joined(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
 
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of _joined, for names with any front. in_proj_*: (3C, ...) -> q (C, ...) and kv (2C, ...), tensors of their own."""
+    """The inverse of _joined, for names with any front. in_proj_*: (3C, ...) -> q (C, ...) and kv (2C, ...), tensors of
+    their own.
+    """
     split = {}
     for name, value in state.items():
         block, found, leaf = name.rpartition(".attn.attn.")
@@ -207,7 +249,11 @@ def _shapes(key: str) -> dict[str, torch.Size]:
     """Published names, in the order of registration, and shapes of a network with every part that it can have."""
     with torch.device("meta"):
         model = Twins(VARIANTS[key])
-        norms = {f"norm_list.{stage}.{kind}": torch.empty(dim) for stage, dim in enumerate(VARIANTS[key].dims) for kind in ("weight", "bias")}
+        norms = {
+            f"norm_list.{stage}.{kind}": torch.empty(dim)
+            for stage, dim in enumerate(VARIANTS[key].dims)
+            for kind in ("weight", "bias")
+        }
     return {name: value.shape for name, value in (model.state_dict() | norms).items()}
 
 

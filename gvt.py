@@ -1,12 +1,15 @@
-"""Twins: Revisiting the Design of Spatial Attention in Vision Transformers (Chu et al., NeurIPS 2021, arXiv:2104.13840).
+"""Twins: Revisiting the Design of Spatial Attention in Vision Transformers (Chu et al., NeurIPS 2021,
+arXiv:2104.13840).
 
-PCPVT is PVT with conditional position encodings (section 3.1); ALTGVT, the paper's Twins-SVT, alternates attention inside windows (LSA)
-with attention to a sub-sampled map (GSA) (section 3.2). The file reads from top to bottom: the table of models, operations on windows,
-the two attentions, a block, the network, and the names that timm knows the models by.
+PCPVT is PVT with conditional position encodings (section 3.1); ALTGVT, the paper's Twins-SVT, alternates attention
+inside windows (LSA) with attention to a sub-sampled map (GSA) (section 3.2). The file reads from top to bottom: the
+table of models, operations on windows, the two attentions, a block, the network, and the names that timm knows the
+models by.
 
 Names of modules, and the order in which they are registered, are those of the published weights and optimizer states.
 
-Shapes: B pictures; a map of H x W tokens, kept as (B, H, W, C); N queries, M keys; D channels of a head; windows of h x w tokens.
+Shapes: B pictures; a map of H x W tokens, kept as (B, H, W, C); N queries, M keys; D channels of a head; windows of h x
+w tokens.
 """
 
 import torchvision_cpu  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
@@ -34,7 +37,8 @@ PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
 SMALLEST = 32  # pixels: below it, the last stage has no token
 PADS = ("mask", "zero", "published")
 RECOMPUTED = ("block", "mlp")
-MOST_ROWS = 65_535  # of a batch in one call of a fused CUDA kernel, whose grid ends there; windows of 1,024 pictures of 224 go beyond
+# of a batch in one call of a fused CUDA kernel, whose grid ends there; windows of 1,024 pictures of 224 go beyond
+MOST_ROWS = 65_535
 
 
 @dataclass(frozen=True)
@@ -50,15 +54,21 @@ class Variant:
     timm: str | None = None  # timm's name for the same model, under which its hub keeps the published weights
 
 
-# Tables 7 to 10 of the paper, as the published code and weights have them (Table 9 gives PCPVT-S and -B a depth of 3 in stage 2).
-# Keys are the names of the published weight files.
+# Tables 7 to 10 of the paper, as the published code and weights have them (Table 9 gives PCPVT-S and -B a depth of 3 in
+# stage 2). Keys are the names of the published weight files.
 VARIANTS = {
     "pcpvt_small": Variant((64, 128, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4), (3, 4, 6, 3), timm="twins_pcpvt_small"),
     "pcpvt_base": Variant((64, 128, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4), (3, 4, 18, 3), timm="twins_pcpvt_base"),
     "pcpvt_large": Variant((64, 128, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4), (3, 8, 27, 3), timm="twins_pcpvt_large"),
-    "alt_gvt_small": Variant((64, 128, 256, 512), (2, 4, 8, 16), (4, 4, 4, 4), (2, 2, 10, 4), window=7, timm="twins_svt_small"),
-    "alt_gvt_base": Variant((96, 192, 384, 768), (3, 6, 12, 24), (4, 4, 4, 4), (2, 2, 18, 2), window=7, timm="twins_svt_base"),
-    "alt_gvt_large": Variant((128, 256, 512, 1024), (4, 8, 16, 32), (4, 4, 4, 4), (2, 2, 18, 2), window=7, timm="twins_svt_large"),
+    "alt_gvt_small": Variant(
+        (64, 128, 256, 512), (2, 4, 8, 16), (4, 4, 4, 4), (2, 2, 10, 4), window=7, timm="twins_svt_small"
+    ),
+    "alt_gvt_base": Variant(
+        (96, 192, 384, 768), (3, 6, 12, 24), (4, 4, 4, 4), (2, 2, 18, 2), window=7, timm="twins_svt_base"
+    ),
+    "alt_gvt_large": Variant(
+        (128, 256, 512, 1024), (4, 8, 16, 32), (4, 4, 4, 4), (2, 2, 18, 2), window=7, timm="twins_svt_large"
+    ),
     # Not in the paper: a small model of the same design for the demo and the tests. No weights are published for it.
     "alt_gvt_demo": Variant((32, 64, 128, 256), (1, 2, 4, 8), (4, 4, 4, 4), (2, 2, 2, 2), window=7),
 }
@@ -96,8 +106,8 @@ def rows_at_once(q: Tensor, k: Tensor) -> int:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.Dropout, fused: bool) -> Tensor:
     """softmax(q k^T / sqrt(D)) v. q is (B, heads, N, D), k and v are (B, heads, M, D).
 
-    mask broadcasts to (B, heads, N, M), True where a key may be seen. The unfused way sends the map (B, heads, N, M) through `dropout`,
-    where a forward hook can look at it.
+    mask broadcasts to (B, heads, N, M), True where a key may be seen. The unfused way sends the map (B, heads, N, M)
+    through `dropout`, where a forward hook can look at it.
     """
     if fused and q.shape[0] > (rows := rows_at_once(q, k)):
         masks = itertools.repeat(None) if mask is None else mask.expand(q.shape[0], -1, -1, -1).split(rows)
@@ -121,7 +131,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
 def watched(*modules: nn.Module) -> bool:
     """Whether somebody waits for one of them to be called: a hook, or a function in the place of its forward."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return has_any_global_hook() or any("forward" in vars(module) or any(getattr(module, kind) for kind in hooks) for module in modules)
+    return has_any_global_hook() or any(
+        "forward" in vars(module) or any(getattr(module, kind) for kind in hooks) for module in modules
+    )
 
 
 class Linear(nn.Linear):
@@ -132,14 +144,18 @@ class Linear(nn.Linear):
 
 
 class LocalAttention(nn.Module):
-    """LSA: attention inside windows of window x window tokens, without overlap or shift (section 3.2). (B, H, W, C) -> same.
+    """LSA: attention inside windows of window x window tokens, without overlap or shift (section 3.2). (B, H, W, C) ->
+    same.
 
-    A map whose sides are no multiples of the window is padded on the right and below. pad="mask": padding is never a key.
-    pad="zero": zeros are added before the projection to keys, so that padding is a key like others (published detection, timm).
-    pad="published": as "mask", but as "zero" where only one side needs padding (published segmentation, an error in a slice).
+    A map whose sides are no multiples of the window is padded on the right and below. pad="mask": padding is never a
+    key. pad="zero": zeros are added before the projection to keys, so that padding is a key like others (published
+    detection, timm). pad="published": as "mask", but as "zero" where only one side needs padding (published
+    segmentation, an error in a slice).
     """
 
-    def __init__(self, dim: int, heads: int, *, window: int, pad: str = "mask", attn_drop: float = 0.0, proj_drop: float = 0.0):
+    def __init__(
+        self, dim: int, heads: int, *, window: int, pad: str = "mask", attn_drop: float = 0.0, proj_drop: float = 0.0
+    ):
         super().__init__()
         self.heads, self.window, self.pad = heads, window, pad
         self.fused_attn = use_fused_attn()
@@ -154,12 +170,15 @@ class LocalAttention(nn.Module):
         below, right = -H % h, -W % w
         masked = bool(below or right) if self.pad == "mask" else bool(below and right) and self.pad == "published"
         dropout = self.attn_drop.p if self.training else 0.0
-        if self.fused_attn and why_not(x, heads=self.heads, window=h, dropout=dropout) is None:  # a GPU's way, where tokens stay in place
+        if (
+            self.fused_attn and why_not(x, heads=self.heads, window=h, dropout=dropout) is None
+        ):  # a GPU's way, where tokens stay in place
             if (below or right) and not masked:
                 x = F.pad(x, (0, 0, 0, right, 0, below))
             return self.proj_drop(self.proj(attend_in_windows(self.qkv(x), self.heads, h)[:, :H, :W]))
         if masked:
-            # Along a side that is shorter than a window, all of the padding is masked: a shorter window gives the same without it.
+            # Along a side that is shorter than a window, all of the padding is masked: a shorter window gives the same
+            # without it.
             h, w = min(h, H), min(w, W)
             below, right = -H % h, -W % w
         mask = None
@@ -167,7 +186,9 @@ class LocalAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, right, 0, below))
             if masked:
                 mask = real_keys(H, W, h, w, device=x.device).repeat(B, 1, 1, 1)  # (B * windows, 1, 1, h * w)
-        x = to_windows(x, h, w)  # (B * windows, h * w, C): windows in the batch, for fused kernels take 4-D tensors only
+        x = to_windows(
+            x, h, w
+        )  # (B * windows, h * w, C): windows in the batch, for fused kernels take 4-D tensors only
         qkv = self.qkv(x).reshape(-1, h * w, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # each (B * windows, heads, h * w, D)
         x = attend(q, k, v, mask, dropout=self.attn_drop, fused=self.fused_attn)
@@ -178,7 +199,8 @@ class LocalAttention(nn.Module):
 
 
 class GlobalAttention(nn.Module):
-    """GSA: every token attends to a map sub-sampled sr_ratio times by a strided convolution (section 3.2, from PVT). (B, H, W, C) -> same.
+    """GSA: every token attends to a map sub-sampled sr_ratio times by a strided convolution (section 3.2, from PVT).
+    (B, H, W, C) -> same.
 
     Rows and columns beyond a multiple of sr_ratio are never keys.
     """
@@ -232,9 +254,13 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), both branches with drop path (section 3.2, equation 2). (B, H, W, C) -> same."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), both branches with drop path (section 3.2, equation 2). (B, H, W,
+    C) -> same.
+    """
 
-    def __init__(self, dim: int, attn: nn.Module, *, mlp_ratio: int, drop: float, drop_path: float, order: tuple[str, ...]):
+    def __init__(
+        self, dim: int, attn: nn.Module, *, mlp_ratio: int, drop: float, drop_path: float, order: tuple[str, ...]
+    ):
         super().__init__()
         parts = {
             "norm1": nn.LayerNorm(dim, eps=1e-6),
@@ -250,7 +276,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         recompute = self.recompute_mlp and self.training
-        return x + self.drop_path(checkpoint(self.normed_mlp, x, use_reentrant=False) if recompute else self.normed_mlp(x))
+        return x + self.drop_path(
+            checkpoint(self.normed_mlp, x, use_reentrant=False) if recompute else self.normed_mlp(x)
+        )
 
     def normed_mlp(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x))
@@ -269,12 +297,15 @@ class PatchEmbed(nn.Module):
 
 
 class PEG(nn.Module):
-    """Position encoding generator: x + depthwise 3 x 3 convolution of x, zero padded (CPVT, arXiv:2102.10882). (B, H, W, C) -> same."""
+    """Position encoding generator: x + depthwise 3 x 3 convolution of x, zero padded (CPVT, arXiv:2102.10882). (B, H,
+    W, C) -> same.
+    """
 
     def __init__(self, dim: int):
         super().__init__()
         conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        # Laid out as its input, and so as its gradient, which DistributedDataParallel asks for. The Sequential is in the published keys.
+        # Laid out as its input, and so as its gradient, which DistributedDataParallel asks for. The Sequential is in
+        # the published keys.
         self.proj = nn.Sequential(conv.to(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -282,9 +313,12 @@ class PEG(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """The published initial distributions: linear N(0, 0.02^2), convolution N(0, 2 / fan_out) with fan_out = k * k * out / groups."""
+    """The published initial distributions: linear N(0, 0.02^2), convolution N(0, 2 / fan_out) with fan_out = k * k *
+    out / groups.
+    """
     if isinstance(module, nn.Linear):
-        # Published: truncated at 100 standard deviations, which is no truncation, by a sampler that now and then draws that very end.
+        # Published: truncated at 100 standard deviations, which is no truncation, by a sampler that now and then draws
+        # that very end.
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
@@ -296,9 +330,9 @@ def init_weights(module: nn.Module) -> None:
 class Twins(nn.Module):
     """A Twins network for classification, or for feature maps through forward_maps and forward_intermediates.
 
-    Pictures are (B, in_chans, H, W) of any size from 32 x 32. drop_path_rate is the last block's; it grows linearly from 0 in the first.
-    drop_rate holds after the patch embeddings, attentions and MLP layers. num_classes=0: no classifier. global_pool is "avg", or "" for
-    logits of each token. pad: see LocalAttention.
+    Pictures are (B, in_chans, H, W) of any size from 32 x 32. drop_path_rate is the last block's; it grows linearly
+    from 0 in the first. drop_rate holds after the patch embeddings, attentions and MLP layers. num_classes=0: no
+    classifier. global_pool is "avg", or "" for logits of each token. pad: see LocalAttention.
     """
 
     def __init__(
@@ -318,13 +352,19 @@ class Twins(nn.Module):
             raise ValueError(f"pad={pad!r} is none of {', '.join(PADS)}")
         self.num_classes, self.in_chans, self.global_pool = num_classes, in_chans, global_pool
         self.num_features = self.head_hidden_size = variant.dims[-1]
-        self.feature_info = [dict(module=f"blocks.{k}", num_chs=dim, reduction=4 * 2**k) for k, dim in enumerate(variant.dims)]
+        self.feature_info = [
+            dict(module=f"blocks.{k}", num_chs=dim, reduction=4 * 2**k) for k, dim in enumerate(variant.dims)
+        ]
         self.grad_checkpointing = False
         drop_paths = iter(torch.linspace(0, drop_path_rate, sum(variant.depths), device="cpu").tolist())
         # The published SVT registers a block's attention after its MLP, and its blocks after the head.
         local = variant.window is not None
         block_order = ("norm1", "norm2", "mlp", "attn") if local else ("norm1", "attn", "norm2", "mlp")
-        order = ("patch_embeds", "norm", "head", "pos_block", "blocks") if local else ("patch_embeds", "blocks", "norm", "head", "pos_block")
+        order = (
+            ("patch_embeds", "norm", "head", "pos_block", "blocks")
+            if local
+            else ("patch_embeds", "blocks", "norm", "head", "pos_block")
+        )
 
         def attention(stage: int, index: int) -> nn.Module:
             dim, heads = variant.dims[stage], variant.heads[stage]
@@ -335,12 +375,23 @@ class Twins(nn.Module):
 
         def block(stage: int, index: int) -> Block:
             rates = dict(drop=drop_rate, drop_path=next(drop_paths))
-            return Block(variant.dims[stage], attention(stage, index), mlp_ratio=variant.mlp_ratios[stage], order=block_order, **rates)
+            return Block(
+                variant.dims[stage],
+                attention(stage, index),
+                mlp_ratio=variant.mlp_ratios[stage],
+                order=block_order,
+                **rates,
+            )
 
         channels = (in_chans, *variant.dims)
         parts = {
-            "patch_embeds": nn.ModuleList(PatchEmbed(channels[k], dim, patch=PATCHES[k]) for k, dim in enumerate(variant.dims)),
-            "blocks": nn.ModuleList(nn.ModuleList(block(stage, index) for index in range(depth)) for stage, depth in enumerate(variant.depths)),
+            "patch_embeds": nn.ModuleList(
+                PatchEmbed(channels[k], dim, patch=PATCHES[k]) for k, dim in enumerate(variant.dims)
+            ),
+            "blocks": nn.ModuleList(
+                nn.ModuleList(block(stage, index) for index in range(depth))
+                for stage, depth in enumerate(variant.depths)
+            ),
             "norm": nn.LayerNorm(self.num_features, eps=1e-6),
             "head": nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity(),
             "pos_block": nn.ModuleList(PEG(dim) for dim in variant.dims),
@@ -350,15 +401,23 @@ class Twins(nn.Module):
         self.pos_drops = nn.ModuleList(nn.Dropout(drop_rate) for _ in variant.dims)
         self.apply(init_weights)
 
-    def forward_maps(self, x: Tensor, indices: Sequence[int], *, norms: Sequence[nn.Module] | None = None) -> list[Tensor]:
-        """(B, in_chans, H, W) -> the maps (B, H / 2^(k+2), W / 2^(k+2), C_k) of stages k in `indices`, in order, before the final norm.
+    def forward_maps(
+        self, x: Tensor, indices: Sequence[int], *, norms: Sequence[nn.Module] | None = None
+    ) -> list[Tensor]:
+        """(B, in_chans, H, W) -> the maps (B, H / 2^(k+2), W / 2^(k+2), C_k) of stages k in `indices`, in order, before
+        the final norm.
 
-        norms: one for each stage, applied to its map, which goes on to the next stage so (published SVT for dense tasks).
+        norms: one for each stage, applied to its map, which goes on to the next stage so (published SVT for dense
+        tasks).
         """
         if min(x.shape[-2:]) < SMALLEST:
-            raise ValueError(f"pictures are {x.shape[-2]} x {x.shape[-1]} pixels: Twins needs at least {SMALLEST} x {SMALLEST}")
+            raise ValueError(
+                f"pictures are {x.shape[-2]} x {x.shape[-1]} pixels: Twins needs at least {SMALLEST} x {SMALLEST}"
+            )
         maps = []
-        for stage, (embed, drop, blocks, peg) in enumerate(zip(self.patch_embeds, self.pos_drops, self.blocks, self.pos_block)):
+        for stage, (embed, drop, blocks, peg) in enumerate(
+            zip(self.patch_embeds, self.pos_drops, self.blocks, self.pos_block)
+        ):
             x = drop(embed(x))  # (B, C, H, W) -> (B, H/p, W/p, C')
             for index, block in enumerate(blocks):
                 x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
@@ -396,10 +455,11 @@ class Twins(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """timm's interface to the stages' maps: the last tokens as forward_features gives them, and the maps of `indices`.
+        """timm's interface to the stages' maps: the last tokens as forward_features gives them, and the maps of
+        `indices`.
 
-        indices: which stages (negative: from the end), an int for the last n, None for all. norm: apply the final norm to the last
-        stage's map. stop_early: go no further than the last index; with intermediates_only.
+        indices: which stages (negative: from the end), an int for the last n, None for all. norm: apply the final norm
+        to the last stage's map. stop_early: go no further than the last index; with intermediates_only.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt={output_fmt!r} is none of NCHW, NHWC")
@@ -412,8 +472,12 @@ class Twins(nn.Module):
         found = [taken[k] if output_fmt == "NHWC" else taken[k].permute(0, 3, 1, 2) for k in sorted(wanted)]
         return found if intermediates_only else (final.flatten(1, 2), found)
 
-    def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
-        """Drop what the maps of `indices` do not need: later stages, and the final norm and classifier as asked. Returns the stages."""
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the maps of `indices` do not need: later stages, and the final norm and classifier as asked.
+        Returns the stages.
+        """
         wanted = self._stages(indices)
         keep = max(wanted) + 1
         shorter = keep < len(self.blocks)
@@ -461,7 +525,9 @@ class Twins(nn.Module):
         return dict(stem=r"^patch_embeds\.0", blocks=[*blocks, (r"^norm", (99999,))])
 
     def set_grad_checkpointing(self, enable: bool = True, part: str = "block") -> None:
-        """Recompute activations in the backward pass: less memory, one more forward pass of each block, or (part="mlp") of its MLP alone."""
+        """Recompute activations in the backward pass: less memory, one more forward pass of each block, or (part="mlp")
+        of its MLP alone.
+        """
         if part not in RECOMPUTED:
             raise ValueError(f"part={part!r} is none of {', '.join(RECOMPUTED)}")
         self.grad_checkpointing = enable and part == "block"
@@ -491,12 +557,16 @@ def _cfg(variant: Variant) -> dict:
     )
 
 
-default_cfgs = generate_default_cfgs({f"{name}.in1k" if VARIANTS[key].timm else name: _cfg(VARIANTS[key]) for name, key in MODEL_NAMES.items()})
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k" if VARIANTS[key].timm else name: _cfg(VARIANTS[key]) for name, key in MODEL_NAMES.items()}
+)
 
 
 def _register(name: str, variant: Variant) -> None:
     def entry(pretrained: bool = False, **kwargs) -> Twins:
-        build = dict(feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), variant=name, pretrained=pretrained)
+        build = dict(
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), variant=name, pretrained=pretrained
+        )
         hub_log = logging.getLogger("huggingface_hub")
         level = hub_log.level
         hub_log.setLevel(logging.ERROR)  # without a network: not a line for each retry, but the one below
@@ -507,7 +577,9 @@ def _register(name: str, variant: Variant) -> None:
                 raise
             hub = f"https://huggingface.co/timm/{variant.timm}.in1k"
             reason = str(error).splitlines()[0]
-            raise RuntimeError(f"{name}: no weights from {hub} ({reason}): connect, or give a file as checkpoint_path=") from None
+            raise RuntimeError(
+                f"{name}: no weights from {hub} ({reason}): connect, or give a file as checkpoint_path="
+            ) from None
         finally:
             hub_log.setLevel(level)
 

@@ -1,4 +1,5 @@
-"""What surrounds a run: files written whole, one owner of its folder, the checkpoints it keeps, signals, and what became of it.
+"""What surrounds a run: files written whole, one owner of its folder, the checkpoints it keeps, signals, and what
+became of it.
 
 Needs the standard library only, so that main.py can ask before torch is imported.
 """
@@ -29,14 +30,18 @@ LAST_SECONDS = 4.0  # that a process without its launcher has for saving
 
 
 class _Recorder:
-    """A file whose first error is kept: torch.save turns what `write` raises, a signal's handler included, into an error that does not say why."""
+    """A file whose first error is kept: torch.save turns what `write` raises, a signal's handler included, into an
+    error that does not say why.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file, self.error, self.over = file, None, False
         self.flush = file.flush
 
     def write(self, data) -> int:
-        if self.over or self.error is not None:  # torch's writer ends its file even then, from where an exception would end the process
+        if (
+            self.over or self.error is not None
+        ):  # torch's writer ends its file even then, from where an exception would end the process
             return memoryview(data).nbytes
         try:
             return self.file.write(data)
@@ -57,7 +62,8 @@ def sync_folder(folder: Path) -> None:
 def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Path | None = None) -> None:
     """Replace a file as a whole: at every moment it holds either what it held, or all that `write` writes.
 
-    keep_as: what the file held stays, durable, under this name. Raises OSError where the file cannot be written, and then nothing has changed.
+    keep_as: what the file held stays, durable, under this name. Raises OSError where the file cannot be written, and
+    then nothing has changed.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -82,7 +88,9 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Pa
 
 
 def _keep(path: Path, name: Path) -> None:
-    """Give a file another name. Where the file system has no links, it loses its own name, and is found under the other."""
+    """Give a file another name. Where the file system has no links, it loses its own name, and is found under the
+    other.
+    """
     try:
         os.link(path, name)
     except OSError:
@@ -125,7 +133,8 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int, place: tuple[int, int]) -> None:
-    """Leave the newest `keep` checkpoints, CHECKPOINT counted, and none from beyond `place`, where the run is; not to touch the best one.
+    """Leave the newest `keep` checkpoints, CHECKPOINT counted, and none from beyond `place`, where the run is; not to
+    touch the best one.
 
     Those from beyond are of a branch that was left when the run went back to an earlier checkpoint.
     """
@@ -143,7 +152,9 @@ def _me() -> str:
 
 
 def _lock(file) -> bool:
-    """Whether the lock was free, and is this process's now. It ends with the process, however that ends, and is not inherited by others."""
+    """Whether the lock was free, and is this process's now. It ends with the process, however that ends, and is not
+    inherited by others.
+    """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -154,7 +165,9 @@ def _lock(file) -> bool:
 
 
 def owner(folder: Path) -> str | None:
-    """Who runs in this folder now, as "process N on HOST"; None if nobody does. Not for a process that holds the lock itself."""
+    """Who runs in this folder now, as "process N on HOST"; None if nobody does. Not for a process that holds the lock
+    itself.
+    """
     try:
         with open(Path(folder) / LOCK, "r+") as file:
             return None if _lock(file) else file.read().strip() or "another process"
@@ -163,11 +176,14 @@ def owner(folder: Path) -> str | None:
 
 
 def in_use(folder: Path, taken_by: str) -> str:
-    return f"the folder is in use (--output_dir {folder}): {taken_by} runs in it; wait for it, stop it, or choose another folder"
+    what = f"the folder is in use (--output_dir {folder}): {taken_by} runs in it"
+    return f"{what}; wait for it, stop it, or choose another folder"
 
 
 class Lock:
-    """The right to write in a folder, until `release` or the end of the process. `taken_by`: who has it instead, or None."""
+    """The right to write in a folder, until `release` or the end of the process. `taken_by`: who has it instead, or
+    None.
+    """
 
     def __init__(self, folder: Path):
         self.file = open(Path(folder) / LOCK, "a+")  # noqa: SIM115  open as long as the run
@@ -193,9 +209,11 @@ def now() -> str:
 
 
 class Status:
-    """status.json: {"state": running | finished | preempted | failed, "reason", "epoch", "updates", "by", "started", "time"}.
+    """status.json: {"state": running | finished | preempted | failed, "reason", "epoch", "updates", "by", "started",
+    "time"}.
 
-    A failure is written by the process that had it; those that only notice that another one is gone leave its reason as it is.
+    A failure is written by the process that had it; those that only notice that another one is gone leave its reason as
+    it is.
     """
 
     def __init__(self, folder: Path, started: str):
@@ -223,7 +241,9 @@ class Status:
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1 while it is entered: `received` is the signal's name, or None. The run ends at its next safe point."""
+    """Notes SIGTERM and SIGUSR1 while it is entered: `received` is the signal's name, or None. The run ends at its next
+    safe point.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -254,7 +274,8 @@ def launched() -> bool:
 
 
 def end_with_launcher() -> None:
-    """End soon after the launcher does: a SIGTERM at once, so that the state is saved, and some seconds later the end in any case.
+    """End soon after the launcher does: a SIGTERM at once, so that the state is saved, and some seconds later the end
+    in any case.
 
     torchrun's processes outlive it otherwise, and go on writing into the run's folder.
     """
@@ -272,7 +293,9 @@ def end_with_launcher() -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raise `error` in the main thread where the body takes longer, also in the middle of a system call. 0, or another thread: no limit."""
+    """Raise `error` in the main thread where the body takes longer, also in the middle of a system call. 0, or another
+    thread: no limit.
+    """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -290,12 +313,16 @@ def time_limit(seconds: float, error: Exception) -> Iterator[None]:
 
 
 def loading_process(_index: int) -> None:
-    """What a data-loading process does first: a group of its own, away from the launcher's signals, and no life without the trainer."""
+    """What a data-loading process does first: a group of its own, away from the launcher's signals, and no life without
+    the trainer.
+    """
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = lambda *_: None  # of the thread that hands over memory, where the trainer breaks off: the trainer has its own line
+    sys.excepthook = (
+        lambda *_: None
+    )  # of the thread that hands over memory, where the trainer breaks off: the trainer has its own line
     die_with_parent(signal.SIGKILL)
 
 
@@ -308,12 +335,16 @@ def _stat(pid: int) -> list[str]:
 
 
 def identity() -> tuple[str, int, str]:
-    """This process among all that the machines of a run ever have: host, pid, and when it was started, in the kernel's ticks."""
+    """This process among all that the machines of a run ever have: host, pid, and when it was started, in the kernel's
+    ticks.
+    """
     return socket.gethostname(), os.getpid(), "".join(_stat(os.getpid())[19:20])
 
 
 def process_state(pid: int, started: str = "") -> str:
-    """ "stopped", "gone" or "alive", as this machine's process table has it. started: as in `identity`, for another one may have its pid."""
+    """ "stopped", "gone" or "alive", as this machine's process table has it. started: as in `identity`, for another one
+    may have its pid.
+    """
     fields = _stat(pid)
     if not fields or (started and fields[19] != started):
         return "gone" if sys.platform == "linux" else "alive"

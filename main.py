@@ -8,7 +8,9 @@ import sys
 import lifecycle
 import options
 
-if __name__ == "__main__":  # before torch is imported, so that --help, a wrong option and a folder in use are answered at once
+if (
+    __name__ == "__main__"
+):  # before torch is imported, so that --help, a wrong option and a folder in use are answered at once
     ARGS, WRITTEN = options.parse_args(sys.argv[1:])
     if lifecycle.launched():
         lifecycle.end_with_launcher()
@@ -52,8 +54,15 @@ from samplers import RASampler, ShuffleSampler, eval_indices
 from utils import NonFiniteError, Preempted, UserError, say
 
 # The global batches that the published logs were made with (from their learning rates).
-RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024) | {"pcpvt_small_v0": 1280, "alt_gvt_small": 2048, "alt_gvt_demo": None}
-FUSED = ("adam", "adamw")  # optimizers that torch can run in one kernel, and skip on the device (sgd's skips leave momentum unset)
+RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024) | {
+    "pcpvt_small_v0": 1280,
+    "alt_gvt_small": 2048,
+    "alt_gvt_demo": None,
+}
+FUSED = (
+    "adam",
+    "adamw",
+)  # optimizers that torch can run in one kernel, and skip on the device (sgd's skips leave momentum unset)
 NON_FINITE = "non_finite.json"  # in a run's folder: which pictures a step had whose loss was not finite
 RUN_FILES = (CHECKPOINT, BEST, LOG)  # a folder with one of them holds a run
 
@@ -62,7 +71,9 @@ def main(args: argparse.Namespace, written: set[str]) -> None:
     check_model_name(args.model)
     check_folder(args)
     set_determinism(args.deterministic)
-    device = utils.init_device(args.device, written="device" in written, dist_url=args.dist_url, timeout=args.dist_timeout)
+    device = utils.init_device(
+        args.device, written="device" in written, dist_url=args.dist_url, timeout=args.dist_timeout
+    )
     with utils.process_group():
         for name, reason in options.without_effect(args, written).items():
             utils.warn(f"--{name.replace('_', '-')} has no effect ({reason})")
@@ -80,7 +91,9 @@ def main(args: argparse.Namespace, written: set[str]) -> None:
 
 def check_model_name(name: str) -> None:
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, gvt.MODEL_NAMES, n=3, cutoff=0.4) or difflib.get_close_matches(name, timm.list_models(), n=3)
+        close = difflib.get_close_matches(name, gvt.MODEL_NAMES, n=3, cutoff=0.4) or difflib.get_close_matches(
+            name, timm.list_models(), n=3
+        )
         raise UserError(f"unknown model (--model {name}): did you mean {' or '.join(close or list(gvt.MODEL_NAMES))}?")
 
 
@@ -89,9 +102,14 @@ def check_folder(args: argparse.Namespace) -> None:
     if args.eval and not args.resume:
         raise UserError("nothing to evaluate (--eval): give the weights as --resume FILE")
     if args.input_size < gvt.SMALLEST and args.model in gvt.MODEL_NAMES:
-        raise UserError(f"too small (--input-size {args.input_size}): Twins needs pictures of at least {gvt.SMALLEST} x {gvt.SMALLEST}")
+        raise UserError(
+            f"too small (--input-size {args.input_size}): Twins needs pictures of at least {gvt.SMALLEST} x "
+            f"{gvt.SMALLEST}"
+        )
     if args.sched == "plateau":
-        raise UserError("a schedule that needs scores (--sched plateau): the rate is set by the epoch alone, choose cosine or step")
+        raise UserError(
+            "a schedule that needs scores (--sched plateau): the rate is set by the epoch alone, choose cosine or step"
+        )
     if not (args.eval or args.throughout or args.resume or args.overwrite):
         check_no_run(args)
 
@@ -107,7 +125,10 @@ def set_determinism(wanted: bool) -> None:
 def check_no_run(args: argparse.Namespace) -> None:
     held = [name for name in RUN_FILES if (output_dir(args) / name).exists()]
     if held:
-        raise UserError(f"the folder holds a run ({output_dir(args) / held[0]}): --resume it, or --overwrite it, or choose another --output_dir")
+        raise UserError(
+            f"the folder holds a run ({output_dir(args) / held[0]}): --resume it, or --overwrite it, or choose another "
+            "--output_dir"
+        )
 
 
 def output_dir(args: argparse.Namespace) -> Path:
@@ -152,7 +173,10 @@ def ready(model: nn.Module, args: argparse.Namespace, device: torch.device) -> n
     say(f"number of params: {count_parameters(model)}")
     if args.grad_checkpointing == "mlp":
         if not isinstance(model, gvt.Twins):
-            raise UserError(f"MLPs alone can be recomputed in models of gvt.py (--grad-checkpointing mlp, --model {args.model}): leave mlp away")
+            raise UserError(
+                f"MLPs alone can be recomputed in models of gvt.py (--grad-checkpointing mlp, --model {args.model}): "
+                "leave mlp away"
+            )
         model.set_grad_checkpointing(part="mlp")
     elif args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -164,24 +188,35 @@ def compiled(model: nn.Module, args: argparse.Namespace) -> nn.Module:
     try:
         return torch.compile(model, backend=args.torchcompile, dynamic=False) if args.torchcompile else model
     except RuntimeError as error:
-        raise UserError(f"no such compiler (--torchcompile {args.torchcompile}): write it without a name for inductor") from error
+        raise UserError(
+            f"no such compiler (--torchcompile {args.torchcompile}): write it without a name for inductor"
+        ) from error
 
 
 def loading(args: argparse.Namespace, written: set[str], device: torch.device) -> dict:
     """What all loaders take alike."""
-    return dict(workers=workers(args, written), pin_memory=args.pin_mem and device.type == "cuda", timeout=args.loader_timeout)
+    return dict(
+        workers=workers(args, written), pin_memory=args.pin_mem and device.type == "cuda", timeout=args.loader_timeout
+    )
 
 
 def val_pictures(args: argparse.Namespace, classes: list[str] | None = None):
-    return datasets.build_dataset("val", args, transform=datasets.InBytes(datasets.build_transform(False, args)), classes=classes)
+    return datasets.build_dataset(
+        "val", args, transform=datasets.InBytes(datasets.build_transform(False, args)), classes=classes
+    )
 
 
 def build_eval_loader(args: argparse.Namespace, written: set[str], dataset, device: torch.device) -> Iterable:
     shares = dict(rank=utils.get_rank(), world=utils.get_world_size()) if args.dist_eval else {}
     indices = eval_indices(len(dataset), **shares)
     if missing := getattr(dataset, "missing", []):
-        say(f"val has no pictures of {len(missing)} of {len(dataset.classes)} classes ({', '.join(missing[:3])}): scored with training's indices")
-    return datasets.build_loader(dataset, indices, batch_size=eval_batch(args), drop_last=False, **loading(args, written, device))
+        say(
+            f"val has no pictures of {len(missing)} of {len(dataset.classes)} classes ({', '.join(missing[:3])}): "
+            "scored with training's indices"
+        )
+    return datasets.build_loader(
+        dataset, indices, batch_size=eval_batch(args), drop_last=False, **loading(args, written, device)
+    )
 
 
 # ---------------------------------------------------------------- evaluation and throughput
@@ -200,7 +235,10 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
         classes = stored
     dataset = val_pictures(args, classes)
     if len(dataset.classes) != len(head):
-        raise UserError(f"other classes than the weights' ({args.data_path}): {len(dataset.classes)}, the classifier has {len(head)}")
+        raise UserError(
+            f"other classes than the weights' ({args.data_path}): {len(dataset.classes)}, the classifier has "
+            f"{len(head)}"
+        )
     model = build_model(args, len(head))
     checkpoint.load_into(model, state, source=args.resume, report=args.report)
     model = compiled(ready(model, args, device), args)
@@ -211,7 +249,9 @@ def evaluate_checkpoint(args: argparse.Namespace, written: set[str], device: tor
 
 @torch.inference_mode()
 def throughput(args: argparse.Namespace, written: set[str], device: torch.device) -> None:
-    """Pictures per second in float32 unless --amp-dtype says otherwise, at the evaluation's batch size (1.5 x --batch-size)."""
+    """Pictures per second in float32 unless --amp-dtype says otherwise, at the evaluation's batch size (1.5 x
+    --batch-size).
+    """
     batch = eval_batch(args)
     if "data_path" in written:
         dataset = val_pictures(args)
@@ -259,17 +299,23 @@ class Run:
         kind = RASampler if args.repeated_aug else ShuffleSampler
         self.sampler = kind(len(train_set), seed=args.seed, rank=rank, world=world)
         self.keyed = datasets.Keyed(train_set, args.seed)
-        self.loader = datasets.build_loader(self.keyed, self.sampler, batch_size=args.batch_size, drop_last=True, **loading(args, written, device))
+        self.loader = datasets.build_loader(
+            self.keyed, self.sampler, batch_size=args.batch_size, drop_last=True, **loading(args, written, device)
+        )
         self.val_loader = build_eval_loader(args, written, val_set, device)
         self.val_size = len(val_set)
         self.updates = len(self.loader) // args.grad_accum_steps
         if not self.updates:
             shares = f"--batch-size {args.batch_size} x {world} processes x --grad-accum-steps {args.grad_accum_steps}"
-            raise UserError(f"a global batch larger than the data set ({shares}, {len(train_set)} pictures): make it smaller")
+            raise UserError(
+                f"a global batch larger than the data set ({shares}, {len(train_set)} pictures): make it smaller"
+            )
 
         mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
         if mixing and args.batch_size % 2:
-            raise UserError(f"an odd batch with Mixup (--batch-size {args.batch_size}): make it even, or --mixup 0 --cutmix 0")
+            raise UserError(
+                f"an odd batch with Mixup (--batch-size {args.batch_size}): make it even, or --mixup 0 --cutmix 0"
+            )
         self.mixup = self.build_mixup() if mixing else None
         self.criterion = build_criterion(mixing=mixing, smoothing=args.smoothing)
 
@@ -290,7 +336,9 @@ class Run:
         try:
             self.scheduler, _ = create_scheduler(args, self.optimizer)
         except ValueError as error:
-            raise UserError(f"no such schedule (--sched {args.sched}): {str(error).splitlines()[0]}, the published one is cosine") from error
+            raise UserError(
+                f"no such schedule (--sched {args.sched}): {str(error).splitlines()[0]}, the published one is cosine"
+            ) from error
         self.initial_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision(args, device) == torch.float16)
         self.recipe = resume.recipe(
@@ -311,8 +359,8 @@ class Run:
     def order_buckets(self) -> None:
         """Two steps without effect, after which DistributedDataParallel adds gradients up in its final order.
 
-        It orders its buckets anew after a first backward pass. A continued run would otherwise add up in another order in its first
-        step than the uninterrupted one did, and from three processes on end with other bits.
+        It orders its buckets anew after a first backward pass. A continued run would otherwise add up in another order
+        in its first step than the uninterrupted one did, and from three processes on end with other bits.
         """
         if utils.get_world_size() == 1:
             return
@@ -348,14 +396,19 @@ class Run:
         try:
             return create_optimizer_v2(self.model, **settings)
         except (ValueError, IndexError, TypeError) as error:
-            raise UserError(f"cannot make the optimizer (--opt {self.args.opt}): {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"cannot make the optimizer (--opt {self.args.opt}): {str(error).splitlines()[0]}"
+            ) from error
 
     def load_finetune(self, source: str) -> None:
         """Weights of another training; a classifier of another size is left as it is, new."""
         state, own, may_lack = checkpoint.weights(checkpoint.load(source), source=source), self.model.state_dict(), ()
         if "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
             there = "x".join(map(str, state["head.weight"].shape[:1]))
-            say(f"finetune: the classifier of {source} has {there} classes, this data set {len(self.classes)}: made anew")
+            say(
+                f"finetune: the classifier of {source} has {there} classes, this data set {len(self.classes)}: made "
+                "anew"
+            )
             state = {name: value for name, value in state.items() if not name.startswith("head.")}
         if "head.weight" not in state:
             may_lack = ("head.",)
@@ -363,12 +416,17 @@ class Run:
         load = dict(may_lack=may_lack, may_have=("norm_list.",), report=self.args.report)
         lacking, surplus = checkpoint.load_into(self.model, state, source=source, **load).values()
         used = f"{len(state) - len(surplus)} of {len(own)} tensors loaded from {source}"
-        say(f"finetune: {used}; not loaded: {', '.join(sorted(lacking)) or 'none'}; not used: {', '.join(surplus) or 'none'}")
+        say(
+            f"finetune: {used}; not loaded: {', '.join(sorted(lacking)) or 'none'}; not used: "
+            f"{', '.join(surplus) or 'none'}"
+        )
 
     # ------------------------------------------------------------ state
 
     def state(self) -> dict:
-        """What a checkpoint holds: the published keys first, then what an exact continuation needs. Every process must call it."""
+        """What a checkpoint holds: the published keys first, then what an exact continuation needs. Every process must
+        call it.
+        """
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -399,7 +457,11 @@ class Run:
             if best:
                 checkpoint.save(self.folder / BEST, state)
             another = self.kept is not None and self.kept != place and self.args.checkpoint_hist > 1
-            checkpoint.save(self.folder / CHECKPOINT, state, keep_as=self.folder / lifecycle.earlier_name(*self.kept) if another else None)
+            checkpoint.save(
+                self.folder / CHECKPOINT,
+                state,
+                keep_as=self.folder / lifecycle.earlier_name(*self.kept) if another else None,
+            )
             lifecycle.prune(self.folder, self.args.checkpoint_hist, place)
 
         if not self.written(write):
@@ -420,7 +482,9 @@ class Run:
             return False
 
     def newest(self) -> str:
-        """The newest checkpoint of the folder that can be read; broken ones are named and left as they are. "" for an empty folder."""
+        """The newest checkpoint of the folder that can be read; broken ones are named and left as they are. "" for an
+        empty folder.
+        """
         found = lifecycle.candidates(self.folder)
         for path in found:
             try:
@@ -431,11 +495,16 @@ class Run:
             except UserError as error:
                 utils.warn(f"{error}; trying the checkpoint before it")
         if found:
-            raise UserError(f"no checkpoint to go on from ({self.folder}): all {len(found)} are broken, nothing was deleted; --overwrite starts anew")
+            raise UserError(
+                f"no checkpoint to go on from ({self.folder}): all {len(found)} are broken, nothing was deleted; "
+                "--overwrite starts anew"
+            )
         return ""
 
     def check_fits(self, payload: dict, source: str) -> None:
-        """Refuse a file of this run whose weights or optimizer's state are spoiled. One of another run is another matter."""
+        """Refuse a file of this run whose weights or optimizer's state are spoiled. One of another run is another
+        matter.
+        """
         try:
             another = resume.changes(resume.stored_recipe(payload), self.recipe)
         except Exception as error:
@@ -443,7 +512,10 @@ class Run:
         if not another:
             kinds = checkpoint.differences(self.model, checkpoint.weights(payload, source=source))
             if any(kinds.values()):
-                raise UserError(f"spoiled weights ({source}): {', '.join(f'{len(names)} {kind}' for kind, names in kinds.items() if names)}")
+                raise UserError(
+                    f"spoiled weights ({source}): "
+                    f"{', '.join(f'{len(names)} {kind}' for kind, names in kinds.items() if names)}"
+                )
             self.moments(payload, source)
 
     def restore(self) -> None:
@@ -458,7 +530,10 @@ class Run:
         payload = checkpoint.load(source)
         stored = checkpoint.class_names(payload, source=source)
         if stored is not None and stored != self.classes:
-            raise UserError(f"other classes than the checkpoint's ({args.data_path}): {len(self.classes)} here, {len(stored)} in {source}")
+            raise UserError(
+                f"other classes than the checkpoint's ({args.data_path}): {len(self.classes)} here, {len(stored)} in "
+                f"{source}"
+            )
         if resume.COMPLETE - set(payload):
             return self.restore_weights(payload, source)
         resume.check_complete(payload, source=source)
@@ -468,7 +543,9 @@ class Run:
         except Exception as error:  # of whatever a file may hold there
             raise self.unfit(source, error) from error
         if changed and not args.resume_changed:
-            raise UserError(f"another run than the checkpoint's ({source}): {', '.join(changed)}; as it was, or --resume-changed")
+            raise UserError(
+                f"another run than the checkpoint's ({source}): {', '.join(changed)}; as it was, or --resume-changed"
+            )
         if changed:
             say(f"resume: changed by --resume-changed: {', '.join(changed)}")
         found = self.moments(payload, source)  # everything is checked before anything is changed
@@ -483,7 +560,11 @@ class Run:
             if payload.get("scaler") and self.scaler.is_enabled():
                 resume.check_scale(payload["scaler"])
                 self.scaler.load_state_dict(payload["scaler"])
-            self.epoch, self.best, self.progress = payload["epoch"], payload.get("max_accuracy", 0.0), payload.get("progress")
+            self.epoch, self.best, self.progress = (
+                payload["epoch"],
+                payload.get("max_accuracy", 0.0),
+                payload.get("progress"),
+            )
             self.evaluated, self.stats = bool(payload.get("evaluated", True)), payload.get("train_stats") or {}
             self.restore_rate([group["lr"] for group in groups] if "recipe" in payload and not changed else None)
             if self.progress and self.progress["updates"] > self.updates:
@@ -503,7 +584,9 @@ class Run:
     def restore_weights(self, payload: dict, source: str) -> None:
         if not self.args.overwrite:  # this schedule begins anew
             check_no_run(self.args)
-        checkpoint.load_into(self.model, checkpoint.weights(payload, source=source), source=source, report=self.args.report)
+        checkpoint.load_into(
+            self.model, checkpoint.weights(payload, source=source), source=source, report=self.args.report
+        )
         if self.ema:
             self.ema.set(self.model)
         say(f"resume: weights only in {source}, the schedule starts at epoch {self.args.start_epoch}")
@@ -517,7 +600,10 @@ class Run:
     @staticmethod
     def unfit(source: str, error: Exception) -> UserError:
         reason = " ".join((str(error).splitlines() or [""])[0].split())[:140]
-        return UserError(f"the training state does not fit ({source}): {reason or type(error).__name__}; --finetune takes its weights alone")
+        return UserError(
+            f"the training state does not fit ({source}): {reason or type(error).__name__}; --finetune takes its "
+            "weights alone"
+        )
 
     def restore_rate(self, stored: list[float] | None) -> None:
         """The rates of the epoch to come: as stored, or of the schedule, which is a function of the epochs trained."""
@@ -541,7 +627,9 @@ class Run:
             say(f"resume: {then}: sums round differently, so the bits may differ from an uninterrupted run's")
 
     def best_of_folder(self) -> float:
-        """The score of the folder's best checkpoint, which a worse one must not replace; 0 if there is none to be read."""
+        """The score of the folder's best checkpoint, which a worse one must not replace; 0 if there is none to be
+        read.
+        """
         path = self.folder / BEST
         if not path.is_file():
             return 0.0
@@ -593,7 +681,8 @@ class Run:
             except NonFiniteError as error:
                 self.write_pictures(epoch, error.step)
                 raise NonFiniteError(f"{error}; its pictures are in {self.folder / NON_FINITE}", error.step) from None
-            # After the epoch, as published: epochs 0 and 1 both train at the first rate, and the last one at that of epochs - 2.
+            # After the epoch, as published: epochs 0 and 1 both train at the first rate, and the last one at that of
+            # epochs - 2.
             self.scheduler.step(epoch)
             self.epoch, self.evaluated = epoch, False
             self.save()
@@ -601,7 +690,9 @@ class Run:
         say(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
 
     def write_pictures(self, epoch: int, step: int) -> None:
-        """Which pictures each process had in a step that failed, beside the checkpoints. All processes fail at the same one."""
+        """Which pictures each process had in a step that failed, beside the checkpoints. All processes fail at the same
+        one.
+        """
         size = self.args.batch_size
         self.sampler.set_epoch(epoch, step * size)
         shares = utils.all_gather([self.keyed.name(index) for _, _, index in itertools.islice(self.sampler, size)])
@@ -618,7 +709,10 @@ class Run:
             self.progress = reached() | {"updates": updates}
             saved = self.save()
             if stopping and not saved:
-                raise UserError(f"stopped, and the state could not be saved ({self.folder}): make room, --resume auto goes on from the one before")
+                raise UserError(
+                    f"stopped, and the state could not be saved ({self.folder}): make room, --resume auto goes on from "
+                    "the one before"
+                )
             if stopping:
                 raise self.preempted()
             self.progress = None
@@ -631,13 +725,17 @@ class Run:
     def preempted(self) -> Preempted:
         epochs, updates = self.place()
         by = self.signals.received or "a signal to another process"
-        return Preempted(f"stopped by {by} after {epochs} epochs and {updates} updates, all saved: continue with --resume auto")
+        return Preempted(
+            f"stopped by {by} after {epochs} epochs and {updates} updates, all saved: continue with --resume auto"
+        )
 
     def finish_epoch(self) -> None:
         """Evaluate the epoch that was trained last, keep it if it is the best, and write its line."""
         shares = utils.get_world_size() if self.args.dist_eval else 1
         rounds = math.ceil(math.ceil(self.val_size / shares) / eval_batch(self.args))
-        score = dict(shared=self.args.dist_eval, between=self.between_batches, rounds=rounds, **numerics(self.args, self.device))
+        score = dict(
+            shared=self.args.dist_eval, between=self.between_batches, rounds=rounds, **numerics(self.args, self.device)
+        )
         test = evaluate(self.val_loader, self.compiled, self.device, **score)
         say(f"Accuracy of the network on the {self.val_size} test images: {test['acc1']:.1f}%")
         ema = {}
@@ -654,7 +752,9 @@ class Run:
             self.best = before  # the best on disk is still the one before
 
     def write_log(self, test: dict, ema: dict) -> None:
-        """One JSON line an epoch, the published keys first. An epoch that was logged before a restart is not logged twice."""
+        """One JSON line an epoch, the published keys first. An epoch that was logged before a restart is not logged
+        twice.
+        """
         line = {f"train_{name}": self.stats[name] for name in ("lr", "loss")}
         line |= {f"test_{name}": test[name] for name in ("loss", "acc1", "acc5")}
         line |= {"epoch": self.epoch, "n_parameters": self.n_parameters}
@@ -667,7 +767,9 @@ class Run:
         try:
             lifecycle.write_text(self.folder / name, text)
         except OSError as error:
-            raise UserError(f"cannot write ({self.folder / name}): {error.strerror}; make room and continue with --resume auto") from error
+            raise UserError(
+                f"cannot write ({self.folder / name}): {error.strerror}; make room and continue with --resume auto"
+            ) from error
 
     def open_folder(self) -> None:
         """The run's folder, and beside the checkpoints what the run was made with."""
@@ -720,15 +822,21 @@ class Run:
         args, world = self.args, utils.get_world_size()
         product = f"{args.batch_size} x {world} processes x {args.grad_accum_steps} steps"
         say(f"global batch {self.global_batch} ({product}), lr {self.lr:.6g} ({args.lr:g} x {self.global_batch} / 512)")
-        where = f"device {self.device}, {str(precision(args, self.device)).removeprefix('torch.')}, {self.loader.num_workers} workers a process"
+        dtype = str(precision(args, self.device)).removeprefix("torch.")
+        where = f"device {self.device}, {dtype}, {self.loader.num_workers} workers a process"
         say(f"{self.updates} updates an epoch, {self.n_parameters} parameters, {where}, output in {self.folder}")
         recipe = RECIPE_BATCH.get(args.model)
         if recipe and recipe != self.global_batch:
-            utils.warn(f"the published {args.model} was trained with a global batch of {recipe}, not {self.global_batch}: expect another result")
+            utils.warn(
+                f"the published {args.model} was trained with a global batch of {recipe}, not {self.global_batch}: "
+                "expect another result"
+            )
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those during whose handling it came: a loading process's death is raised anywhere, and others follow from it."""
+    """An error and those during whose handling it came: a loading process's death is raised anywhere, and others follow
+    from it.
+    """
     while error is not None:
         yield error
         error = error.__context__
@@ -741,15 +849,25 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, (UserError, NonFiniteError)):
         return 2 if isinstance(error, UserError) else 1, utils.one_line(error)
     if isinstance(error, RuntimeError) and utils.is_lost_process(error):
-        return 1, f"no answer from another process of this run ({utils.lost_processes()}): stopped too, continue with --resume auto"
+        return (
+            1,
+            f"no answer from another process of this run ({utils.lost_processes()}): stopped too, continue with "
+            "--resume auto",
+        )
     if (loading := next(filter(utils.is_loading_error, chain(error)), None)) is not None:
         reason = utils.one_line(loading)
-        return 1, f"data loading failed ({reason[:120]} [{utils.loading_processes()}]): look for lack of memory or a stuck disk, then --resume auto"
+        return (
+            1,
+            f"data loading failed ({reason[:120]} [{utils.loading_processes()}]): look for lack of memory or a stuck "
+            "disk, then --resume auto",
+        )
     return None
 
 
 def run(args: argparse.Namespace, written: set[str]) -> int:
-    """main as a program: errors of the user are one line and exit code 2, a loss that is not finite is one line and 1."""
+    """main as a program: errors of the user are one line and exit code 2, a loss that is not finite is one line and
+    1.
+    """
     try:
         main(args, written)
         return 0

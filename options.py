@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 # What the published code accepts and this one cannot honour: each ends with what to use instead.
 REFUSED = {
-    "use_mcloader": "it read ImageNet through a memcached server of one cluster: leave it away, the folder is read directly with --num_workers",
-    "resplit": "the published code never read it: to erase only part of a batch use --reprob, to repeat pictures --repeated-aug",
+    "use_mcloader": "it read ImageNet through a memcached server of one cluster: leave it away, the folder is read "
+    "directly with --num_workers",
+    "resplit": "the published code never read it: to erase only part of a batch use --reprob, to repeat pictures "
+    "--repeated-aug",
 }
 
 
@@ -46,7 +48,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def numbers(kind: type, says: str, test: Callable[[float], bool]) -> Callable[[str], float]:
-    """The type of an option: a number of `kind` that passes `test`, which `says` describes. Not a number and infinity pass none."""
+    """The type of an option: a number of `kind` that passes `test`, which `says` describes. Not a number and infinity
+    pass none.
+    """
 
     def number(text: str) -> float:
         try:
@@ -62,7 +66,11 @@ def numbers(kind: type, says: str, test: Callable[[float], bool]) -> Callable[[s
 
 def path(text: str) -> str:
     """The type of an option that names a file or folder."""
-    if "\0" in text or (not text.startswith("https://") and max(len(os.fsencode(part)) for part in text.split("/")) > 255) or len(text) > 4000:
+    if (
+        "\0" in text
+        or (not text.startswith("https://") and max(len(os.fsencode(part)) for part in text.split("/")) > 255)
+        or len(text) > 4000
+    ):
         raise argparse.ArgumentTypeError(f"{text[:40]!r}... cannot be the name of a file")
     return text
 
@@ -84,105 +92,286 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="main.py", description="Train, evaluate and time Twins (PCPVT, ALTGVT) on pictures.")
 
     group = parser.add_argument_group("what to do (default: train)")
-    group.add_argument("--eval", action="store_true", help="evaluate the weights of --resume on the val pictures, and end")
-    group.add_argument("--throughout", "--throughput", action="store_true", help="time inference in pictures per second, and end")
+    group.add_argument(
+        "--eval", action="store_true", help="evaluate the weights of --resume on the val pictures, and end"
+    )
+    group.add_argument(
+        "--throughout", "--throughput", action="store_true", help="time inference in pictures per second, and end"
+    )
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="alt_gvt_small", metavar="NAME", help="a name of gvt.py, or any that timm knows (%(default)s)")
-    group.add_argument("--input-size", type=pixels, default=224, metavar="PIXELS", help="side of a picture (%(default)s)")
+    group.add_argument(
+        "--model",
+        default="alt_gvt_small",
+        metavar="NAME",
+        help="a name of gvt.py, or any that timm knows (%(default)s)",
+    )
+    group.add_argument(
+        "--input-size", type=pixels, default=224, metavar="PIXELS", help="side of a picture (%(default)s)"
+    )
     group.add_argument("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
-    group.add_argument("--drop-path", type=probability, default=0.1, metavar="P", help="stochastic depth of the last block (%(default)s)")
-    group.add_argument("--finetune", type=path, default="", metavar="FILE", help="start from these weights; a head of another size is made anew")
+    group.add_argument(
+        "--drop-path",
+        type=probability,
+        default=0.1,
+        metavar="P",
+        help="stochastic depth of the last block (%(default)s)",
+    )
+    group.add_argument(
+        "--finetune",
+        type=path,
+        default="",
+        metavar="FILE",
+        help="start from these weights; a head of another size is made anew",
+    )
     parts = dict(nargs="?", const="block", default=False, choices=("block", "mlp"))
-    group.add_argument("--grad-checkpointing", **parts, help="recompute activations in the backward pass: less memory; mlp: of the MLPs alone")
-    group.add_argument("--channels-last", action="store_true", help="pictures and weights in channels-last memory format")
-    group.add_argument("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND", help="compile the model")
-    group.add_argument("--model-ema", action="store_true", help="keep and evaluate a moving average of the weights too; --eval: score it")
-    group.add_argument("--model-ema-decay", type=probability, default=0.9998, metavar="D", help="of the average, per step (%(default)s)")
+    group.add_argument(
+        "--grad-checkpointing",
+        **parts,
+        help="recompute activations in the backward pass: less memory; mlp: of the MLPs alone",
+    )
+    group.add_argument(
+        "--channels-last", action="store_true", help="pictures and weights in channels-last memory format"
+    )
+    group.add_argument(
+        "--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND", help="compile the model"
+    )
+    group.add_argument(
+        "--model-ema",
+        action="store_true",
+        help="keep and evaluate a moving average of the weights too; --eval: score it",
+    )
+    group.add_argument(
+        "--model-ema-decay",
+        type=probability,
+        default=0.9998,
+        metavar="D",
+        help="of the average, per step (%(default)s)",
+    )
 
     group = parser.add_argument_group("optimization")
-    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="pictures per process and step (%(default)s)")
-    group.add_argument("--grad-accum-steps", type=positive, default=1, metavar="N", help="batches per update (%(default)s)")
+    group.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="pictures per process and step (%(default)s)"
+    )
+    group.add_argument(
+        "--grad-accum-steps", type=positive, default=1, metavar="N", help="batches per update (%(default)s)"
+    )
     group.add_argument("--epochs", type=positive, default=300, metavar="N", help="(%(default)s)")
     group.add_argument("--opt", default="adamw", metavar="NAME", help="an optimizer of timm (%(default)s)")
     group.add_argument("--opt-eps", type=above_zero, default=1e-8, metavar="E", help="(%(default)s)")
-    group.add_argument("--opt-betas", type=probability, default=None, nargs="+", metavar="B", help="(the optimizer's own)")
-    group.add_argument("--clip-grad", type=amount, default=5.0, metavar="NORM", help="largest gradient norm, 0 for no limit (%(default)s)")
-    group.add_argument("--momentum", type=probability, default=0.9, metavar="M", help="for optimizers that have one (%(default)s)")
+    group.add_argument(
+        "--opt-betas", type=probability, default=None, nargs="+", metavar="B", help="(the optimizer's own)"
+    )
+    group.add_argument(
+        "--clip-grad",
+        type=amount,
+        default=5.0,
+        metavar="NORM",
+        help="largest gradient norm, 0 for no limit (%(default)s)",
+    )
+    group.add_argument(
+        "--momentum", type=probability, default=0.9, metavar="M", help="for optimizers that have one (%(default)s)"
+    )
     group.add_argument("--weight-decay", type=amount, default=0.05, metavar="W", help="(%(default)s)")
     amp = ("float16", "bfloat16", "float32")
-    group.add_argument("--amp-dtype", choices=amp, default=None, help="precision of the forward pass (CUDA: float16, CPU: float32)")
+    group.add_argument(
+        "--amp-dtype", choices=amp, default=None, help="precision of the forward pass (CUDA: float16, CPU: float32)"
+    )
 
     group = parser.add_argument_group("learning rate, set after each epoch")
     group.add_argument("--sched", default="cosine", metavar="NAME", help="a schedule of timm (%(default)s)")
-    group.add_argument("--lr", type=amount, default=5e-4, help="for a global batch of 512; scaled in proportion (%(default)s)")
-    group.add_argument("--lr-noise", type=amount, nargs="+", default=None, metavar="F", help="on and off points, fractions of the run")
+    group.add_argument(
+        "--lr", type=amount, default=5e-4, help="for a global batch of 512; scaled in proportion (%(default)s)"
+    )
+    group.add_argument(
+        "--lr-noise", type=amount, nargs="+", default=None, metavar="F", help="on and off points, fractions of the run"
+    )
     group.add_argument("--lr-noise-pct", type=above_zero, default=0.67, metavar="F", help="(%(default)s)")
     group.add_argument("--lr-noise-std", type=amount, default=1.0, metavar="S", help="(%(default)s)")
     group.add_argument("--warmup-lr", type=amount, default=1e-6, metavar="LR", help="not scaled (%(default)s)")
     group.add_argument("--min-lr", type=amount, default=1e-5, metavar="LR", help="not scaled (%(default)s)")
-    group.add_argument("--warmup-epochs", type=count, default=5, metavar="N", help="any but 0 spends two epochs at --warmup-lr (%(default)s)")
-    group.add_argument("--decay-epochs", type=above_zero, default=30, metavar="N", help="for --sched step (%(default)s)")
-    group.add_argument("--cooldown-epochs", type=count, default=10, metavar="N", help="without effect, as published (%(default)s)")
-    group.add_argument("--patience-epochs", type=count, default=10, metavar="N", help="for --sched plateau (%(default)s)")
-    group.add_argument("--decay-rate", "--dr", type=amount, default=0.1, metavar="R", help="for --sched step (%(default)s)")
+    group.add_argument(
+        "--warmup-epochs",
+        type=count,
+        default=5,
+        metavar="N",
+        help="any but 0 spends two epochs at --warmup-lr (%(default)s)",
+    )
+    group.add_argument(
+        "--decay-epochs", type=above_zero, default=30, metavar="N", help="for --sched step (%(default)s)"
+    )
+    group.add_argument(
+        "--cooldown-epochs", type=count, default=10, metavar="N", help="without effect, as published (%(default)s)"
+    )
+    group.add_argument(
+        "--patience-epochs", type=count, default=10, metavar="N", help="for --sched plateau (%(default)s)"
+    )
+    group.add_argument(
+        "--decay-rate", "--dr", type=amount, default=0.1, metavar="R", help="for --sched step (%(default)s)"
+    )
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument("--color-jitter", type=amount, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)")
-    group.add_argument("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)")
-    group.add_argument("--fast-augment", action="store_true", help="RandAugment on the device: as drawn for --aa, rounded otherwise")
+    group.add_argument(
+        "--color-jitter", type=amount, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)"
+    )
+    group.add_argument(
+        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)"
+    )
+    group.add_argument(
+        "--fast-augment", action="store_true", help="RandAugment on the device: as drawn for --aa, rounded otherwise"
+    )
     group.add_argument("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
-    group.add_argument("--train-interpolation", default="bicubic", choices=("random", "bilinear", "bicubic", "lanczos"), help="(%(default)s)")
-    group.add_argument("--repeated-aug", action="store_true", dest="repeated_aug", default=False, help="each picture three times an epoch")
+    group.add_argument(
+        "--train-interpolation",
+        default="bicubic",
+        choices=("random", "bilinear", "bicubic", "lanczos"),
+        help="(%(default)s)",
+    )
+    group.add_argument(
+        "--repeated-aug",
+        action="store_true",
+        dest="repeated_aug",
+        default=False,
+        help="each picture three times an epoch",
+    )
     group.add_argument("--no-repeated-aug", action="store_false", dest="repeated_aug", help="(default)")
     group.add_argument("--reprob", type=probability, default=0.25, metavar="P", help="of random erasing (%(default)s)")
     group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="(%(default)s)")
     group.add_argument("--recount", type=positive, default=1, metavar="N", help="(%(default)s)")
     group.add_argument("--resplit", action="store_true", help="refused: never had an effect")
     group.add_argument("--hflip", type=probability, default=0.5, metavar="P", help="of a horizontal flip (%(default)s)")
-    group.add_argument("--scale", type=amount, nargs=2, default=(0.08, 1.0), metavar=("MIN", "MAX"), help="area of a random crop %(default)s")
-    group.add_argument("--ratio", type=amount, nargs=2, default=(3 / 4, 4 / 3), metavar=("MIN", "MAX"), help="its width to height (3/4, 4/3)")
+    group.add_argument(
+        "--scale",
+        type=amount,
+        nargs=2,
+        default=(0.08, 1.0),
+        metavar=("MIN", "MAX"),
+        help="area of a random crop %(default)s",
+    )
+    group.add_argument(
+        "--ratio",
+        type=amount,
+        nargs=2,
+        default=(3 / 4, 4 / 3),
+        metavar=("MIN", "MAX"),
+        help="its width to height (3/4, 4/3)",
+    )
     group.add_argument("--mixup", type=amount, default=0.8, metavar="ALPHA", help="0 for none (%(default)s)")
     group.add_argument("--cutmix", type=amount, default=1.0, metavar="ALPHA", help="0 for none (%(default)s)")
-    group.add_argument("--cutmix-minmax", type=amount, nargs="+", default=None, metavar="F", help="overrides --cutmix and sets it on")
+    group.add_argument(
+        "--cutmix-minmax", type=amount, nargs="+", default=None, metavar="F", help="overrides --cutmix and sets it on"
+    )
     group.add_argument("--mixup-prob", type=probability, default=1.0, metavar="P", help="of either (%(default)s)")
-    group.add_argument("--mixup-switch-prob", type=probability, default=0.5, metavar="P", help="of cutmix where both are on (%(default)s)")
+    group.add_argument(
+        "--mixup-switch-prob",
+        type=probability,
+        default=0.5,
+        metavar="P",
+        help="of cutmix where both are on (%(default)s)",
+    )
     group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="(%(default)s)")
 
     group = parser.add_argument_group("data")
     default = "/datasets01/imagenet_full_size/061417/"
-    group.add_argument("--data-path", type=path, default=default, metavar="FOLDER", help="with train/CLASS/* and val/CLASS/* (%(default)s)")
-    group.add_argument("--data-set", default="IMNET", choices=("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19"), help="CIFAR is CIFAR-100")
+    group.add_argument(
+        "--data-path",
+        type=path,
+        default=default,
+        metavar="FOLDER",
+        help="with train/CLASS/* and val/CLASS/* (%(default)s)",
+    )
+    group.add_argument(
+        "--data-set",
+        default="IMNET",
+        choices=("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19"),
+        help="CIFAR is CIFAR-100",
+    )
     inat = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-    group.add_argument("--inat-category", default="name", choices=inat, help="what iNaturalist's classes are (%(default)s)")
+    group.add_argument(
+        "--inat-category", default="name", choices=inat, help="what iNaturalist's classes are (%(default)s)"
+    )
     group.add_argument("--use-mcloader", action="store_true", help="refused: a cache of one cluster")
-    group.add_argument("--num_workers", type=count, default=10, metavar="N", help="per process; not written: at most its share of cores")
+    group.add_argument(
+        "--num_workers",
+        type=count,
+        default=10,
+        metavar="N",
+        help="per process; not written: at most its share of cores",
+    )
     group.add_argument("--pin-mem", action="store_true", dest="pin_mem", default=True, help="(default)")
-    group.add_argument("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU")
-    group.add_argument("--eval-crop-ratio", type=share, default=0.875, metavar="F", help="of the resized side in evaluation (%(default)s)")
-    group.add_argument("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
+    group.add_argument(
+        "--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU"
+    )
+    group.add_argument(
+        "--eval-crop-ratio",
+        type=share,
+        default=0.875,
+        metavar="F",
+        help="of the resized side in evaluation (%(default)s)",
+    )
+    group.add_argument(
+        "--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number"
+    )
 
     group = parser.add_argument_group("run")
     group.add_argument("--output_dir", type=path, default="", metavar="FOLDER", help="of a training run (./MODEL)")
-    group.add_argument("--overwrite", action="store_true", help="start anew in a folder that holds a run, and replace it")
-    what = "a checkpoint to continue, or auto: the newest of the output folder that is whole; with --eval, weights to evaluate"
+    group.add_argument(
+        "--overwrite", action="store_true", help="start anew in a folder that holds a run, and replace it"
+    )
+    what = (
+        "a checkpoint to continue, or auto: the newest whole one of the output folder; with --eval, weights to evaluate"
+    )
     group.add_argument("--resume", type=path, default="", metavar="FILE", help=what)
-    group.add_argument("--resume-changed", action="store_true", help="continue although model settings, data or recipe differ from the stored ones")
-    group.add_argument("--checkpoint-interval", type=count, default=0, metavar="N", help="save every N updates inside an epoch too (0: never)")
-    group.add_argument("--checkpoint-hist", type=positive, default=2, metavar="N", help="checkpoints to keep beside the best (%(default)s)")
-    group.add_argument("--keep-going", action="store_true", help="go on where a checkpoint cannot be written, and try again with the next")
-    group.add_argument("--report", type=path, default="", metavar="FILE", help="list in JSON which weights were loaded and which do not fit")
+    group.add_argument(
+        "--resume-changed",
+        action="store_true",
+        help="continue although model settings, data or recipe differ from the stored ones",
+    )
+    group.add_argument(
+        "--checkpoint-interval",
+        type=count,
+        default=0,
+        metavar="N",
+        help="save every N updates inside an epoch too (0: never)",
+    )
+    group.add_argument(
+        "--checkpoint-hist",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="checkpoints to keep beside the best (%(default)s)",
+    )
+    group.add_argument(
+        "--keep-going",
+        action="store_true",
+        help="go on where a checkpoint cannot be written, and try again with the next",
+    )
+    group.add_argument(
+        "--report",
+        type=path,
+        default="",
+        metavar="FILE",
+        help="list in JSON which weights were loaded and which do not fit",
+    )
     group.add_argument("--start_epoch", type=count, default=0, metavar="N", help="(%(default)s)")
     group.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
-    group.add_argument("--deterministic", action="store_true", help="the same bits every time on a GPU too, at some cost in speed")
-    group.add_argument("--device", default="cuda", metavar="NAME", help="cuda or cpu; not written: cuda if there is one")
-    group.add_argument("--world_size", type=positive, default=1, metavar="N", help="without effect: the launcher says it")
+    group.add_argument(
+        "--deterministic", action="store_true", help="the same bits every time on a GPU too, at some cost in speed"
+    )
+    group.add_argument(
+        "--device", default="cuda", metavar="NAME", help="cuda or cpu; not written: cuda if there is one"
+    )
+    group.add_argument(
+        "--world_size", type=positive, default=1, metavar="N", help="without effect: the launcher says it"
+    )
     group.add_argument("--dist_url", default="env://", metavar="URL", help="where processes meet (%(default)s)")
     note = "seconds that processes wait for one that does not answer (%(default)s)"
     group.add_argument("--dist-timeout", type=seconds, default=1800, metavar="S", help=note)
     note = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
     group.add_argument("--loader-timeout", type=wait, default=1800, metavar="S", help=note)
-    group.add_argument("--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
+    group.add_argument(
+        "--local-rank", type=int, default=None, help=argparse.SUPPRESS
+    )  # torch.distributed.launch without --use_env
     return parser
 
 
@@ -193,7 +382,8 @@ def without_effect(args: argparse.Namespace, written: set[str]) -> dict[str, str
         "color_jitter": args.aa and "--aa is set",
         "cooldown_epochs": "the published schedule ignores it",
         "decay_epochs": args.sched != "step" and f"--sched {args.sched} has no steps",
-        "decay_rate": args.sched not in ("step", "multistep", "plateau", "poly") and f"--sched {args.sched} has no such rate",
+        "decay_rate": args.sched not in ("step", "multistep", "plateau", "poly")
+        and f"--sched {args.sched} has no such rate",
         "patience_epochs": args.sched != "plateau" and f"--sched {args.sched} has no patience",
         "momentum": args.opt.lower() in ("adamw", "adam") and f"--opt {args.opt} has betas",
         "world_size": "the launcher says how many processes there are",
@@ -210,7 +400,9 @@ def without_effect(args: argparse.Namespace, written: set[str]) -> dict[str, str
 
 
 def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
-    """-> the options, and the names of those that were written. Ends the process with a line and exit code 2 where one is wrong."""
+    """-> the options, and the names of those that were written. Ends the process with a line and exit code 2 where one
+    is wrong.
+    """
     parser = get_parser()
     args = parser.parse_args(argv)
     silent = get_parser()

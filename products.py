@@ -1,8 +1,9 @@
 """Linear layers, and attention in bfloat16, on a CPU through oneDNN.
 
-torch gives products of float32 to MKL, which on an AMD EPYC (Zen 5) reached half of oneDNN's rate with an error of the same size. Batched
-products of bfloat16 do go to oneDNN, but torch's fused attention has its own, several times as slow where keys are few. Where oneDNN
-cannot serve, or is not wanted, a refusal says why and torch's own F.linear or F.scaled_dot_product_attention is taken, the references.
+torch gives products of float32 to MKL, which on an AMD EPYC (Zen 5) reached half of oneDNN's rate with an error of the
+same size. Batched products of bfloat16 do go to oneDNN, but torch's fused attention has its own, several times as slow
+where keys are few. Where oneDNN cannot serve, or is not wanted, a refusal says why and torch's own F.linear or
+F.scaled_dot_product_attention is taken, the references.
 """
 
 import contextlib
@@ -16,7 +17,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 # torch's compiler emits this operator too, but does so by itself for half precision only.
 _OPERATOR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-_SERVES = _OPERATOR is not None and torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+_SERVES = (
+    _OPERATOR is not None
+    and torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+)
 _wanted = True
 MOST_KEYS = 256  # of attention through products, whose weights lie in memory
 MOST_WEIGHTS = 2**20  # at once: 4 MiB of float32
@@ -82,7 +87,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approx
 def rows_of_mlp(x: Tensor, weight: Tensor) -> int | None:
     """How many rows of x an MLP with this first layer should take at once; None for all.
 
-    What the layer makes of more would leave the cache, and the C library takes a block above 32 MiB from the kernel anew, page by page.
+    What the layer makes of more would leave the cache, and the C library takes a block above 32 MiB from the kernel
+    anew, page by page.
     """
     if refusal(x, weight) is not None or needs_gradient(x, weight) or torch.compiler.is_compiling():
         return None
@@ -100,12 +106,18 @@ def attention_refusal(q: Tensor, k: Tensor) -> str | None:
 
 
 def rows_at_once(q: Tensor, k: Tensor) -> int:
-    """Of the batch, for attention below: so many that their weights stay in the cache. A compiler fuses what goes over them."""
-    return q.shape[0] if torch.compiler.is_compiling() else max(1, MOST_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
+    """Of the batch, for attention below: so many that their weights stay in the cache. A compiler fuses what goes over
+    them.
+    """
+    return (
+        q.shape[0] if torch.compiler.is_compiling() else max(1, MOST_WEIGHTS // (q.shape[1] * q.shape[2] * k.shape[2]))
+    )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """F.scaled_dot_product_attention, where attention_refusal is None. q k^T is rounded to bfloat16, as where it is not fused."""
+    """F.scaled_dot_product_attention, where attention_refusal is None. q k^T is rounded to bfloat16, as where it is not
+    fused.
+    """
     scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
@@ -117,8 +129,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, after: str = "none"
     return (_run if direct else torch.ops.twins.linear)(x, weight, bias, after, algorithm)
 
 
-# ---------------------------------------------------------------- the operator, for autograd and for the compiler, which wants its own
-# use of torch's one to itself: with weights that it has laid out before
+# ---------------------------------------------------------------- the operator, for autograd and for the compiler
+# The compiler keeps its own use of torch's operator to itself: with weights that it has laid out before.
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, after: str, algorithm: str) -> Tensor:

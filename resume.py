@@ -15,10 +15,31 @@ from torch import Tensor, nn
 import checkpoint
 from utils import UserError, warn
 
-# What may change between the parts of a run: where things are, how fast they go, what is kept. The batch counts through the global batch.
+# What may change between the parts of a run: where things are, how fast they go, what is kept. The batch counts through
+# the global batch.
 FREE = {
-    *("eval", "throughout", "finetune", "resume", "resume_changed", "report", "overwrite", "output_dir", "start_epoch", "keep_going"),
-    *("checkpoint_interval", "checkpoint_hist", "device", "world_size", "dist_url", "local_rank", "dist_timeout", "loader_timeout"),
+    *(
+        "eval",
+        "throughout",
+        "finetune",
+        "resume",
+        "resume_changed",
+        "report",
+        "overwrite",
+        "output_dir",
+        "start_epoch",
+        "keep_going",
+    ),
+    *(
+        "checkpoint_interval",
+        "checkpoint_hist",
+        "device",
+        "world_size",
+        "dist_url",
+        "local_rank",
+        "dist_timeout",
+        "loader_timeout",
+    ),
     *("data_path", "num_workers", "pin_mem", "dist_eval", "use_mcloader", "resplit", "deterministic"),
     *("grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
@@ -26,7 +47,14 @@ RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the publishe
 MOST = 1e15  # no count or figure of a training is as large
 COUNTERS = ("step", "lookahead_step")  # what some optimizers count by the group, not by the parameter
 MOST_EPOCHS = 10_000  # compared between two schedules
-STATS = {"lr", "loss", "time", "data_time", "images_per_s", "max_memory_mb"}  # of an epoch's training, for its line in the log
+STATS = {
+    "lr",
+    "loss",
+    "time",
+    "data_time",
+    "images_per_s",
+    "max_memory_mb",
+}  # of an epoch's training, for its line in the log
 COMPLETE = {"optimizer", "lr_scheduler", "epoch"}  # what a file must hold beside weights to be continued
 
 
@@ -58,11 +86,15 @@ def changes(stored: Mapping, own: Mapping) -> list[str]:
             return math.isclose(a, b, rel_tol=1e-9)
         return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)
 
-    return [f"{name} {stored[name]} -> {own[name]}" for name in own if name in stored and not same(stored[name], own[name])]
+    return [
+        f"{name} {stored[name]} -> {own[name]}" for name in own if name in stored and not same(stored[name], own[name])
+    ]
 
 
 def schedule_changes(stored: Mapping, scheduler, epochs: int) -> list[str]:
-    """The first epoch at whose end the stored schedule sets another rate than this one. Leaves the optimizer at the last rate tried."""
+    """The first epoch at whose end the stored schedule sets another rate than this one. Leaves the optimizer at the
+    last rate tried.
+    """
     own = scheduler.state_dict()
     named = {name if name in own else RENAMED.get(name, name): value for name, value in stored.items()}
     other = copy.copy(scheduler)
@@ -83,10 +115,12 @@ def schedule_changes(stored: Mapping, scheduler, epochs: int) -> list[str]:
 
 
 def moments(payload: Mapping, model: nn.Module) -> dict[str, dict]:
-    """The optimizer's state of each parameter by the parameter's name. Raises ValueError where groups or values cannot be right.
+    """The optimizer's state of each parameter by the parameter's name. Raises ValueError where groups or values cannot
+    be right.
 
-    A state counts parameters group by group, those without weight decay first, each group in the order of the model that was saved. That
-    order is the one of the file's own weights: another library's order would swap tensors of equal shapes.
+    A state counts parameters group by group, those without weight decay first, each group in the order of the model
+    that was saved. That order is the one of the file's own weights: another library's order would swap tensors of equal
+    shapes.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     saved = (name.removeprefix("module.") for name in payload["model"])
@@ -101,14 +135,20 @@ def moments(payload: Mapping, model: nn.Module) -> dict[str, dict]:
     if len(stored) == 1:
         expected = [order]
     if [len(group) for group in stored] != [len(group) for group in expected]:
-        raise ValueError(f"groups of {[len(group) for group in stored]} parameters, expected {[len(group) for group in expected]}")
+        raise ValueError(
+            f"groups of {[len(group) for group in stored]} parameters, expected {[len(group) for group in expected]}"
+        )
     names = dict(zip((index for group in stored for index in group), (name for group in expected for name in group)))
     state = payload["optimizer"]["state"]
     if len(names) != len(order) or not set(state) <= set(names) or (state and len(state) != len(names)):
-        raise ValueError(f"the state of {len(state)} parameters in groups that name {len(names)}, the model has {len(order)}")
+        raise ValueError(
+            f"the state of {len(state)} parameters in groups that name {len(names)}, the model has {len(order)}"
+        )
     found = {names[index]: entry for index, entry in state.items()}
     kinds = {frozenset(entry) for entry in found.values()}
-    factored = any("row" in str(key) for kind in kinds for key in kind)  # whose states differ between matrices and vectors
+    factored = any(
+        "row" in str(key) for kind in kinds for key in kind
+    )  # whose states differ between matrices and vectors
     if frozenset() in kinds or (len(kinds) > 1 and not factored):
         raise ValueError("a parameter's state lacks what the others' have")
     for name, entry in found.items():
@@ -124,7 +164,9 @@ def _check_moment(what: str, key: str, value: object, shape: torch.Size) -> None
     if not number and not isinstance(value, Tensor):
         raise ValueError(f"{what} is a {type(value).__name__}")
     value = torch.as_tensor(value)
-    if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer") and (value.shape != shape or not value.is_floating_point()):
+    if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer") and (
+        value.shape != shape or not value.is_floating_point()
+    ):
         raise ValueError(f"{what} is {list(value.shape)} of {value.dtype}, the parameter {list(shape)}")
     if key == "step" and (value.numel() != 1 or not value < MOST):
         raise ValueError(f"{what} is no count of steps")
@@ -134,22 +176,30 @@ def _check_moment(what: str, key: str, value: object, shape: torch.Size) -> None
         raise ValueError(f"{what} is negative")
 
 
-def load_moments(optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapping[str, dict], groups: list[Mapping]) -> None:
+def load_moments(
+    optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapping[str, dict], groups: list[Mapping]
+) -> None:
     """Put `moments` into an optimizer of this model. Its settings (rates, decay, how it is computed) stay its own.
 
-    groups: the stored ones, of which the counters are taken that some optimizers keep there. Raises ValueError where one is no number.
+    groups: the stored ones, of which the counters are taken that some optimizers keep there. Raises ValueError where
+    one is no number.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in found[names[parameter]].items()}
+        index: {
+            key: value.clone() if isinstance(value, Tensor) else value for key, value in found[names[parameter]].items()
+        }
         for index, parameter in enumerate(parameters)
         if names[parameter] in found
     }
     own = optimizer.state_dict()["param_groups"]
     for group, stored in zip(own, groups):
         counts = {name: stored[name] for name in COUNTERS if name in stored}
-        if not all(_is_number(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value) for value in counts.values()):
+        if not all(
+            _is_number(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
+            for value in counts.values()
+        ):
             raise ValueError(f"counters of a group are {counts}")
         group.update(counts)
     optimizer.load_state_dict({"state": state, "param_groups": own})
@@ -168,7 +218,9 @@ def check_complete(payload: Mapping, *, source: str) -> None:
     if not _place_can_be(progress):
         raise UserError(f"not a training state ({source}): its place inside an epoch is unreadable")
     stats = payload.get("train_stats")
-    if not payload.get("evaluated", True) and not (isinstance(stats, dict) and set(stats) >= STATS and all(map(_is_number, stats.values()))):
+    if not payload.get("evaluated", True) and not (
+        isinstance(stats, dict) and set(stats) >= STATS and all(map(_is_number, stats.values()))
+    ):
         raise UserError(f"not a training state ({source}): the epoch that is still to be evaluated has no figures")
 
 

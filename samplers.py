@@ -1,7 +1,8 @@
 """Which pictures a process sees, and in which order.
 
-Training samplers yield (epoch, position, index): position counts through the whole order of all processes, and with the epoch keys the
-random numbers of a picture's augmentation. So a run's data do not depend on how many processes or workers share the work.
+Training samplers yield (epoch, position, index): position counts through the whole order of all processes, and with the
+epoch keys the random numbers of a picture's augmentation. So a run's data do not depend on how many processes or
+workers share the work.
 """
 
 import math
@@ -17,7 +18,8 @@ RA_MULTIPLE = 256  # repeated augmentation keeps a multiple of this many picture
 class ShuffleSampler(Sampler):
     """A new order each epoch, dealt out to `world` processes in turn; the same order as torch's DistributedSampler.
 
-    Where the length is no multiple of world, the first pictures of the order are used twice, so that processes have equally many.
+    Where the length is no multiple of world, the first pictures of the order are used twice, so that processes have
+    equally many.
     """
 
     repeats = 1
@@ -51,9 +53,11 @@ class ShuffleSampler(Sampler):
 
 
 class RASampler(ShuffleSampler):
-    """Repeated augmentation (arXiv:1902.05509): each picture three times in a row, in different processes where there are several.
+    """Repeated augmentation (arXiv:1902.05509): each picture three times in a row, in different processes where there
+    are several.
 
-    An epoch keeps as many samples as there are pictures, rounded down to a multiple of 256 as published; below 256 pictures, all of them.
+    An epoch keeps as many samples as there are pictures, rounded down to a multiple of 256 as published; below 256
+    pictures, all of them.
     """
 
     repeats = REPEATS

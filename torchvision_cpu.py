@@ -1,9 +1,9 @@
 """Let torchvision be imported beside a CPU build of torch. Import this file before timm or torchvision.
 
-PyPI's torchvision is a CUDA build. Beside a CPU build of torch its compiled library cannot be loaded, and `import torchvision`
-(so also `import timm`) ends in "operator torchvision::nms does not exist". Declaring the two operators that torchvision refers to
-while it is imported is enough for transforms, data sets and timm. They stay without a body: calling them is still an error.
-Beside a CUDA build of torch, or where torchvision's own library loads, nothing is done.
+PyPI's torchvision is a CUDA build. Beside a CPU build of torch its compiled library cannot be loaded, and `import
+torchvision` (so also `import timm`) ends in "operator torchvision::nms does not exist". Declaring the two operators
+that torchvision refers to while it is imported is enough for transforms, data sets and timm. They stay without a body:
+calling them is still an error. Beside a CUDA build of torch, or where torchvision's own library loads, nothing is done.
 """
 
 import importlib.machinery
@@ -32,7 +32,9 @@ def library_loads() -> bool:
 
 
 def declare_operators() -> torch.library.Library | None:
-    """Declare torchvision's `nms` and `qnms` if this torch is a CPU build that cannot load them. None: nothing was needed."""
+    """Declare torchvision's `nms` and `qnms` if this torch is a CPU build that cannot load them. None: nothing was
+    needed.
+    """
     if torch.version.cuda is not None or torch.version.hip is not None or library_loads():
         return None
     library = torch.library.Library("torchvision", "FRAGMENT")

@@ -106,7 +106,9 @@ def warn(message: str) -> None:
 
 
 def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from torchrun's variables or Slurm's. None: a single process."""
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from torchrun's variables or Slurm's. None: a single
+    process.
+    """
     if "RANK" in environ and "WORLD_SIZE" in environ:
         return {"LOCAL_RANK": "0"} | {k: environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if k in environ}
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
@@ -127,10 +129,11 @@ def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
 
 
 def keep_freed_memory() -> None:
-    """On a CPU: let the C library reuse the memory of freed tensors, where it can be told so (glibc), for the rest of the process.
+    """On a CPU: let the C library reuse the memory of freed tensors, where it can be told so (glibc), for the rest of
+    the process.
 
-    Unless told, it gives each block above 32 MiB back, and takes the next from the kernel anew, page by page. Older ones can be told so of
-    blocks up to 32 MiB only.
+    Unless told, it gives each block above 32 MiB back, and takes the next from the kernel anew, page by page. Older
+    ones can be told so of blocks up to 32 MiB only.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -139,7 +142,9 @@ def keep_freed_memory() -> None:
 
 
 def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: float = 1800) -> torch.device:
-    """Choose the device, and join the other processes of the run where a launcher started several (NCCL on GPUs, gloo on a CPU)."""
+    """Choose the device, and join the other processes of the run where a launcher started several (NCCL on GPUs, gloo
+    on a CPU).
+    """
     try:
         kind, index = torch.device(name).type, torch.device(name).index or 0
     except RuntimeError:
@@ -148,7 +153,9 @@ def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: 
         raise UserError(f"no such device (--device {name}): this machine has {torch.cuda.device_count()}")
     if kind == "cuda" and not torch.cuda.is_available():
         if written:
-            raise UserError(f"no CUDA device (--device {name}, torch {torch.__version__}): write --device cpu, or leave it away")
+            raise UserError(
+                f"no CUDA device (--device {name}, torch {torch.__version__}): write --device cpu, or leave it away"
+            )
         kind = "cpu"
     variables = launcher_variables(os.environ)
     if variables is not None:
@@ -157,7 +164,10 @@ def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: 
         if kind == "cuda" and "SLURM_LOCALID" in os.environ:
             index %= torch.cuda.device_count()  # Slurm may show each task only its own GPU
         if kind == "cuda" and index >= torch.cuda.device_count():
-            raise UserError(f"process {index} of this machine has no GPU of its own ({torch.cuda.device_count()} found): start fewer")
+            raise UserError(
+                f"process {index} of this machine has no GPU of its own ({torch.cuda.device_count()} found): start "
+                "fewer"
+            )
     device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -183,7 +193,9 @@ def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: 
 def is_lost_process(error: RuntimeError) -> bool:
     """Whether the error is only the echo of another process that ended or is stuck."""
     text = str(error).lower()
-    return get_world_size() > 1 and (isinstance(error, dist.DistError) or "gloo" in text or "closed by peer" in text or "timed out waiting" in text)
+    return get_world_size() > 1 and (
+        isinstance(error, dist.DistError) or "gloo" in text or "closed by peer" in text or "timed out waiting" in text
+    )
 
 
 def peers_of_this_machine() -> dict[int, tuple[int, str]]:
@@ -195,12 +207,18 @@ def peers_of_this_machine() -> dict[int, tuple[int, str]]:
 def lost_processes() -> str:
     """Which processes of this machine ended or are stopped, in words."""
     time.sleep(0.5)  # for the process table to know
-    lost = [f"process {rank} (pid {pid}) is {state}" for rank, (pid, state) in peers_of_this_machine().items() if state != "alive"]
+    lost = [
+        f"process {rank} (pid {pid}) is {state}"
+        for rank, (pid, state) in peers_of_this_machine().items()
+        if state != "alive"
+    ]
     return ", ".join(lost) or "none of this machine has ended: look for one that hangs, or at the other machines"
 
 
 def end_stopped_processes() -> None:
-    """Kill those of the run's processes here that are stopped: the run is over, and the launcher would wait half a minute for them."""
+    """Kill those of the run's processes here that are stopped: the run is over, and the launcher would wait half a
+    minute for them.
+    """
     for pid, state in peers_of_this_machine().values():
         if state == "stopped":
             os.kill(pid, signal.SIGKILL)
@@ -217,7 +235,9 @@ def loading_processes() -> str:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process. After an error at once: the orderly way waits for data-loading processes, of which one may be stuck; they end too."""
+    """End the process. After an error at once: the orderly way waits for data-loading processes, of which one may be
+    stuck; they end too.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -227,7 +247,9 @@ def leave(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Leave the other processes in an orderly way when all went well. After an error they are the launcher's to stop."""
+    """Leave the other processes in an orderly way when all went well. After an error they are the launcher's to
+    stop.
+    """
     yield
     if dist.is_initialized():
         dist.barrier()
@@ -243,7 +265,9 @@ def all_gather(value: object) -> list:
 
 
 def in_main_process(work: Callable[[], object]) -> object:
-    """What `work` gives in the first process, in every process; a UserError there is one in all, so that none waits for it."""
+    """What `work` gives in the first process, in every process; a UserError there is one in all, so that none waits for
+    it.
+    """
     answer = [None, None]
     if is_main_process():
         try:
@@ -322,7 +346,10 @@ class Meter:
     def __str__(self) -> str:
         recent = sorted(self.recent) or [0.0]
         return self.form.format(
-            median=recent[(len(recent) - 1) // 2], mean=self.mean, avg=sum(recent) / len(recent), value=(self.recent or [0.0])[-1]
+            median=recent[(len(recent) - 1) // 2],
+            mean=self.mean,
+            avg=sum(recent) / len(recent),
+            value=(self.recent or [0.0])[-1],
         )
 
 
@@ -348,7 +375,10 @@ class MetricLogger:
         return "  ".join(f"{name}: {meter}" for name, meter in self.meters.items())
 
     def state_dict(self) -> dict:
-        return {name: {"recent": list(meter.recent), "total": meter.total, "count": meter.count} for name, meter in self.meters.items()}
+        return {
+            name: {"recent": list(meter.recent), "total": meter.total, "count": meter.count}
+            for name, meter in self.meters.items()
+        }
 
     def load_state_dict(self, state: Mapping) -> None:
         for name, meter in self.meters.items():
@@ -356,7 +386,9 @@ class MetricLogger:
             meter.recent.extend(state[name]["recent"])
 
     def log_every(self, batches: Iterable, steps: int, header: str, every: int = 10, start: int = 0) -> Iterator:
-        """Yield batches number `start` to `steps`, measuring the time for data and for the step. The pictures are the first tensor's."""
+        """Yield batches number `start` to `steps`, measuring the time for data and for the step. The pictures are the
+        first tensor's.
+        """
         begin = end = time.perf_counter()
         width = len(str(steps))
         batches = iter(batches)
@@ -371,7 +403,8 @@ class MetricLogger:
             if i % every == 0 or i == steps - 1:
                 eta = datetime.timedelta(seconds=int(self.step_time.mean * (steps - 1 - i)))
                 say(
-                    f"{header}  [{i:>{width}}/{steps}]  eta: {eta}  {self}  time: {self.step_time}  data: {self.data_time}"
+                    f"{header}  [{i:>{width}}/{steps}]  eta: {eta}  {self}  time: {self.step_time}  data: "
+                    f"{self.data_time}"
                     f"  max mem: {peak_memory_mb():.0f}"
                 )
         self.seconds = time.perf_counter() - begin
@@ -381,7 +414,11 @@ class MetricLogger:
     def rates(self) -> dict[str, float]:
         """Seconds, data seconds, pictures per second of all processes, and peak memory of the last loop."""
         per_s = self.pictures * get_world_size() / self.seconds if self.seconds else 0.0
-        times = {"time": round(self.seconds, 3), "data_time": round(self.data_time.total, 3), "images_per_s": round(per_s, 2)}
+        times = {
+            "time": round(self.seconds, 3),
+            "data_time": round(self.data_time.total, 3),
+            "images_per_s": round(per_s, 2),
+        }
         return times | {"max_memory_mb": round(peak_memory_mb())}
 
 

@@ -1,12 +1,14 @@
-"""Attention inside windows on a GPU, from qkv as its projection writes it to what the next projection reads, in one pass over memory.
+"""Attention inside windows on a GPU, from qkv as its projection writes it to what the next projection reads, in one
+pass over memory.
 
 No copies into windows and back, no padding, no mask in memory. What else there is, and why it cannot do that:
-- SDPA's backends, flash-attention and xFormers attend along one axis of tokens: windows have to be copied into rows of a batch, or one after
-  another into one long sequence, and back; and flash attention takes no mask for the map's edges.
-- FlexAttention has the same one axis, and skips keys by blocks (128 unless told), which a row of windows across a map does not fall into.
-- NATTEN works on maps, and with its stride equal to its window it is this attention where windows fit the map. It copies q, k and v apart
-  first (`.contiguous()`), refuses windows larger than the map, moves those at the edges inwards instead of cutting them off, and comes
-  compiled for one torch and one CUDA.
+- SDPA's backends, flash-attention and xFormers attend along one axis of tokens: windows have to be copied into rows of
+  a batch, or one after another into one long sequence, and back; and flash attention takes no mask for the map's edges.
+- FlexAttention has the same one axis, and skips keys by blocks (128 unless told), which a row of windows across a map
+  does not fall into.
+- NATTEN works on maps, and with its stride equal to its window it is this attention where windows fit the map. It
+  copies q, k and v apart first (`.contiguous()`), refuses windows larger than the map, moves those at the edges inwards
+  instead of cutting them off, and comes compiled for one torch and one CUDA.
 """
 
 import importlib.util
@@ -19,14 +21,17 @@ from torch import Tensor
 # A window's keys and values have to lie in one tile.
 MOST_TOKENS = 256
 MOST_CHANNELS = 64
-MOST_MEMORY = 160 * 1024  # bytes of shared memory, enough for both; 99 KiB, the least from capability 8.0 on, for half as large a tile
+MOST_MEMORY = (
+    160 * 1024
+)  # bytes of shared memory, enough for both; 99 KiB, the least from capability 8.0 on, for half as large a tile
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON = importlib.util.find_spec("triton") is not None
 WANTED = os.environ.get("TWINS_WINDOW_KERNEL", "1") != "0"
 
 
 def why_not(x: Tensor, *, heads: int, window: int, dropout: float) -> str | None:
-    """None where attend_in_windows can take the projection of the map x, (B, H, W, C), else the reason. dropout: of the weights, now.
+    """None where attend_in_windows can take the projection of the map x, (B, H, W, C), else the reason. dropout: of the
+    weights, now.
 
     It has no second derivatives, which nothing shows in advance: asking for them raises.
     """
@@ -49,7 +54,8 @@ def why_not(x: Tensor, *, heads: int, window: int, dropout: float) -> str | None
     if not memory:
         return "the kernel is made for NVIDIA's devices of compute capability 8.0 and above"
     if tokens > 128 and channels > 32 and memory < MOST_MEMORY:
-        return f"windows of {tokens} tokens with {channels} channels need a device with {MOST_MEMORY} bytes of shared memory"
+        large = f"windows of {tokens} tokens with {channels} channels"
+        return f"{large} need a device with {MOST_MEMORY} bytes of shared memory"
     return None
 
 
@@ -64,8 +70,12 @@ def reference(qkv: Tensor, heads: int, window: int) -> Tensor:
     """attend_in_windows in plain PyTorch: what it must equal."""
     H, W = qkv.shape[1:3]
     beyond = (0, 0, 0, -W % window, 0, -H % window)
-    q, k, v = in_windows(F.pad(qkv, beyond), window).unflatten(-1, (3, heads, -1)).unbind(-3)  # each (B, rows, columns, N, heads, D)
-    real = in_windows(F.pad(torch.ones_like(qkv[..., :1], dtype=torch.bool), beyond), window)  # (B, rows, columns, N, 1)
+    q, k, v = (
+        in_windows(F.pad(qkv, beyond), window).unflatten(-1, (3, heads, -1)).unbind(-3)
+    )  # each (B, rows, columns, N, heads, D)
+    real = in_windows(
+        F.pad(torch.ones_like(qkv[..., :1], dtype=torch.bool), beyond), window
+    )  # (B, rows, columns, N, 1)
     scores = torch.einsum("brcqhd,brckhd->brcqkh", q, k) * q.shape[-1] ** -0.5
     weights = scores.masked_fill(~real.unsqueeze(3), float("-inf")).softmax(dim=4)
     out = torch.einsum("brcqkh,brckhd->brcqhd", weights, v).flatten(-2)  # (B, rows, columns, N, C)
@@ -79,7 +89,8 @@ def in_windows(x: Tensor, side: int) -> Tensor:
 
 @torch.library.custom_op("twins::attend_in_windows", mutates_args=())
 def attend_in_windows(qkv: Tensor, heads: int, window: int) -> Tensor:
-    """(B, H, W, 3 * C) -> (B, H, W, C): attention inside windows of window x window tokens. The map's edges cut windows.
+    """(B, H, W, 3 * C) -> (B, H, W, C): attention inside windows of window x window tokens. The map's edges cut
+    windows.
 
     qkv holds [3, heads, D] for each token. In its dtype, with sums in float32.
     """
@@ -96,7 +107,9 @@ def attend_in_windows_backward(grad: Tensor, qkv: Tensor, heads: int, window: in
     import window_kernel
 
     grad_qkv = like(qkv, qkv.shape[-1])
-    window_kernel.launch(window_kernel.backward, grad.contiguous(), qkv.contiguous(), grad_qkv, heads=heads, window=window)
+    window_kernel.launch(
+        window_kernel.backward, grad.contiguous(), qkv.contiguous(), grad_qkv, heads=heads, window=window
+    )
     return grad_qkv
 
 

@@ -1,10 +1,12 @@
-"""The Triton kernels behind window_attention.py, which imports this file where it launches them: CPU builds of torch bring no Triton.
+"""The Triton kernels behind window_attention.py, which imports this file where it launches them: CPU builds of torch
+bring no Triton.
 
-One program computes one head of one window. All its keys and values, at most 256 of each, lie in one tile, so that no pass needs a running
-softmax: the backward pass computes the weights again from q and k, and nothing but qkv is kept for it. A program alone writes what it
-writes: no atomic additions, the same bits each time.
+One program computes one head of one window. All its keys and values, at most 256 of each, lie in one tile, so that no
+pass needs a running softmax: the backward pass computes the weights again from q and k, and nothing but qkv is kept for
+it. A program alone writes what it writes: no atomic additions, the same bits each time.
 
-Shapes: maps of H x W tokens. qkv and its gradient hold q, k and v of every head for each token, [3, heads, D]; out and its gradient [heads, D].
+Shapes: maps of H x W tokens. qkv and its gradient hold q, k and v of every head for each token, [3, heads, D]; out and
+its gradient [heads, D].
 """
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 
 @triton.jit
 def tokens(first, COUNT: tl.constexpr, H, W, heads, WINDOW: tl.constexpr):
-    """Tokens first to first + COUNT of this program's window, row by row -> their places in (B * H * W), and which of them the map has.
+    """Tokens first to first + COUNT of this program's window, row by row -> their places in (B * H * W), and which of
+    them the map has.
 
     In 64 bits, for a batch of maps may hold more than 2^31 numbers.
     """
@@ -30,7 +33,9 @@ def tokens(first, COUNT: tl.constexpr, H, W, heads, WINDOW: tl.constexpr):
 
 @triton.jit
 def places(token, real, part, parts, heads, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where (B * H * W, parts, heads, D) holds this program's head of `part` for each token -> offsets and mask, (tokens, CHANNELS)."""
+    """Where (B * H * W, parts, heads, D) holds this program's head of `part` for each token -> offsets and mask,
+    (tokens, CHANNELS).
+    """
     channel = tl.arange(0, CHANNELS)
     start = token * (parts * heads * D) + (part * heads + tl.program_id(0) % heads) * D
     return start[:, None] + channel[None, :], real[:, None] & (channel < D)[None, :]
@@ -74,8 +79,8 @@ def forward(
 
 @triton.jit
 def backward(
-    grad, qkv, grad_qkv, H, W, heads, scale, WINDOW: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
-    QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+    grad, qkv, grad_qkv, H, W, heads, scale, WINDOW: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
+    CHANNELS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     key, seen = tokens(0, KEYS, H, W, heads, WINDOW)
     k = read(qkv, key, seen, 1, 3, heads, D, CHANNELS)
@@ -97,9 +102,13 @@ def backward(
     write(grad_qkv, grad_v, key, seen, 2, 3, heads, D, CHANNELS)
 
 
-# For windows of up to 64 tokens, and for larger ones: how many warps a program may get. The first choice serves where no clock may choose.
-# One stage: with the next queries already on their way, large windows would not fit into shared memory.
-CONFIGS = {large: [triton.Config({}, num_warps=n, num_stages=1) for n in warps] for large, warps in ((False, (8, 4)), (True, (8, 16)))}
+# For windows of up to 64 tokens, and for larger ones: how many warps a program may get. The first choice serves where
+# no clock may choose. One stage: with the next queries already on their way, large windows would not fit into shared
+# memory.
+CONFIGS = {
+    large: [triton.Config({}, num_warps=n, num_stages=1) for n in warps]
+    for large, warps in ((False, (8, 4)), (True, (8, 16)))
+}
 TUNED = {
     (kernel, large): triton.autotune(configs, key=["KEYS", "CHANNELS"])(kernel)
     for kernel in (forward, backward)
@@ -108,10 +117,14 @@ TUNED = {
 
 
 def sizes(*, heads: int, window: int, channels: int) -> dict:
-    """What a kernel is compiled for, beside the dtype. channels: those of qkv. A tile's sides are powers of two, for tl.dot 16 at least."""
+    """What a kernel is compiled for, beside the dtype. channels: those of qkv. A tile's sides are powers of two, for
+    tl.dot 16 at least.
+    """
     D, keys = channels // (3 * heads), max(16, triton.next_power_of_2(window**2))
     tile = dict(KEYS=keys, CHANNELS=max(16, triton.next_power_of_2(D)), QUERIES=min(keys, 4096 // keys))
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"  # of float32; the others have one only
+    precision = (
+        "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    )  # of float32; the others have one only
     return dict(WINDOW=window, D=D, PRECISION=precision, **tile)
 
 

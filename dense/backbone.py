@@ -1,7 +1,8 @@
 """Twins as the backbone of segmentors and detectors, known to mmsegmentation and mmdetection by `type="TwinsBackbone"`.
 
-Importing this file registers it once, in mmengine's root registry, where both libraries look. The class names of the published
-segmentation and detection folders are registered beside it, in the registry of the library that each folder was written for.
+Importing this file registers it once, in mmengine's root registry, where both libraries look. The class names of the
+published segmentation and detection folders are registered beside it, in the registry of the library that each folder
+was written for.
 """
 
 from gvt import SMALLEST, VARIANTS, Twins
@@ -29,11 +30,13 @@ def say(message: str) -> None:
 
 @MODELS.register_module()
 class TwinsBackbone(Twins):
-    """(B, 3, H, W) -> the maps (B, C_k, H / 2^(k+2), W / 2^(k+2)) of the stages k in out_indices. A side under 32 is padded to 32.
+    """(B, 3, H, W) -> the maps (B, C_k, H / 2^(k+2), W / 2^(k+2)) of the stages k in out_indices. A side under 32 is
+    padded to 32.
 
-    variant: a key of gvt.VARIANTS. pad: what a window does beyond the map, see gvt.LocalAttention. pretrained: a file of weights, read by
-    init_weights(), which a training from the start calls and nothing else. Twins-SVT has a norm for each map (`norm_list`), PCPVT has none,
-    as published. There is no classifier and no final norm, so that every parameter gets a gradient.
+    variant: a key of gvt.VARIANTS. pad: what a window does beyond the map, see gvt.LocalAttention. pretrained: a file
+    of weights, read by init_weights(), which a training from the start calls and nothing else. Twins-SVT has a norm for
+    each map (`norm_list`), PCPVT has none, as published. There is no classifier and no final norm, so that every
+    parameter gets a gradient.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class TwinsBackbone(Twins):
         self.set_grad_checkpointing(grad_checkpointing)
         self.norm_list = None
         if VARIANTS[variant].window is not None:
-            self.norm_list = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in VARIANTS[variant].dims[: len(self.blocks)])
+            self.norm_list = nn.ModuleList(
+                nn.LayerNorm(dim, eps=1e-6) for dim in VARIANTS[variant].dims[: len(self.blocks)]
+            )
 
     def init_weights(self) -> None:
         """Take the weights of `pretrained`, if there is one, and say what was and what was not in it."""
@@ -63,11 +68,16 @@ class TwinsBackbone(Twins):
         state = checkpoint.weights(checkpoint.load(self.pretrained), source=self.pretrained)
         pruned = tuple(f"{part}.{stage}." for part in (*PARTS, "norm_list") for stage in STAGES[len(self.blocks) :])
         unused = ("head.", "norm.", *pruned)
-        checkpoint.load_into(self, state, source=self.pretrained, may_lack=("norm_list.",), may_have=unused, lists_all="TWINS_DEBUG=1")
+        checkpoint.load_into(
+            self, state, source=self.pretrained, may_lack=("norm_list.",), may_have=unused, lists_all="TWINS_DEBUG=1"
+        )
         own = self.state_dict()
         fresh, left = [name for name in own if name not in state], [name for name in state if name not in own]
         found = f"{len(own) - len(fresh)} of {len(own)} tensors from {self.pretrained}"
-        say(f"{self.variant}: {found}; not in it, so left fresh: {parts_of(fresh)}; in it, but not used: {parts_of(left)}")
+        say(
+            f"{self.variant}: {found}; not in it, so left fresh: {parts_of(fresh)}; in it, but not used: "
+            f"{parts_of(left)}"
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         height, width = x.shape[-2:]
@@ -111,7 +121,10 @@ def register_published(registry: Registry, library: str, variant: str) -> None:
         dropped = {key: others.pop(key) for key in sorted(facts["leftovers"] & others.keys())}
         if dropped:
             words = ", ".join(f"{key}={value!r}" for key, value in dropped.items())
-            say(f"{build.__name__}: without effect, as published: {words} (drop path is {rate}; type='TwinsBackbone' takes another)")
+            say(
+                f"{build.__name__}: without effect, as published: {words} (drop path is {rate}; type='TwinsBackbone' "
+                "takes another)"
+            )
         return TwinsBackbone(variant, drop_path_rate=rate, pad=facts["pad"], pretrained=pretrained, **others)
 
     build.__name__ = build.__qualname__ = facts["names"].get(variant, variant)

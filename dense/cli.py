@@ -1,4 +1,6 @@
-"""The published commands of segmentation and detection: train.py and test.py of both folders call train() and test() here."""
+"""The published commands of segmentation and detection: train.py and test.py of both folders call train() and test()
+here.
+"""
 
 import argparse
 import contextlib
@@ -29,10 +31,23 @@ METRICS = {
 
 def shared_options(parser: Parser) -> None:
     parser.add_argument("config", help="a config file")
-    parser.add_argument("--work-dir", metavar="FOLDER", help="where everything is written (work_dirs/NAME OF THE CONFIG)")
+    parser.add_argument(
+        "--work-dir", metavar="FOLDER", help="where everything is written (work_dirs/NAME OF THE CONFIG)"
+    )
     for name in ("--options", "--cfg-options"):
-        parser.add_argument(name, nargs="+", default=[], metavar="KEY=VALUE", help="set values of the config, as model.backbone.pad=zero")
-    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="what started the processes (%(default)s)")
+        parser.add_argument(
+            name,
+            nargs="+",
+            default=[],
+            metavar="KEY=VALUE",
+            help="set values of the config, as model.backbone.pad=zero",
+        )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what started the processes (%(default)s)",
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="ignored: launchers tell it through the environment")
 
 
@@ -53,14 +68,32 @@ def test_parser(library: str) -> Parser:
     parser = Parser(description="Score a checkpoint.")
     shared_options(parser)
     parser.add_argument("checkpoint", help="the weights of a segmentor or a detector")
-    parser.add_argument("--eval", nargs="+", choices=METRICS[library], metavar="NAME", help=f"scores: {', '.join(METRICS[library])} (the config's)")
-    parser.add_argument("--aug-test", action="store_true", help="segmentation: the mean over six sizes, each as it is and mirrored")
-    parser.add_argument("--out", metavar="FILE", help="write the results: detection a .pkl, segmentation a folder with a PNG for each picture")
-    parser.add_argument("--format-only", action="store_true", help="write the results as a test server wants them, without scores")
+    parser.add_argument(
+        "--eval",
+        nargs="+",
+        choices=METRICS[library],
+        metavar="NAME",
+        help=f"scores: {', '.join(METRICS[library])} (the config's)",
+    )
+    parser.add_argument(
+        "--aug-test", action="store_true", help="segmentation: the mean over six sizes, each as it is and mirrored"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="write the results: detection a .pkl, segmentation a folder with a PNG for each picture",
+    )
+    parser.add_argument(
+        "--format-only", action="store_true", help="write the results as a test server wants them, without scores"
+    )
     parser.add_argument("--show", action="store_true", help="show each picture with its result")
     parser.add_argument("--show-dir", metavar="FOLDER", help="write each picture with its result there")
-    parser.add_argument("--show-score-thr", type=float, default=0.3, help="detection: draw what scores at least this (%(default)s)")
-    parser.add_argument("--eval-options", nargs="+", default=[], metavar="KEY=VALUE", help="options of the metric, as classwise=True")
+    parser.add_argument(
+        "--show-score-thr", type=float, default=0.3, help="detection: draw what scores at least this (%(default)s)"
+    )
+    parser.add_argument(
+        "--eval-options", nargs="+", default=[], metavar="KEY=VALUE", help="options of the metric, as classwise=True"
+    )
     parser.add_argument("--gpu-collect", action="store_true", help="gather the processes' results over GPUs")
     parser.add_argument("--tmpdir", metavar="FOLDER", help="gather the processes' results through this folder")
     return parser
@@ -87,7 +120,10 @@ def configure(args, library: str):
 
     cfg = read_config(args.config)
     if cfg.get("default_scope") != library:
-        raise UserError(f"a config for {cfg.get('default_scope')} ({args.config}): {libraries.TASKS[library]} reads those for {library}")
+        raise UserError(
+            f"a config for {cfg.get('default_scope')} ({args.config}): {libraries.TASKS[library]} reads those for "
+            f"{library}"
+        )
     try:
         cfg.merge_from_dict(key_values(args.options, "--options") | key_values(args.cfg_options, "--cfg-options"))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -107,7 +143,9 @@ def say(line: str) -> None:
 
 
 def start(args, cfg, payload: dict):
-    """The runner of a config, which will not read the file of `payload` again; what the config's parts refuse is one line."""
+    """The runner of a config, which will not read the file of `payload` again; what the config's parts refuse is one
+    line.
+    """
     from dense.checks import ClassesCheck
     from dense.pictures import reason
     from dense.runner import TwinsRunner
@@ -141,7 +179,8 @@ def finish(run: Callable[[], None]) -> int:
     try:
         with process_group():
             run()
-            gc.collect()  # the runner is a cycle: its model must let go of the group before the group ends, or the process may abort
+            # the runner is a cycle: its model must let go of the group before the group ends, or the process may abort
+            gc.collect()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
@@ -150,9 +189,15 @@ def finish(run: Callable[[], None]) -> int:
 
 def run_training(args, library: str) -> None:
     if args.gpus or args.gpu_ids:
-        raise UserError("--gpus and --gpu-ids are gone (command line): bash dist_train.sh CONFIG GPUS, with CUDA_VISIBLE_DEVICES to choose them")
+        raise UserError(
+            "--gpus and --gpu-ids are gone (command line): bash dist_train.sh CONFIG GPUS, with CUDA_VISIBLE_DEVICES "
+            "to choose them"
+        )
     if args.resume_from and args.load_from:
-        raise UserError("both --resume-from and --load-from (command line): the first goes on with a training, the second starts a new one")
+        raise UserError(
+            "both --resume-from and --load-from (command line): the first goes on with a training, the second starts "
+            "a new one"
+        )
     libraries.load(library)
     import checkpoint
     from dense.checks import check_batch, check_data, check_pretrained
@@ -163,7 +208,10 @@ def run_training(args, library: str) -> None:
     check_data(cfg, "train", *([] if args.no_validate else ["val"]))
     cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = None
     cfg.randomness = dict(seed=args.seed, deterministic=args.deterministic)
-    cfg.resume, cfg.load_from = bool(args.resume_from or cfg.get("resume")), args.resume_from or args.load_from or cfg.get("load_from")
+    cfg.resume, cfg.load_from = (
+        bool(args.resume_from or cfg.get("resume")),
+        args.resume_from or args.load_from or cfg.get("load_from"),
+    )
     payload = checkpoint.load(cfg.load_from) if cfg.load_from else {}
     if cfg.load_from:
         cfg.model.backbone.pretrained = None  # a whole model's weights follow
@@ -180,7 +228,9 @@ def seed_of(payload: dict, source: str) -> int | None:
     meta = payload.get("meta")
     seed = meta.get("seed") if isinstance(meta, dict) else None
     if not isinstance(seed, int | None):
-        raise UserError(f"no training to resume ({source}): its seed is no number; --load-from starts a new one from its weights")
+        raise UserError(
+            f"no training to resume ({source}): its seed is no number; --load-from starts a new one from its weights"
+        )
     return seed
 
 
@@ -214,7 +264,9 @@ def unfinished(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def written_whole(folder: Path) -> Iterator[None]:
-    """What is written to unfinished(folder) meanwhile takes its place in `folder` when all is there; after an error nothing does."""
+    """What is written to unfinished(folder) meanwhile takes its place in `folder` when all is there; after an error
+    nothing does.
+    """
     first = is_main_process()
     try:
         if first:
@@ -233,7 +285,9 @@ def written_whole(folder: Path) -> Iterator[None]:
 
 
 def score(args, cfg, library: str) -> Path | None:
-    """--eval, --format-only, --out, --eval-options, --gpu-collect and --tmpdir, in the words of today's metrics. Gives the folder of labels."""
+    """--eval, --format-only, --out, --eval-options, --gpu-collect and --tmpdir, in the words of today's metrics. Gives
+    the folder of labels.
+    """
     metric, labels = cfg.test_evaluator, None
     names = list(args.eval or [])
     options = key_values(args.eval_options, "--eval-options")
@@ -249,12 +303,19 @@ def score(args, cfg, library: str) -> Path | None:
     else:
         if "mAP" in names:
             # The published README's word. Of boxes, and of masks where the model finds masks.
-            names = [*(name for name in names if name != "mAP"), "bbox", *(["segm"] if "mask_head" in cfg.model.get("roi_head", {}) else [])]
+            names = [
+                *(name for name in names if name != "mAP"),
+                "bbox",
+                *(["segm"] if "mask_head" in cfg.model.get("roi_head", {}) else []),
+            ]
             say(f"--eval mAP: {' and '.join(dict.fromkeys(names))}")
         metric.metric = list(dict.fromkeys(names)) or metric.metric
         prefix = options.pop("jsonfile_prefix", None)
         if prefix or args.format_only:
-            metric.outfile_prefix, metric.format_only = prefix or os.path.join(cfg.work_dir, "results"), args.format_only
+            metric.outfile_prefix, metric.format_only = (
+                prefix or os.path.join(cfg.work_dir, "results"),
+                args.format_only,
+            )
             say(f"results in COCO's format: {metric.outfile_prefix}.*.json")
         if args.out:
             if not args.out.endswith((".pkl", ".pickle")):

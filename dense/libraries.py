@@ -1,4 +1,6 @@
-"""mmsegmentation and mmdetection, imported whole, or named in one line with the command that installs them. Their noise ends here."""
+"""mmsegmentation and mmdetection, imported whole, or named in one line with the command that installs them. Their noise
+ends here.
+"""
 
 import torchvision_cpu  # noqa: F401  before the libraries: they import timm, which imports torchvision
 
@@ -13,9 +15,17 @@ from collections.abc import Iterator
 from utils import UserError
 
 TASKS = {"mmseg": "segmentation", "mmdet": "detection"}
-PARTS = ("datasets", "engine", "evaluation", "models", "structures", "visualization")  # importing them fills a library's registries
+PARTS = (
+    "datasets",
+    "engine",
+    "evaluation",
+    "models",
+    "structures",
+    "visualization",
+)  # importing them fills a library's registries
 
-# What the libraries say to their own developers, or about what we chose on purpose. Each is silenced where it is said, and nowhere else.
+# What the libraries say to their own developers, or about what we chose on purpose. Each is silenced where it is said,
+# and nowhere else.
 NOISE = [
     "`torch.jit",  # they compile small functions in a way that torch means to drop
     "faster_coco_eval is not installed",  # one more metric, which nothing here uses

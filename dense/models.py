@@ -1,17 +1,25 @@
-"""What a segmentor or a detector must know about a Twins variant: its name, its weights and its widths. For the configs."""
+"""What a segmentor or a detector must know about a Twins variant: its name, its weights and its widths. For the
+configs.
+"""
 
 from gvt import VARIANTS
 
 
 def backbone(variant: str, **options) -> dict:
-    """The variant with its published weights. options: those of dense.backbone.TwinsBackbone that differ from the setting's."""
+    """The variant with its published weights. options: those of dense.backbone.TwinsBackbone that differ from the
+    setting's.
+    """
     return dict(variant=variant, pretrained=f"pretrained/{variant}.pth") | options
 
 
 def upernet(variant: str, *, num_classes: int = 150, **options) -> dict:
     dims = list(VARIANTS[variant].dims)
     decode = dict(in_channels=dims, num_classes=num_classes)
-    return dict(backbone=backbone(variant, **options), decode_head=decode, auxiliary_head=dict(in_channels=dims[2], num_classes=num_classes))
+    return dict(
+        backbone=backbone(variant, **options),
+        decode_head=decode,
+        auxiliary_head=dict(in_channels=dims[2], num_classes=num_classes),
+    )
 
 
 def with_fpn(variant: str, **options) -> dict:
@@ -20,7 +28,8 @@ def with_fpn(variant: str, **options) -> dict:
 
 
 def steps(*, epochs: int, down_at: list[int], warmup: int = 500) -> list[dict]:
-    """The detectors' learning rates: from a thousandth in `warmup` iterations, then a tenth less at each epoch of `down_at`.
+    """The detectors' learning rates: from a thousandth in `warmup` iterations, then a tenth less at each epoch of
+    `down_at`.
 
     A schedule of mmengine takes end - begin - 1 steps, hence the end of the first.
     """
@@ -30,8 +39,11 @@ def steps(*, epochs: int, down_at: list[int], warmup: int = 500) -> list[dict]:
     ]
 
 
-def poly(*, iterations: int, power: float = 1.0, eta_min: float = 0.0, warmup: int = 0, start_factor: float = 1e-6) -> list[dict]:
-    """A segmentor's learning rates: (1 - i / iterations)^power from the rate to eta_min, times a straight line up in `warmup` iterations.
+def poly(
+    *, iterations: int, power: float = 1.0, eta_min: float = 0.0, warmup: int = 0, start_factor: float = 1e-6
+) -> list[dict]:
+    """A segmentor's learning rates: (1 - i / iterations)^power from the rate to eta_min, times a straight line up in
+    `warmup` iterations.
 
     Ends as in `steps`.
     """
@@ -75,7 +87,9 @@ def whole(scale: tuple[int, int]) -> list[dict]:
 
 
 def one_size(scale: tuple[int, int], *, with_mask: bool = False, flip: float = 0.5) -> list[dict]:
-    """A detector's training pipeline: whole pictures within `scale`, the longer and the shorter side at most, mirrored in a share of `flip`."""
+    """A detector's training pipeline: whole pictures within `scale`, the longer and the shorter side at most, mirrored
+    in a share of `flip`.
+    """
     return [
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=with_mask),
@@ -86,17 +100,23 @@ def one_size(scale: tuple[int, int], *, with_mask: bool = False, flip: float = 0
 
 
 def for_scores(scale: tuple[int, int], *, with_mask: bool = False, more: tuple[str, ...] = ()) -> list[dict]:
-    """A detector's pipeline for tests: whole pictures within `scale`, as in one_size. more: what a metric wants to know beside the usual."""
+    """A detector's pipeline for tests: whole pictures within `scale`, as in one_size. more: what a metric wants to know
+    beside the usual.
+    """
     return [
         dict(type="LoadImageFromFile"),
         dict(type="Resize", scale=scale, keep_ratio=True),
-        dict(type="LoadAnnotations", with_bbox=True, with_mask=with_mask),  # after Resize: boxes are for the picture's own size
+        dict(
+            type="LoadAnnotations", with_bbox=True, with_mask=with_mask
+        ),  # after Resize: boxes are for the picture's own size
         dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", *more)),
     ]
 
 
 def many_sizes(*, with_mask: bool) -> list[dict]:
-    """The 36-epoch training pipeline: a short side of 480 to 800, half of the time after a crop of 384 to 600 from a smaller picture."""
+    """The 36-epoch training pipeline: a short side of 480 to 800, half of the time after a crop of 384 to 600 from a
+    smaller picture.
+    """
     resized = dict(type="RandomChoiceResize", scales=[(short, 1333) for short in range(480, 801, 32)], keep_ratio=True)
     smaller = dict(type="RandomChoiceResize", scales=[(short, 1333) for short in (400, 500, 600)], keep_ratio=True)
     cropped = dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True)

@@ -1,4 +1,6 @@
-"""What stands between a data set and the pictures, labels and annotations that people have: any size, and one line for what cannot be used."""
+"""What stands between a data set and the pictures, labels and annotations that people have: any size, and one line for
+what cannot be used.
+"""
 
 from collections.abc import Iterator
 
@@ -19,7 +21,9 @@ def scaled_size(size: tuple[int, int], scale: float | tuple[float, float]) -> tu
 
 
 def flipped(img: np.ndarray, direction: str = "horizontal") -> np.ndarray:
-    """As mmcv flips it, but one row or column in memory of its own: numpy calls the view contiguous, and torch refuses its negative stride."""
+    """As mmcv flips it, but one row or column in memory of its own: numpy calls the view contiguous, and torch refuses
+    its negative stride.
+    """
     view = _imflip(img, direction)
     return view.copy() if 1 in view.shape[:2] else view
 
@@ -40,7 +44,9 @@ def reason(error: Exception) -> str:
 
 
 class CheckedPictures:
-    """What stands for a data set's `prepare_data`: the same, but what is wrong with a picture or with what belongs to it is one line."""
+    """What stands for a data set's `prepare_data`: the same, but what is wrong with a picture or with what belongs to
+    it is one line.
+    """
 
     def __init__(self, dataset: BaseDataset):
         self.dataset, self.prepare_data = dataset, dataset.prepare_data
@@ -54,7 +60,9 @@ class CheckedPictures:
             raise
         except Exception as error:  # the transforms of three libraries fail in any way
             said = reason(error).replace(f": {info.get('img_path')}", "")
-            raise UserError(f"a picture that cannot be used ({info.get('img_path')}): {said}; mend it or take it out") from error
+            raise UserError(
+                f"a picture that cannot be used ({info.get('img_path')}): {said}; mend it or take it out"
+            ) from error
         for sample in samples(data):
             self.check(sample, info)
         return data
@@ -72,10 +80,14 @@ class CheckedPictures:
             if len(wrong):
                 first = int(self.dataset.reduce_zero_label)
                 known = f"the data has {self.classes} classes, {first} to {self.classes - 1 + first}"
-                raise UserError(f"a label that no class has ({info['seg_map_path']}): {int(wrong.max()) + first}; {known}")
+                raise UserError(
+                    f"a label that no class has ({info['seg_map_path']}): {int(wrong.max()) + first}; {known}"
+                )
 
 
 def samples(data: dict | None) -> Iterator[object]:
-    """The samples in what a pipeline gave: one, with test-time augmentation several, and none where a picture is to be replaced."""
+    """The samples in what a pipeline gave: one, with test-time augmentation several, and none where a picture is to be
+    replaced.
+    """
     found = (data or {}).get("data_samples", [])
     yield from found if isinstance(found, list) else [found]

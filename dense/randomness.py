@@ -1,8 +1,8 @@
 """Random numbers of a training that depend on its seed and on where it is, and on nothing else.
 
-A picture's augmentation is drawn from the seed, the process, the epoch and the picture's position in the process's order; a step's dropout
-and sampling from the seed, the process and the iteration. So a training that was resumed gives the same bits as one that was not, for any
-number of workers, and whatever drew random numbers in between.
+A picture's augmentation is drawn from the seed, the process, the epoch and the picture's position in the process's
+order; a step's dropout and sampling from the seed, the process and the iteration. So a training that was resumed gives
+the same bits as one that was not, for any number of workers, and whatever drew random numbers in between.
 """
 
 import contextlib
@@ -76,7 +76,9 @@ class PlacedSampler(Sampler):
 
 
 class PlacedPictures:
-    """What stands for a data set's `prepare_data` and `_rand_another`: the same, with random numbers drawn from the place and the try."""
+    """What stands for a data set's `prepare_data` and `_rand_another`: the same, with random numbers drawn from the
+    place and the try.
+    """
 
     def __init__(self, dataset, seed: int):
         self.prepare_data, self.rand_another, self.seed = dataset.prepare_data, dataset._rand_another, seed

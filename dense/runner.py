@@ -1,4 +1,6 @@
-"""mmengine's Runner with this project's ways: files through checkpoint.py, random numbers by place, and a CPU where there is no GPU."""
+"""mmengine's Runner with this project's ways: files through checkpoint.py, random numbers by place, and a CPU where
+there is no GPU.
+"""
 
 import copy
 import os
@@ -48,9 +50,16 @@ def for_this_machine(cfg: Config) -> list[str]:
 def tensors(payload: Mapping, source: str) -> dict[str, Tensor]:
     """The whole model's weights by name, in what checkpoint.load gave for a file of a segmentor or a detector."""
     state = payload.get("state_dict", payload)
-    state = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)} if isinstance(state, Mapping) else {}
+    state = (
+        {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+        if isinstance(state, Mapping)
+        else {}
+    )
     if not any(name.startswith("backbone.") for name in state):
-        raise UserError(f"no segmentor or detector ({source}): its weights have no backbone; model.backbone.pretrained takes classification weights")
+        raise UserError(
+            f"no segmentor or detector ({source}): its weights have no backbone; model.backbone.pretrained takes "
+            "classification weights"
+        )
     return state
 
 
@@ -73,7 +82,9 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 class SharedStatistics(Hook):
-    """Batch norm's running statistics are the first process's in all, where there is no synchronized norm (on a CPU)."""
+    """Batch norm's running statistics are the first process's in all, where there is no synchronized norm (on a
+    CPU).
+    """
 
     def before_val(self, runner: Runner) -> None:
         for buffer in bare(runner.model).buffers():
@@ -98,8 +109,12 @@ class TwinsRunner(Runner):
         return model if torch.cuda.is_available() else revert_sync_batchnorm(model)
 
     @staticmethod
-    def build_dataloader(dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
-        """As mmengine's, but a training's random numbers depend on the place of a picture, and a set without pictures is refused."""
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        """As mmengine's, but a training's random numbers depend on the place of a picture, and a set without pictures
+        is refused.
+        """
         if isinstance(dataloader, DataLoader):
             return dataloader
         dataloader = copy.deepcopy(dataloader)
@@ -116,7 +131,9 @@ class TwinsRunner(Runner):
             if not empty:
                 raise UserError(f"cannot make the data set ({where}): {reason(error)}") from error
         if empty:
-            raise UserError(f"no pictures with labels there ({where}): look at the folders, the suffixes and the annotations")
+            raise UserError(
+                f"no pictures with labels there ({where}): look at the folders, the suffixes and the annotations"
+            )
         if hasattr(loader.dataset, "prepare_data"):
             loader.dataset.prepare_data = CheckedPictures(loader.dataset)
             if shuffled:
@@ -140,26 +157,43 @@ class TwinsRunner(Runner):
 
     # ------------------------------------------------------------ files
 
-    def load_checkpoint(self, filename: str, map_location: str = "cpu", strict: bool = False, revise_keys: list | None = None) -> dict:
-        """Take a file's weights. A training that starts from them may have heads of another shape, which stay fresh; nothing else may."""
+    def load_checkpoint(
+        self, filename: str, map_location: str = "cpu", strict: bool = False, revise_keys: list | None = None
+    ) -> dict:
+        """Take a file's weights. A training that starts from them may have heads of another shape, which stay fresh;
+        nothing else may.
+        """
         payload = self.opened.get(filename) or checkpoint.load(filename)
         self.call_hook("after_load_checkpoint", checkpoint=payload)
         state, model = tensors(payload, filename), bare(self.model)
         own = model.state_dict()
         fresh = ()
         if self._train_loop is not None and not self._resume:
-            fresh = tuple(k for k, v in own.items() if not k.startswith("backbone.") and (k not in state or state[k].shape != v.shape))
+            fresh = tuple(
+                k
+                for k, v in own.items()
+                if not k.startswith("backbone.") and (k not in state or state[k].shape != v.shape)
+            )
             state = {name: value for name, value in state.items() if name not in fresh}
         checkpoint.load_into(model, state, source=filename, may_lack=fresh, may_have=UNUSED, lists_all="TWINS_DEBUG=1")
         self._has_loaded = True
         unused = sorted(name for name in state if name not in own)
         self.logger.info(f"Load checkpoint from {filename}: {len(own) - len(fresh)} of {len(own)} tensors")
-        for names, what in ((fresh, "left fresh, because the file has none of that shape"), (unused, "in the file, but not used")):
+        for names, what in (
+            (fresh, "left fresh, because the file has none of that shape"),
+            (unused, "in the file, but not used"),
+        ):
             if names:
                 self.logger.info(f"{what}: {', '.join(names)}")
         return payload
 
-    def resume(self, filename: str, resume_optimizer: bool = True, resume_param_scheduler: bool = True, map_location: str = "cpu") -> None:
+    def resume(
+        self,
+        filename: str,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: str = "cpu",
+    ) -> None:
         """Go on where a file was written. Unlike mmengine's, it reads tensors and plain values only."""
         payload = self.load_checkpoint(filename)
         try:
@@ -174,9 +208,14 @@ class TwinsRunner(Runner):
             hub["log_scalars"] = {name: HistoryBuffer(*history) for name, history in hub["log_scalars"].items()}
             self.message_hub.load_state_dict(hub)
         except Exception as error:  # a state may be wrong in any way
-            raise UserError(f"no training to resume ({filename}): {reason(error)}; --load-from starts a new one from its weights") from error
+            raise UserError(
+                f"no training to resume ({filename}): {reason(error)}; --load-from starts a new one from its weights"
+            ) from error
         if meta.get("processes", get_world_size()) != get_world_size():
-            self.logger.warning(f"{filename} was written by {meta['processes']} processes, not {get_world_size()}: the training will be another")
+            self.logger.warning(
+                f"{filename} was written by {meta['processes']} processes, not {get_world_size()}: the training will "
+                "be another"
+            )
         self.logger.info(f"resumed epoch: {self.epoch}, iter: {self.iter}")
 
     @master_only

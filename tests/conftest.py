@@ -1,9 +1,13 @@
-"""What the tests share: one thread, no network, golden weights, small data sets, and the command line as a subprocess."""
+"""What the tests share: one thread, no network, golden weights, small data sets, and the command line as a
+subprocess.
+"""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is: threads that wait leave the cores to other processes
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # before torch is: threads that wait leave the cores to other processes
 
 import json
 import math
@@ -46,7 +50,9 @@ def golden_weights(model: torch.nn.Module, prefix: str = "") -> torch.nn.Module:
 
 
 def golden_pictures(batch: int, height: int, width: int) -> torch.Tensor:
-    return torch.sin(torch.arange(batch * 3 * height * width, dtype=torch.float64) * 0.5698402909980532).reshape(batch, 3, height, width)
+    return torch.sin(torch.arange(batch * 3 * height * width, dtype=torch.float64) * 0.5698402909980532).reshape(
+        batch, 3, height, width
+    )
 
 
 def relative(value, expected) -> float:
@@ -76,10 +82,25 @@ def toy(tmp_path_factory) -> Path:
     return root
 
 
-SMALL_RUN = ["--model", "alt_gvt_demo", "--input-size", "32", "--batch-size", "8", "--num_workers", "0", "--epochs", "2", "--device", "cpu"]
+SMALL_RUN = [
+    "--model",
+    "alt_gvt_demo",
+    "--input-size",
+    "32",
+    "--batch-size",
+    "8",
+    "--num_workers",
+    "0",
+    "--epochs",
+    "2",
+    "--device",
+    "cpu",
+]
 
 
-def run_main(*words: object, launcher: tuple[str, ...] = (), env: dict | None = None, timeout: float = 240) -> subprocess.CompletedProcess:
+def run_main(
+    *words: object, launcher: tuple[str, ...] = (), env: dict | None = None, timeout: float = 240
+) -> subprocess.CompletedProcess:
     """main.py as a user runs it, one thread a process. The result has rc as returncode, stdout and stderr."""
     command = [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, words)]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"} | (env or {})

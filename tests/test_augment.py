@@ -1,4 +1,6 @@
-"""RandAugment on the device beside timm's and Pillow's: each operation, whole pictures, and what they have in common as a set."""
+"""RandAugment on the device beside timm's and Pillow's: each operation, whole pictures, and what they have in common as
+a set.
+"""
 
 import numpy as np
 import pytest
@@ -76,11 +78,19 @@ def test_an_operation_equals_pillows(name):
 def test_a_plan_does_each_pictures_operations_in_their_order():
     """Of some pictures none, of some several, in another order each."""
     before = pictures()
-    drawn = [[], [("solarize", 90.0), ("equalize", 0.0)], [("equalize", 0.0), ("solarize", 90.0)], [("invert", 0.0)], [("solarize", 20.0)] * 3]
+    drawn = [
+        [],
+        [("solarize", 90.0), ("equalize", 0.0)],
+        [("equalize", 0.0), ("solarize", 90.0)],
+        [("invert", 0.0)],
+        [("solarize", 20.0)] * 3,
+    ]
     expected = as_tensor(before)
     for picture, operations in zip(expected, drawn):
         for name, argument in operations:
-            picture.copy_(augment.OPERATIONS[name](picture[None], torch.full((1, 1, 1, 1), argument, dtype=torch.float64))[0])
+            picture.copy_(
+                augment.OPERATIONS[name](picture[None], torch.full((1, 1, 1, 1), argument, dtype=torch.float64))[0]
+            )
     plan, found = augment.Plan.of(drawn, FILL, HEIGHT, WIDTH), as_tensor(before)
     plan.apply(found)
     assert torch.equal(found, expected) and sum(count for _, count in plan.steps) == len(plan.numbers) == 8
@@ -98,15 +108,19 @@ def epoch(root, *, workers=0, **late):
     """All pictures of an epoch as the network gets them, in their order."""
     args = arguments("--data-path", root, "--input-size", 36)
     transform = datasets.build_transform(True, args)
-    dataset = datasets.build_dataset("train", args, transform=datasets.InBytes(transform, **late) if late else transform)
+    dataset = datasets.build_dataset(
+        "train", args, transform=datasets.InBytes(transform, **late) if late else transform
+    )
     options = dict(batch_size=32, workers=workers, pin_memory=False, drop_last=True)
     loader = datasets.build_loader(datasets.Keyed(dataset, 0), ShuffleSampler(len(dataset)), **options)
     return torch.cat([batch.to(CPU, memory_format=torch.contiguous_format) for batch, _ in loader])
 
 
 def test_the_resize_is_pillows_but_for_rounding():
-    """Of noise, which shows the most: one value in twenty is off, one in 500 by more than two levels (where what is between the two passes is
-    cut off at 0 or 255, and Pillow does the other one first), and all on average by less than 0.02."""
+    """Of noise, which shows the most: one value in twenty is off, one in 500 by more than two levels (where what is
+    between the two passes is cut off at 0 or 255, and Pillow does the other one first), and all on average by less than
+    0.02.
+    """
     pillows = datasets.build_transform(True, arguments("--input-size", 64)).transforms[0]
     torchs, off = datasets.TorchCrop(pillows), []
     for number in range(60):
@@ -117,12 +131,18 @@ def test_the_resize_is_pillows_but_for_rounding():
                 results.append(datasets.as_bytes(crop(Image.fromarray(pixels))).int())
         off.append(results[1] - results[0])
     off = torch.stack(off)
-    assert (off != 0).double().mean() < 1 / 20 and (off.abs() > 2).double().mean() < 1 / 500 and off.double().mean().abs() < 0.02
+    assert (
+        (off != 0).double().mean() < 1 / 20
+        and (off.abs() > 2).double().mean() < 1 / 500
+        and off.double().mean().abs() < 0.02
+    )
 
 
 def test_pictures_are_the_published_but_for_rounding(many):
-    """256 pictures of noise, of which three in four are augmented: the same, but for one value in a hundred that is rounded otherwise;
-    so mean and spread are the same to 0.02 levels, and of a histogram of 32 bins one value in 500 is in another bin."""
+    """256 pictures of noise, of which three in four are augmented: the same, but for one value in a hundred that is
+    rounded otherwise; so mean and spread are the same to 0.02 levels, and of a histogram of 32 bins one value in 500 is
+    in another bin.
+    """
     published, found = epoch(many), epoch(many, fast_augment=True)
     level = (1 / 255 / torch.tensor([0.229, 0.224, 0.225])).view(3, 1, 1)
     assert (published != found).double().mean() < 1 / 100

@@ -29,7 +29,12 @@ class Runs:
 
 
 def test_there_and_back(tmp_path):
-    payload = {"model": nn.Linear(2, 3).state_dict(), "epoch": 4, "args": {"lr": 5e-4, "scale": (0.08, 1.0)}, "class_names": ["a", "b"]}
+    payload = {
+        "model": nn.Linear(2, 3).state_dict(),
+        "epoch": 4,
+        "args": {"lr": 5e-4, "scale": (0.08, 1.0)},
+        "class_names": ["a", "b"],
+    }
     checkpoint.save(tmp_path / "c.pth", payload)
     loaded = checkpoint.load(str(tmp_path / "c.pth"))
     assert loaded["args"] == payload["args"] and torch.equal(loaded["model"]["weight"], payload["model"]["weight"])
@@ -98,7 +103,9 @@ def test_what_is_no_checkpoint(tmp_path):
         checkpoint.weights({"model": {}}, source="x.pth", key="model_ema")
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}]
+)
 def test_weights_are_found_however_they_are_wrapped(wrap):
     state = nn.Linear(2, 3).state_dict()
     assert checkpoint.weights(wrap(state), source="x").keys() == state.keys()
@@ -106,7 +113,9 @@ def test_weights_are_found_however_they_are_wrapped(wrap):
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_files_of_others_hold_becomes_plain_values(tmp_path, zipped):
-    """Namespace, paths, numpy's scalars and arrays, parameters, ordered dictionaries, types, the history in mmengine's files."""
+    """Namespace, paths, numpy's scalars and arrays, parameters, ordered dictionaries, types, the history in mmengine's
+    files.
+    """
     args = argparse.Namespace(lr=5e-4, output_dir=Path("a") / "b", betas=None, scale=(0.08, 1.0))
     shared = torch.arange(6.0).reshape(2, 3)
     payload = {
@@ -158,7 +167,9 @@ def test_the_same_tensor_under_two_names(tmp_path):
 def test_class_names_are_a_list_of_names(names):
     with pytest.raises(UserError, match="class names"):
         checkpoint.class_names({"class_names": names}, source="x")
-    assert checkpoint.class_names({}, source="x") is None and checkpoint.class_names({"class_names": ["a"]}, source="x") == ["a"]
+    assert checkpoint.class_names({}, source="x") is None and checkpoint.class_names(
+        {"class_names": ["a"]}, source="x"
+    ) == ["a"]
 
 
 def test_types_that_no_weights_have_are_refused(tmp_path):
@@ -186,7 +197,9 @@ def test_an_address_is_read_through_the_hubs_cache(tmp_path, monkeypatch):
     content = bytearray((cache / "w-12345678.pth").read_bytes())
     content[len(content) // 2] ^= 1
     (cache / "w-12345678.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"not a readable checkpoint \(https://localhost:1/some/w-12345678.pth\): damaged"):
+    with pytest.raises(
+        UserError, match=r"not a readable checkpoint \(https://localhost:1/some/w-12345678.pth\): damaged"
+    ):
         checkpoint.load(url)
     with pytest.raises(UserError, match=r"no checkpoint from there \(https://localhost:1/other.pth\)"):
         checkpoint.load("https://localhost:1/other.pth")
@@ -202,18 +215,32 @@ def test_every_wrapper_is_known(key):
 def test_the_backbone_of_a_dense_checkpoint_is_taken():
     state = {"backbone.patch_embeds.0.proj.weight": torch.ones(1), "decode_head.conv_seg.weight": torch.ones(2)}
     weights, fmt, left_out = checkpoint.found({"meta": {"config": "import os"}, "state_dict": state}, source="x")
-    assert list(weights) == ["patch_embeds.0.proj.weight"] and fmt == "dense" and left_out == ["decode_head.conv_seg.weight"]
+    assert (
+        list(weights) == ["patch_embeds.0.proj.weight"]
+        and fmt == "dense"
+        and left_out == ["decode_head.conv_seg.weight"]
+    )
 
 
 def test_a_report_lists_every_name(tmp_path, monkeypatch):
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(6)))
-    state = {f"x{name}": value for name, value in model.state_dict().items()} | {"0.weight": torch.full((2, 2), float("nan"))}
+    state = {f"x{name}": value for name, value in model.state_dict().items()} | {
+        "0.weight": torch.full((2, 2), float("nan"))
+    }
     report = tmp_path / "report.json"
     with pytest.raises(UserError) as caught:
         checkpoint.load_into(model, state, source="x.pth", report=str(report))
-    assert "11 missing (0.bias, 1.weight, 1.bias); 12 unknown (x0.weight, x0.bias, x1.weight); 1 not finite (0.weight)" in str(caught.value)
+    assert (
+        "11 missing (0.bias, 1.weight, 1.bias); 12 unknown (x0.weight, x0.bias, x1.weight); 1 not finite (0.weight)"
+        in str(caught.value)
+    )
     found = json.loads(report.read_text())
-    assert len(found["missing"]) == 11 and len(found["unknown"]) == 12 and found["not finite"] == ["0.weight"] and found["loaded"] == []
+    assert (
+        len(found["missing"]) == 11
+        and len(found["unknown"]) == 12
+        and found["not finite"] == ["0.weight"]
+        and found["loaded"] == []
+    )
     monkeypatch.setenv("TWINS_DEBUG", "1")
     with pytest.raises(UserError, match="5.bias"):
         checkpoint.load_into(model, state, source="x.pth")
@@ -228,16 +255,25 @@ def test_surplus_is_dropped_only_where_it_was_named():
     state = model.state_dict() | {"norm_list.0.weight": torch.ones(2)}
     with pytest.raises(UserError, match=r"1 unknown \(norm_list.0.weight\)"):
         checkpoint.load_into(model, state, source="x")
-    assert checkpoint.load_into(model, state, source="x", may_have=("norm_list.",)) == {"missing": [], "unknown": ["norm_list.0.weight"]}
+    assert checkpoint.load_into(model, state, source="x", may_have=("norm_list.",)) == {
+        "missing": [],
+        "unknown": ["norm_list.0.weight"],
+    }
 
 
 def test_leaves_and_digest(tmp_path):
-    payload = {"model": {"b": torch.ones(2), "a": torch.zeros(1)}, "optimizer": {"state": {0: {"step": 3}}}, "args": {"lr": 1.0}}
+    payload = {
+        "model": {"b": torch.ones(2), "a": torch.zeros(1)},
+        "optimizer": {"state": {0: {"step": 3}}},
+        "args": {"lr": 1.0},
+    }
     assert [name for name, _ in checkpoint.leaves(payload["model"])] == ["/a", "/b"]
     same = {"optimizer": payload["optimizer"], "model": {"a": torch.zeros(1), "b": torch.ones(2)}, "args": {"lr": 2.0}}
     assert digest(payload) == digest(same)
     others = [{"b": torch.ones(2).double()}, {"b": torch.ones(1, 2)}, {"b": torch.tensor([1.0, 1.0000001])}]
-    digests = {digest(payload | {"model": payload["model"] | other}) for other in others} | {digest(payload | {"optimizer": {}})}
+    digests = {digest(payload | {"model": payload["model"] | other}) for other in others} | {
+        digest(payload | {"optimizer": {}})
+    }
     assert len(digests | {digest(payload)}) == 5
     assert digest({"w": torch.ones(1)}) != digest({"w": torch.zeros(1)})  # bare weights
 
@@ -245,7 +281,12 @@ def test_leaves_and_digest(tmp_path):
 def test_every_difference_is_an_error():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     own = model.state_dict()
-    wrong = {"0.weight": own["0.weight"], "0.bias": torch.zeros(4), "1.weight": own["1.weight"], "2.weight": torch.zeros(1)}
+    wrong = {
+        "0.weight": own["0.weight"],
+        "0.bias": torch.zeros(4),
+        "1.weight": own["1.weight"],
+        "2.weight": torch.zeros(1),
+    }
     before = {name: value.clone() for name, value in own.items()}
     with pytest.raises(UserError) as caught:
         checkpoint.load_into(model, wrong, source="x.pth")

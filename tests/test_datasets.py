@@ -1,4 +1,6 @@
-"""Data sets: the published augmentation, classes that are never scored wrong, random numbers by position, errors that name the file."""
+"""Data sets: the published augmentation, classes that are never scored wrong, random numbers by position, errors that
+name the file.
+"""
 
 import json
 import random
@@ -56,8 +58,16 @@ def test_the_published_training_pipeline():
         assert (op.prob, op.magnitude, op.magnitude_std, op.magnitude_max) == (0.5, 9, 0.5, None)
         assert op.kwargs == {"fillcolor": (124, 116, 104), "resample": Image.Resampling.BICUBIC}
     assert type(tensor).__name__ in ("ToTensor", "MaybeToTensor")
-    assert normalize.mean.tolist() == pytest.approx([0.485, 0.456, 0.406]) and normalize.std.tolist() == pytest.approx([0.229, 0.224, 0.225])
-    assert (erase.probability, erase.min_area, erase.max_area, erase.rand_color, erase.per_pixel) == (0.25, 0.02, 1 / 3, False, True)
+    assert normalize.mean.tolist() == pytest.approx([0.485, 0.456, 0.406]) and normalize.std.tolist() == pytest.approx(
+        [0.229, 0.224, 0.225]
+    )
+    assert (erase.probability, erase.min_area, erase.max_area, erase.rand_color, erase.per_pixel) == (
+        0.25,
+        0.02,
+        1 / 3,
+        False,
+        True,
+    )
     assert (erase.min_count, erase.max_count) == (1, 1)
 
 
@@ -107,14 +117,21 @@ def test_small_pictures_are_shifted_as_published():
 
 def test_posterize_to_nothing_is_black():
     """timm asks for 0 bits about once in 600 pictures; Pillow 13 refuses, the published Pillow gave black."""
-    op = next(op for op in datasets.build_transform(True, arguments()).transforms[2].ops if op.name == "PosterizeIncreasing")
+    op = next(
+        op for op in datasets.build_transform(True, arguments()).transforms[2].ops if op.name == "PosterizeIncreasing"
+    )
     picture = Image.effect_noise((16, 16), 80).convert("RGB")
     assert op.level_fn(10.0, op.hparams) == (0,)
     assert not np.asarray(op.aug_fn(picture, 0, **op.kwargs)).any()
-    assert np.array_equal(np.asarray(op.aug_fn(picture, 3, **op.kwargs)), np.asarray(auto_augment.posterize(picture, 3)))
+    assert np.array_equal(
+        np.asarray(op.aug_fn(picture, 3, **op.kwargs)), np.asarray(auto_augment.posterize(picture, 3))
+    )
 
 
-@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v0-mstd0.5", "original"))])
+@pytest.mark.parametrize(
+    "policy",
+    ["rand-m9-mstd0.5-inc1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v0-mstd0.5", "original"))],
+)
 def test_augmentation_of_many_pictures_never_fails(policy):
     pipeline = datasets.build_transform(True, arguments("--input-size", 48, "--aa", policy))
     noise = Image.effect_noise((60, 60), 80).convert("RGB")
@@ -126,7 +143,9 @@ def test_augmentation_of_many_pictures_never_fails(policy):
 def test_options_reach_the_pipeline():
     words = ["--hflip", 0, "--scale", 0.5, 0.9, "--ratio", 1, 1, "--aa", "", "--reprob", 0, "--color-jitter", 0.2]
     pipeline = datasets.build_transform(True, arguments(*words))
-    assert names(pipeline)[:2] == ["RandomResizedCropAndInterpolation", "ColorJitter"] and "RandomErasing" not in names(pipeline)
+    assert names(pipeline)[:2] == ["RandomResizedCropAndInterpolation", "ColorJitter"] and "RandomErasing" not in names(
+        pipeline
+    )
     assert tuple(pipeline.transforms[0].scale) == (0.5, 0.9) and tuple(pipeline.transforms[0].ratio) == (1, 1)
     with pytest.raises(UserError, match="no such augmentation"):
         datasets.build_transform(True, arguments("--aa", "rand-x9"))
@@ -136,11 +155,15 @@ def test_options_reach_the_pipeline():
 
 
 def batches_of(args, is_train, late, *, workers=0, repeated=False):
-    """Two epochs' batches, with the pictures in bytes until the device or in float32 from the start; what they become on it."""
+    """Two epochs' batches, with the pictures in bytes until the device or in float32 from the start; what they become
+    on it.
+    """
     pipeline = datasets.build_transform(is_train, args)
     dataset = datasets.build_dataset("train", args, transform=datasets.InBytes(pipeline) if late else pipeline)
     sampler = (RASampler if repeated else ShuffleSampler)(len(dataset), seed=1)
-    loader = datasets.build_loader(datasets.Keyed(dataset, 1), sampler, batch_size=8, workers=workers, pin_memory=False, drop_last=False)
+    loader = datasets.build_loader(
+        datasets.Keyed(dataset, 1), sampler, batch_size=8, workers=workers, pin_memory=False, drop_last=False
+    )
     for epoch in range(2):
         sampler.set_epoch(epoch)
         for pictures, labels in loader:
@@ -165,14 +188,22 @@ def test_bytes_until_the_device_end_as_the_same_bits(words, is_train, toy):
     pairs = list(zip(batches_of(args, is_train, False), batches_of(args, is_train, True), strict=True))
     assert len(pairs) == 12 and len({tuple(labels.tolist()) for (_, labels), _ in pairs}) > 6
     for (expected, labels), (found, same_labels) in pairs:
-        assert found.dtype == torch.float32 and found.is_contiguous() and found.shape == (8, 3, args.input_size, args.input_size)
+        assert (
+            found.dtype == torch.float32
+            and found.is_contiguous()
+            and found.shape == (8, 3, args.input_size, args.input_size)
+        )
         assert torch.equal(found, expected) and torch.equal(labels, same_labels)
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_bytes_do_not_depend_on_workers(workers, toy):
     args = arguments("--data-path", toy, "--input-size", 40, "--reprob", 0.5)
-    pairs = zip(batches_of(args, True, False, repeated=True), batches_of(args, True, True, workers=workers, repeated=True), strict=True)
+    pairs = zip(
+        batches_of(args, True, False, repeated=True),
+        batches_of(args, True, True, workers=workers, repeated=True),
+        strict=True,
+    )
     for (expected, _), (found, _) in pairs:
         assert torch.equal(found, expected)
 
@@ -182,8 +213,13 @@ def test_a_batch_in_bytes_is_small_and_keeps_its_layout(toy):
     dataset = datasets.build_dataset("train", args, transform=datasets.InBytes(datasets.build_transform(True, args)))
     batch, _ = datasets.collate([dataset[i] for i in range(8)])
     assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (8, 40, 40, 3)
-    assert len(batch.erased) == 8 and len(batch.values) == sum(shape.numel() for *_, shape in batch.erased) < batch.pixels.numel()
-    plain, last = (batch.to(torch.device("cpu"), memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last))
+    assert (
+        len(batch.erased) == 8
+        and len(batch.values) == sum(shape.numel() for *_, shape in batch.erased) < batch.pixels.numel()
+    )
+    plain, last = (
+        batch.to(torch.device("cpu"), memory_format=layout) for layout in (torch.contiguous_format, torch.channels_last)
+    )
     assert last.is_contiguous(memory_format=torch.channels_last) and torch.equal(plain, last)
     assert torch.equal(batch.to(torch.device("cpu")), plain)  # the bytes are left as they were
 
@@ -220,7 +256,9 @@ def test_random_numbers_do_not_depend_on_workers_or_processes():
 def test_random_numbers_follow_position_epoch_and_seed_not_the_index():
     repeated = draws(0, kind=RASampler)
     assert len(set(repeated[:, 3].tolist())) < len(repeated) == len({tuple(row) for row in repeated[:, :3].tolist()})
-    assert not torch.equal(draws(0)[:, :3], draws(0, epoch=4)[:, :3]) and not torch.equal(draws(0)[:, :3], draws(0, seed=1)[:, :3])
+    assert not torch.equal(draws(0)[:, :3], draws(0, epoch=4)[:, :3]) and not torch.equal(
+        draws(0)[:, :3], draws(0, seed=1)[:, :3]
+    )
     assert torch.equal(draws(0, seed=-1), draws(0, seed=-1))
 
 
@@ -268,7 +306,10 @@ def test_imagenets_names_are_in_sorted_order():
         (lambda root: None, "no such data folder"),
         (lambda root: (root / "train").mkdir(), "expected a folder for each class"),
         (lambda root: (root / "train" / "ant").mkdir(parents=True), "no pictures"),
-        (lambda root: (make_pictures(root / "train", classes=("ant",), each=1), (root / "train" / "bee").mkdir()), "a class without pictures"),
+        (
+            lambda root: (make_pictures(root / "train", classes=("ant",), each=1), (root / "train" / "bee").mkdir()),
+            "a class without pictures",
+        ),
     ],
 )
 def test_bad_folders_are_named(tmp_path, build, says):
@@ -286,13 +327,17 @@ def test_hidden_folders_are_no_classes(tmp_path):
 BROKEN = [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(40)]
 
 
-@pytest.mark.parametrize(("content", "workers"), [*((content, 0) for content in BROKEN), pytest.param(BROKEN[1], 1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("content", "workers"), [*((content, 0) for content in BROKEN), pytest.param(BROKEN[1], 1, marks=pytest.mark.slow)]
+)
 def test_an_unreadable_picture_is_named_and_never_replaced(tmp_path, content, workers):
     make_pictures(tmp_path / "val", classes=("ant", "bee"), each=2)
     (tmp_path / "val" / "bee" / "broken.png").write_bytes(content)
     args = arguments("--data-path", tmp_path, "--input-size", 32)
     dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args))
-    loader = datasets.build_loader(dataset, range(len(dataset)), batch_size=2, workers=workers, pin_memory=False, drop_last=False)
+    loader = datasets.build_loader(
+        dataset, range(len(dataset)), batch_size=2, workers=workers, pin_memory=False, drop_last=False
+    )
     from utils import one_line
 
     with pytest.raises(UserError) as caught:
@@ -335,18 +380,27 @@ def test_cifar(tmp_path):
     Tiny.meta = Tiny.meta | {"md5": write(Tiny.meta["filename"], labels)}
     original, datasets.CIFAR10 = datasets.CIFAR10, Tiny
     try:
-        train = datasets.build_dataset("train", args, transform=datasets.build_transform(True, arguments("--input-size", 32)))
+        train = datasets.build_dataset(
+            "train", args, transform=datasets.build_transform(True, arguments("--input-size", 32))
+        )
         val = datasets.build_dataset("val", args, transform=None, classes=train.classes)
     finally:
         datasets.CIFAR10 = original
-    assert (len(train), len(val), len(train.classes)) == (10, 2, 10) and train[0][0].shape == (3, 32, 32) and train[0][1] == 3
+    assert (
+        (len(train), len(val), len(train.classes)) == (10, 2, 10)
+        and train[0][0].shape == (3, 32, 32)
+        and train[0][1] == 3
+    )
 
 
 @pytest.mark.parametrize("flat", [True, False])
 @pytest.mark.parametrize(("kind", "year"), [("INAT", 2018), ("INAT19", 2019)])
 def test_inaturalist(tmp_path, kind, year, flat):
     """Labels come from the annotations, classes from a category; both folder layouts are found."""
-    categories = [{"id": 4, "genus": "Apis", "name": "Apis mellifera"}, {"id": 9, "genus": "Apis", "name": "Apis cerana"}]
+    categories = [
+        {"id": 4, "genus": "Apis", "name": "Apis mellifera"},
+        {"id": 9, "genus": "Apis", "name": "Apis cerana"},
+    ]
     categories.append({"id": 2, "genus": "Felis", "name": "Felis catus"})
     (tmp_path / "categories.json").write_text(json.dumps(categories))
     for split, ids in (("train", [4, 2, 9]), ("val", [9, 2])):
@@ -364,7 +418,9 @@ def test_inaturalist(tmp_path, kind, year, flat):
         args = arguments("--data-path", tmp_path, "--data-set", kind, "--inat-category", category)
         train = datasets.build_dataset("train", args, transform=to_tensor)
         val = datasets.build_dataset("val", args, transform=to_tensor, classes=train.classes)
-        assert len(train.classes) == classes and [val[i][1] for i in range(2)] == labels and val[0][0].shape == (3, 40, 40)
+        assert (
+            len(train.classes) == classes and [val[i][1] for i in range(2)] == labels and val[0][0].shape == (3, 40, 40)
+        )
     (tmp_path / "categories.json").write_text(json.dumps(categories[:1]))
     with pytest.raises(UserError, match="files that do not belong together"):
         datasets.build_dataset("train", args, transform=None)

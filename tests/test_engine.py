@@ -1,4 +1,6 @@
-"""Training steps equal to the published ones, updates that do not happen, and an evaluation that counts every picture once."""
+"""Training steps equal to the published ones, updates that do not happen, and an evaluation that counts every picture
+once.
+"""
 
 import csv
 from types import SimpleNamespace
@@ -44,10 +46,14 @@ def test_the_published_trajectory(compile_backend):
     optimizer = optimizer_of(args, model, 2)
     scheduler, _ = create_scheduler(args, optimizer)
     groups = [
-        {"n": len(g["params"]), "numel": sum(p.numel() for p in g["params"]), "weight_decay": g["weight_decay"]} for g in optimizer.param_groups
+        {"n": len(g["params"]), "numel": sum(p.numel() for p in g["params"]), "weight_decay": g["weight_decay"]}
+        for g in optimizer.param_groups
     ]
     assert groups == expected["groups"]
-    assert list(optimizer.param_groups[0]["betas"]) == expected["betas"] and optimizer.param_groups[0]["eps"] == expected["eps"]
+    assert (
+        list(optimizer.param_groups[0]["betas"]) == expected["betas"]
+        and optimizer.param_groups[0]["eps"] == expected["eps"]
+    )
     images, labels = golden_pictures(6, 224, 224), torch.tensor([3, 1, 4, 1, 5, 9])
     criterion, losses, rates = build_criterion(mixing=False, smoothing=args.smoothing), [], []
 
@@ -60,12 +66,20 @@ def test_the_published_trajectory(compile_backend):
         rates.append(optimizer.param_groups[0]["lr"])
         batches = [(images[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4)]
         stats = engine.train_one_epoch(trained, watched, batches, optimizer, CPU, epoch, OFF, clip_grad=args.clip_grad)
-        assert stats["loss"] == pytest.approx(sum(losses[-3:]) / 3, rel=1e-12) and stats["lr"] == pytest.approx(rates[-1], rel=1e-12)
+        assert stats["loss"] == pytest.approx(sum(losses[-3:]) / 3, rel=1e-12) and stats["lr"] == pytest.approx(
+            rates[-1], rel=1e-12
+        )
         scheduler.step(epoch)
     assert relative(losses, expected["losses"]) < 1e-11
     assert relative(rates, expected["lrs"]) < 1e-11
     parameters = [p.detach().flatten() for p in model.parameters()]
-    assert relative(sum((p * torch.cos(torch.arange(len(p), dtype=torch.float64) * 0.31)).sum() for p in parameters), expected["probe"]) < 1e-9
+    assert (
+        relative(
+            sum((p * torch.cos(torch.arange(len(p), dtype=torch.float64) * 0.31)).sum() for p in parameters),
+            expected["probe"],
+        )
+        < 1e-9
+    )
     assert relative(sum(p.square().sum() for p in parameters) ** 0.5, expected["l2"]) < 1e-11
 
 
@@ -126,7 +140,10 @@ def small():
 
 def batches(count=4, size=4):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 2, 2, generator=generator), torch.randint(0, 3, (size,), generator=generator)) for _ in range(count)]
+    return [
+        (torch.randn(size, 3, 2, 2, generator=generator), torch.randint(0, 3, (size,), generator=generator))
+        for _ in range(count)
+    ]
 
 
 OPTIMIZERS = {
@@ -182,7 +199,9 @@ def test_gradients_that_are_not_finite_change_nothing(kind, clip_grad):
 
 
 def test_a_loss_that_is_not_finite_spoils_its_whole_group():
-    """Gradient accumulation: nothing of the group is applied, also without clipping and where the host would learn of it late."""
+    """Gradient accumulation: nothing of the group is applied, also without clipping and where the host would learn of
+    it late.
+    """
     model = small()
     before = {name: p.clone() for name, p in model.state_dict().items()}
     calls = []
@@ -211,7 +230,14 @@ def test_float16_overflow_is_skipped_and_the_scale_halved():
         train(model, batches(4), optimizer, scaler=scaler, amp_dtype=torch.float16, clip_grad=5.0)
     assert not torch.equal(model.state_dict()["1.weight"], before["1.weight"])
     with pytest.raises(engine.NonFiniteError):
-        train(model, batches(1), optimizer, scaler=scaler, amp_dtype=torch.float16, criterion=lambda a, b: F.cross_entropy(a, b) * float("nan"))
+        train(
+            model,
+            batches(1),
+            optimizer,
+            scaler=scaler,
+            amp_dtype=torch.float16,
+            criterion=lambda a, b: F.cross_entropy(a, b) * float("nan"),
+        )
 
 
 def test_accumulation_equals_a_larger_batch():
@@ -219,7 +245,9 @@ def test_accumulation_equals_a_larger_batch():
     data = batches(1, size=8)
     halves = [(images[i : i + 4], labels[i : i + 4]) for images, labels in data for i in (0, 4)]
     train(one, data, torch.optim.SGD(one.parameters(), lr=0.1), clip_grad=1.0)
-    train(two, [*halves, halves[0]], torch.optim.SGD(two.parameters(), lr=0.1), clip_grad=1.0, accum_steps=2)  # the last is left over
+    train(
+        two, [*halves, halves[0]], torch.optim.SGD(two.parameters(), lr=0.1), clip_grad=1.0, accum_steps=2
+    )  # the last is left over
     for a, b in zip(one.parameters(), two.parameters()):
         assert torch.allclose(a, b, atol=1e-7)
 
@@ -237,7 +265,14 @@ def test_mixup_and_what_follows_a_step():
     model, steps = small(), []
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=3)
     criterion = build_criterion(mixing=True, smoothing=0.1)
-    train(model, batches(4), OPTIMIZERS["fused"](model), criterion=criterion, mixup=mixup, after_step=lambda: steps.append(1))
+    train(
+        model,
+        batches(4),
+        OPTIMIZERS["fused"](model),
+        criterion=criterion,
+        mixup=mixup,
+        after_step=lambda: steps.append(1),
+    )
     assert len(steps) == 4
 
 
@@ -256,7 +291,11 @@ def test_evaluation_equals_counting_by_hand(classes, capsys):
     data = [(torch.arange(i, min(i + 5, 23)).reshape(-1, 1).float(), labels[i : i + 5]) for i in range(0, 23, 5)]
     stats = engine.evaluate(data, Table(), CPU)
     ranks = [sorted(row.tolist(), reverse=True).index(row[label].item()) for row, label in zip(logits, labels)]
-    assert (stats["count"], stats["correct1"], stats["correct5"]) == (23, sum(r < 1 for r in ranks), sum(r < 5 for r in ranks))
+    assert (stats["count"], stats["correct1"], stats["correct5"]) == (
+        23,
+        sum(r < 1 for r in ranks),
+        sum(r < 5 for r in ranks),
+    )
     assert stats["loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"

@@ -12,7 +12,12 @@ PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuc
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_accidents_are_survived(program):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "faults" / f"{program}.py"), "--short"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "faults" / f"{program}.py"), "--short"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "LOST" not in done.stdout and "survived" in done.stdout
 

@@ -1,4 +1,6 @@
-"""Names of weights: to other libraries' formats and back without a changed bit, in their order; nothing dropped without a word."""
+"""Names of weights: to other libraries' formats and back without a changed bit, in their order; nothing dropped without
+a word.
+"""
 
 import re
 
@@ -19,9 +21,16 @@ HEAD = ["head.weight", "head.bias"]
 def weights(key, *, num_classes=7, in_chans=3, norms=False):
     """A network's weights, cheap to make; each row and each tensor has values of its own, so that a swap shows."""
     with torch.device("meta"):
-        shapes = {name: value.shape for name, value in gvt.Twins(VARIANTS[key], num_classes=num_classes, in_chans=in_chans).state_dict().items()}
+        shapes = {
+            name: value.shape
+            for name, value in gvt.Twins(VARIANTS[key], num_classes=num_classes, in_chans=in_chans).state_dict().items()
+        }
     if norms:
-        shapes |= {f"norm_list.{stage}.{kind}": (dim,) for stage, dim in enumerate(VARIANTS[key].dims) for kind in ("weight", "bias")}
+        shapes |= {
+            f"norm_list.{stage}.{kind}": (dim,)
+            for stage, dim in enumerate(VARIANTS[key].dims)
+            for kind in ("weight", "bias")
+        }
     rows = {name: torch.arange(shape[0]) + 0.125 * rank for rank, (name, shape) in enumerate(shapes.items())}
     return {name: row.reshape(-1, *[1] * (len(shapes[name]) - 1)).expand(shapes[name]) for name, row in rows.items()}
 
@@ -50,7 +59,9 @@ def test_there_and_back(key):
         assert found == (fmt if fmt in ("mmseg", "mmpretrain") else "published") and others == []
         assert left_out == (HEAD if fmt == "mmseg" else [])
         assert_same(back, without(state, "head.") if fmt == "mmseg" else state)
-        assert ["norm is kept" in note and "models have none" in note for note in notes] == ([True] if fmt == "mmseg" else [])
+        assert ["norm is kept" in note and "models have none" in note for note in notes] == (
+            [True] if fmt == "mmseg" else []
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -153,8 +164,15 @@ def test_logits_in_timm(key):
 
 
 def segmentor(backbone):
-    others = ["decode_head.conv_seg.weight", "auxiliary_head.convs.0.bn.running_mean", "neck.fpn_convs.0.conv.bias", "data_preprocessor.mean"]
-    return {f"backbone.{name}": value for name, value in backbone.items()} | {name: torch.ones(2) for name in others}, others
+    others = [
+        "decode_head.conv_seg.weight",
+        "auxiliary_head.convs.0.bn.running_mean",
+        "neck.fpn_convs.0.conv.bias",
+        "data_preprocessor.mean",
+    ]
+    return {f"backbone.{name}": value for name, value in backbone.items()} | {
+        name: torch.ones(2) for name in others
+    }, others
 
 
 @pytest.mark.parametrize("module", ["", "module."])
@@ -183,7 +201,9 @@ def test_the_norms_after_stages_are_in_the_files_that_hold_them():
     norms = [name for name in state if name.startswith("norm_list.")]
     for fmt in formats.FORMATS:
         theirs, left_out, _ = formats.from_published(state, fmt, source="x")
-        assert [name for name in left_out if name not in HEAD] == (norms if fmt in ("timm", "hub", "mmpretrain") else [])
+        assert [name for name in left_out if name not in HEAD] == (
+            norms if fmt in ("timm", "hub", "mmpretrain") else []
+        )
         assert ("norm_list.0.weight" in theirs) == (fmt in ("published", "safetensors", "mmseg"))
     assert list(formats.from_published(state, "published", source="x")[0])[-len(norms) :] == norms
 
@@ -195,9 +215,13 @@ def test_the_norms_after_stages_are_in_the_files_that_hold_them():
 def test_an_unknown_name_stays_and_is_reported(fmt):
     state = weights("alt_gvt_demo")
     theirs = segmentor(state)[0] if fmt == "dense" else formats.from_published(state, fmt, source="x")[0]
-    back, found, left_out = formats.to_published(theirs | {"gamma.x": torch.ones(1), "layers.0.0.gamma": torch.ones(1)}, source="x")
+    back, found, left_out = formats.to_published(
+        theirs | {"gamma.x": torch.ones(1), "layers.0.0.gamma": torch.ones(1)}, source="x"
+    )
     assert {"gamma.x", "layers.0.0.gamma"} <= back.keys() and not {"gamma.x", "layers.0.0.gamma"} & set(left_out)
-    with pytest.raises(UserError, match=r"\(x.pth\): alt_gvt_demo is nearest, with 2 unknown \(gamma.x, layers.0.0.gamma\)"):
+    with pytest.raises(
+        UserError, match=r"\(x.pth\): alt_gvt_demo is nearest, with 2 unknown \(gamma.x, layers.0.0.gamma\)"
+    ):
         formats.variant_of(back, source="x.pth")
 
 
@@ -216,7 +240,9 @@ def test_two_tensors_for_one_weight():
 def test_what_cannot_be_split_is_an_error_later(value):
     theirs, *_ = formats.from_published(weights("alt_gvt_demo"), "mmseg", source="x")
     back, *_ = formats.to_published(theirs | {"layers.0.1.attn.attn.in_proj_weight": value}, source="x")
-    with pytest.raises(UserError, match=r"2 missing \(blocks.0.1.attn.q.weight, .* 1 unknown \(blocks.0.1.attn.attn.in_proj_weight\)"):
+    with pytest.raises(
+        UserError, match=r"2 missing \(blocks.0.1.attn.q.weight, .* 1 unknown \(blocks.0.1.attn.attn.in_proj_weight\)"
+    ):
         formats.variant_of(back)
 
 
@@ -246,7 +272,10 @@ def test_a_final_norm_is_not_forgotten():
     state = without(weights("pcpvt_small"), "head.", "norm.")
     with pytest.raises(UserError, match="no classifier and no final norm"):
         formats.from_published(state, "timm", source="x")
-    assert formats.from_published(state, "timm", source="x", no_head=True)[2] == ["no classifier in the source", "no final norm in the source"]
+    assert formats.from_published(state, "timm", source="x", no_head=True)[2] == [
+        "no classifier in the source",
+        "no final norm in the source",
+    ]
     with pytest.raises(UserError, match="no final norm .* timm"):
         formats.from_published(state, "hub", source="x", no_head=True)
 
@@ -276,15 +305,24 @@ def without_one(state, name):
         (lambda s: without_one(s, "blocks.0.1.attn.kv.bias"), "1 missing (blocks.0.1.attn.kv.bias)"),
         (lambda s: s | {"head.bias": torch.ones(8)}, "1 of another shape (head.bias)"),
         (lambda s: s | {"head.weight": torch.tensor(1.0)}, "2 of another shape (head.weight, head.bias)"),
-        (lambda s: s | {"patch_embeds.0.proj.weight": torch.ones(3)}, "1 of another shape (patch_embeds.0.proj.weight)"),
+        (
+            lambda s: s | {"patch_embeds.0.proj.weight": torch.ones(3)},
+            "1 of another shape (patch_embeds.0.proj.weight)",
+        ),
         (lambda s: s | {"norm.bias": torch.ones(256, dtype=torch.int64)}, "1 of whole numbers (norm.bias)"),
-        (lambda s: s | {"norm_list.0.bias": torch.ones(32)}, "7 missing (norm_list.0.weight, norm_list.1.weight, norm_list.1.bias)"),
+        (
+            lambda s: s | {"norm_list.0.bias": torch.ones(32)},
+            "7 missing (norm_list.0.weight, norm_list.1.weight, norm_list.1.bias)",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(change, expected):
     with pytest.raises(UserError) as caught:
         formats.variant_of(change(weights("alt_gvt_demo")), source="x.pth")
-    assert str(caught.value) == f"these weights are no Twins (x.pth): alt_gvt_demo is nearest, with {expected}: is it the right file?"
+    assert (
+        str(caught.value)
+        == f"these weights are no Twins (x.pth): alt_gvt_demo is nearest, with {expected}: is it the right file?"
+    )
 
 
 @pytest.mark.parametrize("state", [{}, {"conv1.weight": torch.ones(1), "fc.bias": torch.ones(2)}])

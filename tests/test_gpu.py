@@ -60,7 +60,10 @@ def test_a_compiled_step_with_the_window_kernel():
 
 def test_the_window_kernel_in_a_cuda_graph():
     qkv = torch.randn(2, 14, 16, 192, device="cuda")
-    expected, graph = attend_in_windows(qkv, 2, 7), torch.cuda.CUDAGraph()  # chooses its warps in the first call, which a graph cannot hold
+    expected, graph = (
+        attend_in_windows(qkv, 2, 7),
+        torch.cuda.CUDAGraph(),
+    )  # chooses its warps in the first call, which a graph cannot hold
     with torch.cuda.graph(graph):
         out = attend_in_windows(qkv, 2, 7)
     qkv.copy_(qkv.flip(0))
@@ -97,9 +100,24 @@ def test_a_loss_that_is_not_finite_changes_nothing(amp_dtype):
     assert not torch.equal(weights[1], weights[0]) and model[1].weight.isfinite().all()
 
 
-@pytest.mark.parametrize("words", [[], ["--amp-dtype", "bfloat16", "--channels-last", "--model-ema"]], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "words", [[], ["--amp-dtype", "bfloat16", "--channels-last", "--model-ema"]], ids=["float16", "bfloat16"]
+)
 def test_a_run(words, toy, tmp_path, capsys):
-    run = ["--model", "alt_gvt_demo", "--input-size", "64", "--batch-size", "8", "--num_workers", "1", "--epochs", "2", "--warmup-epochs", "0"]
+    run = [
+        "--model",
+        "alt_gvt_demo",
+        "--input-size",
+        "64",
+        "--batch-size",
+        "8",
+        "--num_workers",
+        "1",
+        "--epochs",
+        "2",
+        "--warmup-epochs",
+        "0",
+    ]
     assert main.run(*options.parse_args([*run, "--data-path", str(toy), "--output_dir", str(tmp_path), *words])) == 0
     assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1]
     assert "device cuda" in capsys.readouterr().out
@@ -108,7 +126,19 @@ def test_a_run(words, toy, tmp_path, capsys):
 @pytest.mark.parametrize("words", [[], ["--amp-dtype", "bfloat16"]], ids=["float16", "bfloat16"])
 def test_a_stopped_run_ends_with_the_same_bits(words, toy, tmp_path, monkeypatch):
     """With --deterministic: twice the same, and the same after a stop inside an epoch."""
-    run = ["--model", "alt_gvt_demo", "--input-size", "64", "--batch-size", "8", "--num_workers", "1", "--epochs", "2", "--model-ema"]
+    run = [
+        "--model",
+        "alt_gvt_demo",
+        "--input-size",
+        "64",
+        "--batch-size",
+        "8",
+        "--num_workers",
+        "1",
+        "--epochs",
+        "2",
+        "--model-ema",
+    ]
     run = [*run, "--deterministic", "--data-path", str(toy), *words, "--output_dir"]
     for name in ("a", "b"):
         assert main.run(*options.parse_args([*run, str(tmp_path / name)])) == 0

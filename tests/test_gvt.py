@@ -51,15 +51,29 @@ def test_registration_order_is_the_published_one(name):
         names = list(build(name).state_dict())
     svt = name.startswith("alt")
     parts = list(dict.fromkeys(key.split(".")[0] for key in names))
-    assert parts == (["patch_embeds", "norm", "head", "pos_block", "blocks"] if svt else ["patch_embeds", "blocks", "norm", "head", "pos_block"])
-    block = [key.removeprefix("blocks.0.1.").removesuffix(".weight") for key in names if key.startswith("blocks.0.1.") and "weight" in key]
+    assert parts == (
+        ["patch_embeds", "norm", "head", "pos_block", "blocks"]
+        if svt
+        else ["patch_embeds", "blocks", "norm", "head", "pos_block"]
+    )
+    block = [
+        key.removeprefix("blocks.0.1.").removesuffix(".weight")
+        for key in names
+        if key.startswith("blocks.0.1.") and "weight" in key
+    ]
     attention = ["attn.q", "attn.kv", "attn.proj", "attn.sr", "attn.norm"]
-    assert block == (["norm1", "norm2", "mlp.fc1", "mlp.fc2", *attention] if svt else ["norm1", *attention, "norm2", "mlp.fc1", "mlp.fc2"])
+    assert block == (
+        ["norm1", "norm2", "mlp.fc1", "mlp.fc2", *attention]
+        if svt
+        else ["norm1", *attention, "norm2", "mlp.fc1", "mlp.fc2"]
+    )
     assert "blocks.0.0.attn.qkv.weight" in names if svt else "blocks.0.0.attn.q.weight" in names
     assert "blocks.3.1.attn.sr.weight" not in names
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if "large" in n else []) for n in golden("classification")])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if "large" in n else []) for n in golden("classification")]
+)
 def test_golden_logits(name):
     expected = golden("classification")[name]
     model = golden_weights(build(name)).eval()
@@ -79,7 +93,10 @@ DENSE_CASES = [(key, size) for key, value in DENSE.items() for size in value["si
 DENSE_PADS = {"segmentation": "published", "segmentation, mask corrected": "mask", "detection": "zero"}
 
 
-@pytest.mark.parametrize(("key", "size"), [pytest.param(k, s, marks=pytest.mark.slow if "large" in k or "448" in s else []) for k, s in DENSE_CASES])
+@pytest.mark.parametrize(
+    ("key", "size"),
+    [pytest.param(k, s, marks=pytest.mark.slow if "large" in k or "448" in s else []) for k, s in DENSE_CASES],
+)
 def test_golden_maps_of_the_published_dense_backbones(key, size):
     """Each way of padding, against the published segmentation and detection backbones (whose SVT norms each map)."""
     task, name = key.split("/")
@@ -110,7 +127,9 @@ SIZED = [*((name, (224, 224), "mask") for name in PAPER), *((name, *LARGER) for 
 EVERYDAY = {("pcpvt_small_v0", (224, 224), "mask"), ("alt_gvt_small", (224, 224), "mask"), ("alt_gvt_small", *LARGER)}
 
 
-@pytest.mark.parametrize(("name", "size", "pad"), [pytest.param(*case, marks=[] if case in EVERYDAY else pytest.mark.slow) for case in SIZED])
+@pytest.mark.parametrize(
+    ("name", "size", "pad"), [pytest.param(*case, marks=[] if case in EVERYDAY else pytest.mark.slow) for case in SIZED]
+)
 def test_logits_and_gradients_equal_timms(name, size, pad):
     torch.manual_seed(0)
     ours = build(name, num_classes=10, pad=pad).double().eval()
@@ -144,7 +163,9 @@ def test_windows_there_and_back(B, rows, columns, h, w, C):
 
 
 def window_by_window(attention, x, keys):
-    """LSA spelled out: every window by itself, softmax over the tokens that keys says. keys: "real", or "all" with zero padding."""
+    """LSA spelled out: every window by itself, softmax over the tokens that keys says. keys: "real", or "all" with zero
+    padding.
+    """
     side, heads = attention.window, attention.heads
     B, H, W, C = x.shape
     out = torch.zeros_like(x)
@@ -157,7 +178,9 @@ def window_by_window(attention, x, keys):
             q, _, _ = attention.qkv(real).reshape(B, h * w, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
             _, k, v = attention.qkv(seen).flatten(1, 2).reshape(B, -1, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
             weights = (q @ k.transpose(-2, -1) / (C // heads) ** 0.5).softmax(-1)
-            out[:, top : top + side, left : left + side] = attention.proj((weights @ v).transpose(1, 2).reshape(B, h, w, C))
+            out[:, top : top + side, left : left + side] = attention.proj(
+                (weights @ v).transpose(1, 2).reshape(B, h, w, C)
+            )
     return out
 
 
@@ -247,7 +270,9 @@ def test_attention_maps():
     assert len(maps) == sum(VARIANTS[DEMO].depths)
     for seen in maps.values():
         assert (seen.sum(-1) - 1).abs().max() < 1e-5
-    first = maps["blocks.0.0.attn.attn_drop"]  # 64 x 64 tokens: ten windows a side, the last with 64 - 63 = 1 real row or column
+    first = maps[
+        "blocks.0.0.attn.attn_drop"
+    ]  # 64 x 64 tokens: ten windows a side, the last with 64 - 63 = 1 real row or column
     assert first.shape == (100, 1, 49, 49)
     corner = first[-1, 0].reshape(7, 7, 7, 7)  # the window in the corner has one real token
     assert torch.allclose(corner[0, 0, 0, 0], torch.ones(())) and corner[0, 0].sum() == corner[0, 0, 0, 0]
@@ -306,7 +331,9 @@ def test_precisions(name, dtype, fused):
 @pytest.mark.parametrize("part", ["block", "mlp"])
 @pytest.mark.parametrize("name", [DEMO, "pcpvt_small_v0"])
 def test_gradient_checkpointing_gives_equal_gradients(name, part):
-    """With dropout and drop path on: the recomputation draws the same random numbers. In training alone, and until it is turned off."""
+    """With dropout and drop path on: the recomputation draws the same random numbers. In training alone, and until it
+    is turned off.
+    """
     model = build(name, num_classes=5, drop_path_rate=0.3, drop_rate=0.1)
     again = copy.deepcopy(model)
     again.set_grad_checkpointing(part=part)
@@ -370,7 +397,9 @@ def test_initial_moments(name):
             n = module.weight.numel()
             assert module.weight.mean().abs() < 5 * std / n**0.5, key
             assert abs(module.weight.std() / std - 1) < 5 / (2 * n) ** 0.5, key
-            assert (module.weight.pow(4).mean() / std**4 - 3).abs() < 5 * (96 / n) ** 0.5, key  # a normal's fourth moment
+            assert (module.weight.pow(4).mean() / std**4 - 3).abs() < 5 * (96 / n) ** 0.5, (
+                key
+            )  # a normal's fourth moment
             assert module.bias.eq(0).all(), key
 
 
@@ -390,7 +419,9 @@ def test_features_only_as_timm_users_know_it():
     torch.manual_seed(0)
     model = build(DEMO).eval()
     features = build(DEMO, features_only=True, out_indices=(1, 3)).eval()
-    features.model.load_state_dict(model.state_dict(), strict=False)  # all but the final norm and head, which it does not have
+    features.model.load_state_dict(
+        model.state_dict(), strict=False
+    )  # all but the final norm and head, which it does not have
     assert features.feature_info.channels() == [64, 256] and features.feature_info.reduction() == [8, 32]
     assert features.feature_info.module_name() == ["blocks.1", "blocks.3"]
     x = torch.randn(2, 3, 96, 64)
@@ -409,7 +440,11 @@ def test_forward_intermediates_equals_timms():
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, 3, 224, 224)
     with torch.inference_mode():
-        for options in (dict(indices=2, norm=True), dict(indices=[0, -2]), dict(indices=[1], stop_early=True, intermediates_only=True)):
+        for options in (
+            dict(indices=2, norm=True),
+            dict(indices=[0, -2]),
+            dict(indices=[1], stop_early=True, intermediates_only=True),
+        ):
             a, b = ours.forward_intermediates(x, **options), theirs.forward_intermediates(x, **options)
             if not options.get("intermediates_only"):
                 assert torch.allclose(a[0], b[0], atol=1e-4)
@@ -464,7 +499,11 @@ def test_weight_decay_groups_and_layer_groups():
 
 def test_default_cfg():
     cfg = build(SMALL_SVT).default_cfg
-    assert cfg["hf_hub_id"] == "timm/twins_svt_small.in1k" and cfg["crop_pct"] == 0.875 and cfg["interpolation"] == "bicubic"
+    assert (
+        cfg["hf_hub_id"] == "timm/twins_svt_small.in1k"
+        and cfg["crop_pct"] == 0.875
+        and cfg["interpolation"] == "bicubic"
+    )
     assert cfg["classifier"] == "head" and cfg["first_conv"] == "patch_embeds.0.proj" and not cfg["fixed_input_size"]
     assert "hf_hub_id" not in build(DEMO).default_cfg or not build(DEMO).default_cfg["hf_hub_id"]
 
@@ -481,7 +520,9 @@ def test_pretrained_takes_timms_weights(tmp_path):
 
 
 def test_pretrained_without_a_network_is_one_line(caplog):
-    with pytest.raises(RuntimeError, match="no weights from https://huggingface.co/timm/twins_svt_small.in1k") as caught:
+    with pytest.raises(
+        RuntimeError, match="no weights from https://huggingface.co/timm/twins_svt_small.in1k"
+    ) as caught:
         build(SMALL_SVT, pretrained=True)
     assert "\n" not in str(caught.value)
 

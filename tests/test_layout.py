@@ -1,4 +1,6 @@
-"""The shape of the tree: imports point one way, one door for checkpoints, no prints in modules, no code of others' machines."""
+"""The shape of the tree: imports point one way, one door for checkpoints, no prints in modules, no code of others'
+machines.
+"""
 
 import ast
 import sys
@@ -56,7 +58,11 @@ def imported(name):
 
 
 def test_every_file_is_listed():
-    files = {str(path.relative_to(ROOT).with_suffix("")) for folder in (".", "dense") for path in (ROOT / folder).glob("*.py")}
+    files = {
+        str(path.relative_to(ROOT).with_suffix(""))
+        for folder in (".", "dense")
+        for path in (ROOT / folder).glob("*.py")
+    }
     assert files == set(ARROWS)
 
 
@@ -68,7 +74,9 @@ def test_imports_point_one_way(name):
 
 @pytest.mark.parametrize("folder", ["segmentation", "detection"])
 def test_no_file_of_a_task_hides_one_of_ours(folder):
-    """A script's own folder is the first in which Python looks for modules: a second gvt.py there would be taken for the model."""
+    """A script's own folder is the first in which Python looks for modules: a second gvt.py there would be taken for
+    the model.
+    """
     assert not {path.stem for path in (ROOT / folder).glob("*.py")} & set(ARROWS)
 
 

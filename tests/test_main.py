@@ -60,14 +60,20 @@ def test_log_and_records(trained, toy):
     assert lines[0]["n_parameters"] == 2_480_068
     assert json.loads((trained / "class_names.json").read_text()) == ["ant", "bee", "cat", "dog"]
     assert json.loads((trained / "args.json").read_text())["data_path"] == str(toy)
-    assert {"command", "commit", "torch", "timm", "device", "seed"} <= json.loads((trained / "environment.json").read_text()).keys()
+    assert {"command", "commit", "torch", "timm", "device", "seed"} <= json.loads(
+        (trained / "environment.json").read_text()
+    ).keys()
 
 
 def test_checkpoints_have_the_published_format_and_load_without_an_allow_list(trained):
     for name in ("checkpoint.pth", "checkpoint_best.pth"):
         payload = torch.load(trained / name, weights_only=True)
         assert list(payload)[:6] == ["model", "optimizer", "lr_scheduler", "epoch", "scaler", "args"]
-        assert type(payload["args"]) is dict and payload["class_names"] == ["ant", "bee", "cat", "dog"] and payload["evaluated"]
+        assert (
+            type(payload["args"]) is dict
+            and payload["class_names"] == ["ant", "bee", "cat", "dog"]
+            and payload["evaluated"]
+        )
     assert payload["max_accuracy"] == max(line["test_acc1"] for line in log_lines(trained))
 
 
@@ -98,11 +104,18 @@ def test_resume_ends_with_the_same_bits(trained, toy, tmp_path, monkeypatch):
     monkeypatch.setattr(main, "train_one_epoch", original)
     assert here(*words, "--resume", tmp_path / "checkpoint.pth") == 0
     a, b = (checkpoint.load(str(folder / "checkpoint.pth")) for folder in (trained, tmp_path))
-    assert same(a["model"], b["model"]) and a["max_accuracy"] == b["max_accuracy"] and a["lr_scheduler"] == b["lr_scheduler"]
+    assert (
+        same(a["model"], b["model"])
+        and a["max_accuracy"] == b["max_accuracy"]
+        and a["lr_scheduler"] == b["lr_scheduler"]
+    )
     for key, state in a["optimizer"]["state"].items():
         assert same(state, b["optimizer"]["state"][key])
     assert torch.equal(a["random_states"][0]["torch"], b["random_states"][0]["torch"])
-    timeless = [{k: v for k, v in line.items() if k not in ("time", "data_time", "images_per_s", "max_memory_mb")} for line in log_lines(trained)]
+    timeless = [
+        {k: v for k, v in line.items() if k not in ("time", "data_time", "images_per_s", "max_memory_mb")}
+        for line in log_lines(trained)
+    ]
     assert timeless == [{k: line[k] for k in timeless[0]} for line in log_lines(tmp_path)]
 
 
@@ -120,7 +133,9 @@ def test_an_epoch_that_was_not_evaluated_is_evaluated_on_resume(trained, toy, tm
     monkeypatch.setattr(main, "evaluate", original)
     assert here(*words, "--resume", tmp_path / "checkpoint.pth") == 0
     assert "epoch 0 was trained but not evaluated: evaluating it" in capsys.readouterr().out
-    assert [(line["epoch"], line["test_acc1"]) for line in log_lines(tmp_path)] == [(line["epoch"], line["test_acc1"]) for line in log_lines(trained)]
+    assert [(line["epoch"], line["test_acc1"]) for line in log_lines(tmp_path)] == [
+        (line["epoch"], line["test_acc1"]) for line in log_lines(trained)
+    ]
 
 
 def test_the_best_is_never_replaced_by_a_worse_one_after_a_resume(trained, toy, tmp_path):
@@ -129,7 +144,17 @@ def test_the_best_is_never_replaced_by_a_worse_one_after_a_resume(trained, toy, 
     payload = checkpoint.load(str(folder / "checkpoint.pth"))
     checkpoint.save(folder / "checkpoint.pth", payload | {"max_accuracy": 100.0})
     before = (folder / "checkpoint_best.pth").read_bytes()
-    words = [*SMALL_RUN, "--data-path", toy, "--output_dir", folder, "--epochs", 3, "--resume", folder / "checkpoint.pth"]
+    words = [
+        *SMALL_RUN,
+        "--data-path",
+        toy,
+        "--output_dir",
+        folder,
+        "--epochs",
+        3,
+        "--resume",
+        folder / "checkpoint.pth",
+    ]
     assert here(*words) == 2  # other epochs are another schedule
     assert here(*words, "--resume-changed") == 0
     assert (folder / "checkpoint_best.pth").read_bytes() == before and log_lines(folder)[-1]["epoch"] == 2
@@ -147,17 +172,38 @@ def test_a_published_training_checkpoint_continues(toy, tmp_path):
     groups = [{key: group[key] for key in keys if key in group} for group in ours["optimizer"]["param_groups"]]
     state = {i: {**s, "step": int(s["step"])} for i, s in ours["optimizer"]["state"].items()}
     schedule = {"t_mul" if key == "cycle_mul" else key: value for key, value in ours["lr_scheduler"].items()}
-    published = {"model": ours["model"], "optimizer": {"state": state, "param_groups": groups}, "lr_scheduler": schedule, "epoch": 0}
-    torch.save(published | {"scaler": {}, "args": argparse.Namespace(opt="adamw", sched="cosine")}, tmp_path / "published.pth")
+    published = {
+        "model": ours["model"],
+        "optimizer": {"state": state, "param_groups": groups},
+        "lr_scheduler": schedule,
+        "epoch": 0,
+    }
+    torch.save(
+        published | {"scaler": {}, "args": argparse.Namespace(opt="adamw", sched="cosine")}, tmp_path / "published.pth"
+    )
     assert here(*words, "--output_dir", tmp_path / "new", "--resume", tmp_path / "published.pth") == 0
-    assert here(*words, "--output_dir", folder, "--resume", folder / "checkpoint.pth", "--resume-changed") == 0  # of one epoch before
+    assert (
+        here(*words, "--output_dir", folder, "--resume", folder / "checkpoint.pth", "--resume-changed") == 0
+    )  # of one epoch before
     assert log_lines(tmp_path / "new")[0]["epoch"] == 1
     assert log_lines(tmp_path / "new")[0]["train_lr"] == log_lines(folder)[1]["train_lr"]
 
 
 @pytest.mark.parametrize("words", [["--opt", "sgd"], ["--sched", "step"], ["--weight-decay", "0"]])
 def test_a_resume_with_another_optimizer_is_one_line(words, trained, toy, tmp_path, capsys):
-    assert here(*SMALL_RUN, "--data-path", toy, "--output_dir", tmp_path / "run", "--resume", trained / "checkpoint.pth", *words) == 2
+    assert (
+        here(
+            *SMALL_RUN,
+            "--data-path",
+            toy,
+            "--output_dir",
+            tmp_path / "run",
+            "--resume",
+            trained / "checkpoint.pth",
+            *words,
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("main.py: error: ") and error.count("\n") == 1 and "checkpoint.pth" in error
     assert not (tmp_path / "run").exists()
@@ -169,7 +215,21 @@ def test_bare_weights_do_not_write_over_a_run(trained, toy, tmp_path, capsys):
     torch.save(checkpoint.load(str(trained / "checkpoint.pth"))["model"], bare)
     assert here(*SMALL_RUN, "--data-path", toy, "--output_dir", folder, "--resume", bare) == 2
     assert "the folder holds a run" in capsys.readouterr().err and len(log_lines(folder)) == 2
-    assert here(*SMALL_RUN, "--epochs", 1, "--data-path", toy, "--output_dir", tmp_path / "new", "--resume", bare, "--model-ema") == 0
+    assert (
+        here(
+            *SMALL_RUN,
+            "--epochs",
+            1,
+            "--data-path",
+            toy,
+            "--output_dir",
+            tmp_path / "new",
+            "--resume",
+            bare,
+            "--model-ema",
+        )
+        == 0
+    )
 
 
 # ---------------------------------------------------------------- ways to train
@@ -179,7 +239,11 @@ def test_bare_weights_do_not_write_over_a_run(trained, toy, tmp_path, capsys):
     "words",
     [
         pytest.param(["--model-ema", "--grad-accum-steps", "2", "--channels-last"], id="ema"),
-        pytest.param(["--amp-dtype", "float16", "--mixup", "0", "--cutmix", "0", "--smoothing", "0"], id="float16", marks=pytest.mark.slow),
+        pytest.param(
+            ["--amp-dtype", "float16", "--mixup", "0", "--cutmix", "0", "--smoothing", "0"],
+            id="float16",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--torchcompile", "eager"], id="compiled", marks=pytest.mark.slow),
         pytest.param(
             ["--repeated-aug", "--amp-dtype", "bfloat16", "--grad-checkpointing", "--opt", "lamb", "--sched", "step"],
@@ -187,12 +251,26 @@ def test_bare_weights_do_not_write_over_a_run(trained, toy, tmp_path, capsys):
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            ["--mixup", "0", "--cutmix-minmax", "0.2", "0.8", "--opt", "sgd", "--input-size", "40", "--grad-checkpointing", "mlp"],
+            [
+                "--mixup",
+                "0",
+                "--cutmix-minmax",
+                "0.2",
+                "0.8",
+                "--opt",
+                "sgd",
+                "--input-size",
+                "40",
+                "--grad-checkpointing",
+                "mlp",
+            ],
             id="minmax",
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            ["--mixup", "0", "--cutmix", "1", "--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "0"], id="cutmix", marks=pytest.mark.slow
+            ["--mixup", "0", "--cutmix", "1", "--mixup-mode", "elem", "--drop", "0.1", "--clip-grad", "0"],
+            id="cutmix",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -203,7 +281,10 @@ def test_options_together(words, toy, tmp_path, capsys):
     assert last["epoch"] == 1 and last["train_loss"] > 0
     out = capsys.readouterr().out
     if "--model-ema" in words:
-        assert "Accuracy of the EMA network on the 101 test images" in out and "global batch 16 (8 x 1 processes x 2 steps)" in out
+        assert (
+            "Accuracy of the EMA network on the 101 test images" in out
+            and "global batch 16 (8 x 1 processes x 2 steps)" in out
+        )
         assert here("--eval", "--model-ema", *words[:-4], "--resume", tmp_path / "checkpoint.pth") == 0
         scored = float(RESULT.findall(capsys.readouterr().out)[-1][0])
         assert scored == pytest.approx(last["ema_test_acc1"], abs=5e-4)
@@ -227,7 +308,20 @@ def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path,
     data = tmp_path / "data"
     for part in ("train", "val"):
         make_pictures(data / part, classes=("x", "y"), each=8)
-    words = ["--model", "alt_gvt_demo", "--device", "cpu", "--num_workers", 0, "--batch-size", 8, "--data-path", data, "--input-size", 64]
+    words = [
+        "--model",
+        "alt_gvt_demo",
+        "--device",
+        "cpu",
+        "--num_workers",
+        0,
+        "--batch-size",
+        8,
+        "--data-path",
+        data,
+        "--input-size",
+        64,
+    ]
     words += [
         "--finetune",
         trained / "checkpoint.pth",
@@ -246,13 +340,29 @@ def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path,
     out = capsys.readouterr().out
     assert "has 4 classes, this data set 2: made anew" in out
     assert re.search(r"finetune: \d+ of \d+ tensors loaded from .*; not loaded: head.bias, head.weight", out)
-    before, after = checkpoint.load(str(trained / "checkpoint.pth"))["model"], checkpoint.load(str(tmp_path / "run/checkpoint.pth"))["model"]
+    before, after = (
+        checkpoint.load(str(trained / "checkpoint.pth"))["model"],
+        checkpoint.load(str(tmp_path / "run/checkpoint.pth"))["model"],
+    )
     assert after["head.weight"].shape == (2, 256)
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head."))
 
 
 def test_banner_warns_of_another_batch_than_the_recipes(toy, tmp_path, capsys):
-    words = ["--model", "alt_gvt_small", "--input-size", 32, "--batch-size", 16, "--num_workers", 0, "--data-path", toy, "--device", "cpu"]
+    words = [
+        "--model",
+        "alt_gvt_small",
+        "--input-size",
+        32,
+        "--batch-size",
+        16,
+        "--num_workers",
+        0,
+        "--data-path",
+        toy,
+        "--device",
+        "cpu",
+    ]
     args, written = options.parse_args([str(w) for w in [*words, "--output_dir", tmp_path]])
     main.Run(args, written, torch.device("cpu")).banner()
     out = "".join(capsys.readouterr())
@@ -308,9 +418,14 @@ def hand_count(trained, folder, label):
 
     model = timm.create_model("alt_gvt_demo", num_classes=4).eval()
     model.load_state_dict(torch.load(trained / "checkpoint.pth", weights_only=True)["model"])
-    prepare = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+    prepare = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+    )
     with torch.inference_mode():
-        pictures = [prepare(Image.open(path).convert("RGB").resize((32, 32), Image.BICUBIC)) for path in sorted(folder.iterdir())]
+        pictures = [
+            prepare(Image.open(path).convert("RGB").resize((32, 32), Image.BICUBIC))
+            for path in sorted(folder.iterdir())
+        ]
         return (model(torch.stack(pictures)).argmax(1) == label).sum().item()
 
 
@@ -321,7 +436,9 @@ def test_weights_without_names(trained, toy, tmp_path, capsys):
     words = evaluation(trained, toy, "--num_workers", 0)
     words[2] = bare
     assert here(*words) == 0
-    assert float(RESULT.search(capsys.readouterr().out)[1]) == pytest.approx(log_lines(trained)[-1]["test_acc1"], abs=5e-4)
+    assert float(RESULT.search(capsys.readouterr().out)[1]) == pytest.approx(
+        log_lines(trained)[-1]["test_acc1"], abs=5e-4
+    )
     shutil.copytree(toy / "val" / "cat", tmp_path / "val" / "cat")
     words[words.index(toy)] = tmp_path
     assert here(*words) == 2
@@ -356,7 +473,13 @@ def test_a_plain_run_as_a_program(toy, tmp_path):
         "Start training for 1 epochs",
     ):
         assert line in done.stdout.splitlines()
-    for form in (r"^Namespace\(", r"^Epoch: \[0\]  \[0/6\]  eta: ", r"^Averaged stats: lr: ", r"^Max accuracy: \d+\.\d\d%$", r"^Training time \d:"):
+    for form in (
+        r"^Namespace\(",
+        r"^Epoch: \[0\]  \[0/6\]  eta: ",
+        r"^Averaged stats: lr: ",
+        r"^Max accuracy: \d+\.\d\d%$",
+        r"^Training time \d:",
+    ):
         assert re.search(form, done.stdout, re.M), form
     assert done.stderr.splitlines() == ["main.py: warning: --color-jitter has no effect (--aa is set)"]
     assert "\r" not in done.stdout
@@ -364,10 +487,25 @@ def test_a_plain_run_as_a_program(toy, tmp_path):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_published_training_command(processes, toy, tmp_path):
-    words = [*SMALL_RUN[:-4], "--batch-size", 4, "--epochs", 1, "--data-path", toy, "--dist-eval", "--drop-path", 0.3, "--output_dir", tmp_path]
+    words = [
+        *SMALL_RUN[:-4],
+        "--batch-size",
+        4,
+        "--epochs",
+        1,
+        "--data-path",
+        toy,
+        "--dist-eval",
+        "--drop-path",
+        0.3,
+        "--output_dir",
+        tmp_path,
+    ]
     done = run_main(*words, launcher=launch(processes))
     assert done.returncode == 0, done.stderr
-    assert sorted(re.findall(r"distributed init \(rank (\d)\): env://", done.stdout)) == [str(rank) for rank in range(processes)]
+    assert sorted(re.findall(r"distributed init \(rank (\d)\): env://", done.stdout)) == [
+        str(rank) for rank in range(processes)
+    ]
     assert done.stdout.count("Start training") == 1 and ACCURACY.search(done.stdout)
     assert f"global batch {4 * processes} (4 x {processes} processes x 1 steps)" in done.stdout
     assert len(checkpoint.load(str(tmp_path / "checkpoint.pth"))["random_states"]) == processes
@@ -417,7 +555,13 @@ def test_torchrun_and_two_agents_that_meet(trained, toy, alone):
     port = launch(1)[3].split("=")[1]
     agents = []
     for node in range(2):
-        rendezvous = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        rendezvous = [
+            "--nnodes=2",
+            f"--node_rank={node}",
+            "--nproc_per_node=1",
+            "--master_addr=127.0.0.1",
+            f"--master_port={port}",
+        ]
         command = [
             sys.executable,
             "-m",
@@ -427,7 +571,9 @@ def test_torchrun_and_two_agents_that_meet(trained, toy, alone):
             *map(str, evaluation(trained, toy, "--dist-eval")),
         ]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        agents.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT))
+        agents.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        )
     outputs = [agent.communicate(timeout=240) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], outputs
     assert RESULT.search(outputs[0][0]).groups() == alone and not RESULT.search(outputs[1][0])
@@ -438,10 +584,18 @@ def test_slurms_variables(trained, toy, alone):
     port = launch(1)[3].split("=")[1]
     tasks = []
     for task in range(2):
-        slurm = {"SLURM_PROCID": str(task), "SLURM_NTASKS": "2", "SLURM_LOCALID": str(task), "SLURM_JOB_NODELIST": "localhost", "MASTER_PORT": port}
+        slurm = {
+            "SLURM_PROCID": str(task),
+            "SLURM_NTASKS": "2",
+            "SLURM_LOCALID": str(task),
+            "SLURM_JOB_NODELIST": "localhost",
+            "MASTER_PORT": port,
+        }
         command = [sys.executable, str(ROOT / "main.py"), *map(str, evaluation(trained, toy, "--dist-eval"))]
         env = os.environ | {"OMP_NUM_THREADS": "1"} | slurm
-        tasks.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT))
+        tasks.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        )
     outputs = [task.communicate(timeout=240) for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert RESULT.search(outputs[0][0]).groups() == alone
@@ -477,16 +631,25 @@ def test_a_loss_that_is_not_finite_stops_every_process(trained, toy, tmp_path):
     words = [*SMALL_RUN, "--batch-size", 4, "--epochs", 3, "--data-path", toy, "--output_dir", folder]
     words += ["--resume", folder / "checkpoint.pth", "--resume-changed"]  # for one epoch more
     command = [sys.executable, *launch(2), str(tmp_path / "start.py"), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, cwd=ROOT)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240, cwd=ROOT
+    )
     assert done.returncode == 1
-    assert re.findall(r"main.py: error: the loss is (\w+) \((epoch \d, step \d)\)", done.stderr) == [("nan", "epoch 2, step 2")] * 2
+    assert (
+        re.findall(r"main.py: error: the loss is (\w+) \((epoch \d, step \d)\)", done.stderr)
+        == [("nan", "epoch 2, step 2")] * 2
+    )
     found = json.loads((folder / "non_finite.json").read_text())
     order = ShuffleSampler(48, seed=0)
     order.set_epoch(2)
-    dealt = [index for _, _, index in order][16:24]  # of the third step: four pictures for each of two processes, in turn
+    dealt = [index for _, _, index in order][
+        16:24
+    ]  # of the third step: four pictures for each of two processes, in turn
     files = sorted(str(path) for path in (toy / "train").rglob("*.png"))
     files.sort(key=lambda path: path.rsplit("/", 2)[1:])
-    assert (found["epoch"], found["step"]) == (2, 2) and found["pictures"] == [[files[i] for i in dealt[rank::2]] for rank in range(2)]
+    assert (found["epoch"], found["step"]) == (2, 2) and found["pictures"] == [
+        [files[i] for i in dealt[rank::2]] for rank in range(2)
+    ]
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
@@ -508,9 +671,15 @@ BAD = {
     "one beta": (["--opt-betas", "0.9"], "cannot make the optimizer (--opt adamw)"),
     "no such compiler": (["--torchcompile", "nope"], "no such compiler (--torchcompile nope)"),
     "no folder possible": (["--output_dir", "/proc/nope/x"], "cannot make the folder (--output_dir /proc/nope/x)"),
-    "no connection": (["--resume", "https://localhost:1/x-01234567.pth"], "no checkpoint from there (https://localhost:1/x-01234567.pth)"),
+    "no connection": (
+        ["--resume", "https://localhost:1/x-01234567.pth"],
+        "no checkpoint from there (https://localhost:1/x-01234567.pth)",
+    ),
     "no such policy": (["--aa", "rand-z1"], "no such augmentation (--aa rand-z1)"),
-    "no MLPs to recompute": (["--model", "resnet18", "--grad-checkpointing", "mlp"], "(--grad-checkpointing mlp, --model resnet18)"),
+    "no MLPs to recompute": (
+        ["--model", "resnet18", "--grad-checkpointing", "mlp"],
+        "(--grad-checkpointing mlp, --model resnet18)",
+    ),
     "no such device": (["--device", "cuda:99"], "--device"),
     "device in words": (["--device", "gpu"], "--device gpu"),
 }
@@ -552,7 +721,18 @@ def test_other_classes_than_the_checkpoints_are_refused(trained, tmp_path, capsy
         make_pictures(tmp_path / part, classes=("ant", "bee", "cat", "eel"), each=4)
     assert here(*evaluation(trained, tmp_path, "--num_workers", 0)) == 2
     assert "a class that training does not know" in capsys.readouterr().err
-    assert here(*SMALL_RUN, "--data-path", tmp_path, "--output_dir", tmp_path / "run", "--resume", trained / "checkpoint.pth") == 2
+    assert (
+        here(
+            *SMALL_RUN,
+            "--data-path",
+            tmp_path,
+            "--output_dir",
+            tmp_path / "run",
+            "--resume",
+            trained / "checkpoint.pth",
+        )
+        == 2
+    )
     assert "other classes than the checkpoint's" in capsys.readouterr().err
 
 

@@ -9,7 +9,8 @@ from conftest import ROOT
 
 import options
 
-# Read off the published main.py: 58 options. --model alone differs: its published default, pvt_small, is registered nowhere.
+# Read off the published main.py: 58 options. --model alone differs: its published default, pvt_small, is registered
+# nowhere.
 PUBLISHED = {
     "batch_size": 64,
     "epochs": 300,
@@ -110,7 +111,9 @@ def test_dashes_and_underscores_are_alike():
     for name in PUBLISHED.keys() | OURS.keys():
         action = next(a for a in options.get_parser()._actions if a.dest == name)
         several = action.nargs == 2 or name == "cutmix_minmax"
-        value = [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else ["1"] * (2 if several else 1)
+        value = (
+            [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else ["1"] * (2 if several else 1)
+        )
         if name in options.REFUSED:
             continue
         for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):

@@ -1,4 +1,6 @@
-"""Linear layers through oneDNN: as near to the exact result as torch's own, differentiable twice, and refused for a reason."""
+"""Linear layers through oneDNN: as near to the exact result as torch's own, differentiable twice, and refused for a
+reason.
+"""
 
 import contextlib
 import copy
@@ -16,7 +18,9 @@ import gvt
 import products
 
 SHAPES = [((2, 5, 6, 64), 256), ((3, 49, 96), 32), ((7, 64), 64), ((1, 64), 5)]
-serves = pytest.mark.skipif(products.refusal(torch.zeros(1, 1), torch.zeros(1, 1)) is not None, reason="no oneDNN with AVX-512 on this machine")
+serves = pytest.mark.skipif(
+    products.refusal(torch.zeros(1, 1), torch.zeros(1, 1)) is not None, reason="no oneDNN with AVX-512 on this machine"
+)
 
 
 def tensors(shape, out, dtype=torch.float32, bias=True):
@@ -115,7 +119,10 @@ def test_what_does_not_fit_is_said_by_torch():
 
 @pytest.mark.parametrize("shape", [(8,), (0, 8), (2, 0, 8)])
 def test_one_row_and_none(shape):
-    x, weight, bias = torch.randn(shape, requires_grad=True), *(each.requires_grad_() for each in tensors((1, 8), 5)[1:])
+    x, weight, bias = (
+        torch.randn(shape, requires_grad=True),
+        *(each.requires_grad_() for each in tensors((1, 8), 5)[1:]),
+    )
     result = products.linear(x, weight, bias)
     result.sum().backward()
     assert result.shape == (*shape[:-1], 5) and x.grad.shape == shape and weight.grad.shape == (5, 8)
@@ -149,14 +156,21 @@ REFUSED = {
     "meta": (dict(device="meta"), {}, "x is on meta"),
     "float64": (dict(dtype=torch.float64), {}, "torch.float64"),
     "two dtypes": ({}, dict(dtype=torch.bfloat16), "torch.float32 and torch.bfloat16"),
-    "gradients in bfloat16": (dict(dtype=torch.bfloat16, requires_grad=True), dict(dtype=torch.bfloat16), "gradients of bfloat16"),
+    "gradients in bfloat16": (
+        dict(dtype=torch.bfloat16, requires_grad=True),
+        dict(dtype=torch.bfloat16),
+        "gradients of bfloat16",
+    ),
 }
 
 
 @serves
 @pytest.mark.parametrize(("of_x", "of_weight", "part"), REFUSED.values(), ids=REFUSED)
 def test_what_is_refused_says_why(of_x, of_weight, part):
-    x, weight = torch.zeros(2, 3, **of_x), torch.zeros(4, 3, **({"device": of_x.get("device", "cpu"), "dtype": of_x.get("dtype")} | of_weight))
+    x, weight = (
+        torch.zeros(2, 3, **of_x),
+        torch.zeros(4, 3, **({"device": of_x.get("device", "cpu"), "dtype": of_x.get("dtype")} | of_weight)),
+    )
     assert part in products.refusal(x, weight)
 
 
@@ -180,7 +194,9 @@ def queries_keys_values(batch, heads, queries, keys, dtype=torch.bfloat16):
 
 @serves
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize(("batch", "heads", "queries", "keys"), [(512, 2, 49, 49), (1, 1, 3136, 49), (2, 3, 5, 256), (3, 1, 1, 1)])
+@pytest.mark.parametrize(
+    ("batch", "heads", "queries", "keys"), [(512, 2, 49, 49), (1, 1, 3136, 49), (2, 3, 5, 256), (3, 1, 1, 1)]
+)
 def test_attention_in_bfloat16(batch, heads, queries, keys, masked):
     """As near to the exact one as torch's own products of this dtype; batches that go in parts lose nothing."""
     *given, mask = queries_keys_values(batch, heads, queries, keys)
@@ -258,13 +274,17 @@ def test_other_ways_to_watch_the_mlp_are_honoured():
 def test_an_mlp_takes_many_rows_in_parts(dtype, monkeypatch):
     mlp, x, sizes = gvt.Mlp(8, 16, drop=0.0).eval().to(dtype), torch.randn(3, 5, 7, 8).to(dtype), []
     own = products.linear_gelu
-    monkeypatch.setattr(gvt, "linear_gelu", lambda x, *rest, **options: sizes.append(len(x)) or own(x, *rest, **options))
+    monkeypatch.setattr(
+        gvt, "linear_gelu", lambda x, *rest, **options: sizes.append(len(x)) or own(x, *rest, **options)
+    )
     with torch.no_grad():
         whole = mlp(x)
         monkeypatch.setattr(products, "MOST_HIDDEN", 50 * 16 * x.element_size())
         parts = mlp(x)
     assert sizes == [3, 50, 50, 5]
-    assert parts.shape == whole.shape and torch.allclose(parts, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    assert parts.shape == whole.shape and torch.allclose(
+        parts, whole, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-6
+    )
     assert mlp(x).requires_grad and len(sizes) == 5  # with gradients in one go
     calls = []
     mlp.fc2.register_forward_hook(lambda module, inputs, output: calls.append(output.shape))
@@ -275,7 +295,9 @@ def test_an_mlp_takes_many_rows_in_parts(dtype, monkeypatch):
 
 @pytest.mark.parametrize("name", ["alt_gvt_demo", "pcpvt_small_v0"])
 def test_half_precision_trains_as_torch_alone_does(name):
-    """Attention goes through float32 on a CPU, where gradients are wanted: no farther from the exact gradients than in bfloat16."""
+    """Attention goes through float32 on a CPU, where gradients are wanted: no farther from the exact gradients than in
+    bfloat16.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=5)
     x, labels = torch.randn(2, 3, 64, 64), torch.tensor([1, 3])

@@ -24,8 +24,19 @@ import resume
 
 STOPPING = str(ROOT / "tests" / "faults" / "stopping.py")
 TIMES = ("time", "data_time", "images_per_s", "max_memory_mb")
-# Everything that has a state of its own: Mixup and erasing, repeated augmentation, accumulation, the average, float16's loss scale.
-ALL_ON = ["--repeated-aug", "--grad-accum-steps", "2", "--model-ema", "--amp-dtype", "float16", "--dist-eval", "--checkpoint-interval", "2"]
+# Everything that has a state of its own: Mixup and erasing, repeated augmentation, accumulation, the average, float16's
+# loss scale.
+ALL_ON = [
+    "--repeated-aug",
+    "--grad-accum-steps",
+    "2",
+    "--model-ema",
+    "--amp-dtype",
+    "float16",
+    "--dist-eval",
+    "--checkpoint-interval",
+    "2",
+]
 
 
 def here(*words):
@@ -51,7 +62,19 @@ def program(where, *words, processes=1, accident="SIGTERM"):
 
 
 def words(toy, folder, *more, batch=4):
-    return [*SMALL_RUN, "--data-path", toy, "--batch-size", batch, "--epochs", 3, *ALL_ON, "--output_dir", folder, *more]
+    return [
+        *SMALL_RUN,
+        "--data-path",
+        toy,
+        "--batch-size",
+        batch,
+        "--epochs",
+        3,
+        *ALL_ON,
+        "--output_dir",
+        folder,
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,13 +97,19 @@ def whole(toy, tmp_path_factory):
 # ---------------------------------------------------------------- the same bits
 
 
-@pytest.mark.parametrize("place", ["epoch's end", "inside an epoch", pytest.param("in the evaluation", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "place", ["epoch's end", "inside an epoch", pytest.param("in the evaluation", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_one_process(place, workers, whole, toy, tmp_path, monkeypatch, capsys):
     stops = []
 
     def wants_to_stop(run):
-        at = {"epoch's end": run.epoch == 0, "inside an epoch": len(stops) == 8, "in the evaluation": not run.evaluated}[place]
+        at = {
+            "epoch's end": run.epoch == 0,
+            "inside an epoch": len(stops) == 8,
+            "in the evaluation": not run.evaluated,
+        }[place]
         stops.append(at)
         return at
 
@@ -119,7 +148,9 @@ def test_several_processes(processes, toy, tmp_path):
     assert program("none", *words(toy, a, batch=batch), processes=processes).returncode == 0
     # The signal reaches one process, and all agree. The stopped run has data-loading processes, the other one had none.
     for where, workers in (("update:0:3@1", 2), ("evaluation:1@1", 1)):
-        done = program(where, *words(toy, b, "--resume", "auto", "--num_workers", workers, batch=batch), processes=processes)
+        done = program(
+            where, *words(toy, b, "--resume", "auto", "--num_workers", workers, batch=batch), processes=processes
+        )
         assert done.returncode == 1 and done.stderr.count("main.py: stopped: stopped by ") == processes, done.stderr
         assert status(b)["state"] == "preempted" and "exitcode  : 143" in done.stderr
     assert program("none", *words(toy, b, "--resume", "auto", batch=batch), processes=processes).returncode == 0
@@ -139,7 +170,10 @@ def test_another_number_of_processes_continues_with_the_same_pictures(toy, tmp_p
 def test_a_signal_to_the_process(toy, tmp_path, whole):
     done = program("update:1:1", *words(toy, tmp_path), accident="SIGUSR1")
     assert done.returncode == 143
-    assert done.stderr.strip() == "main.py: stopped: stopped by SIGUSR1 after 1 epochs and 2 updates, all saved: continue with --resume auto"
+    assert (
+        done.stderr.strip()
+        == "main.py: stopped: stopped by SIGUSR1 after 1 epochs and 2 updates, all saved: continue with --resume auto"
+    )
     assert here(*words(toy, tmp_path, "--resume", "auto")) == 0
     assert final(tmp_path) == final(whole)
 
@@ -159,7 +193,9 @@ def test_resume_auto(whole, toy, tmp_path, capsys):
     (folder / "checkpoint.pth").write_bytes((folder / "checkpoint.pth").read_bytes()[:-100])
     assert here(*words(toy, folder, "--resume", "auto")) == 0
     captured = capsys.readouterr()
-    assert re.search(r"warning: not a readable checkpoint \(.*checkpoint.pth\).*trying the checkpoint before it", captured.err)
+    assert re.search(
+        r"warning: not a readable checkpoint \(.*checkpoint.pth\).*trying the checkpoint before it", captured.err
+    )
     assert "resume: " in captured.out and "checkpoint-0002-000004.pth, after epoch 1 and 4 updates" in captured.out
     assert final(folder) == final(whole)
     broken = [path for path in folder.glob("*.pth") if path.write_bytes(b"PK\x03\x04")]
@@ -203,9 +239,15 @@ def test_a_branch_that_was_left_is_not_taken_up_again(whole, toy, tmp_path, monk
 def test_overwriting_with_a_checkpoint_from_elsewhere_leaves_nothing_of_the_run_before(whole, toy, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
-    checkpoint.save(folder / "checkpoint_best.pth", checkpoint.load(folder / "checkpoint_best.pth") | {"max_accuracy": 99.0})
+    checkpoint.save(
+        folder / "checkpoint_best.pth", checkpoint.load(folder / "checkpoint_best.pth") | {"max_accuracy": 99.0}
+    )
     assert here(*words(toy, folder, "--resume", whole / "checkpoint.pth", "--overwrite")) == 0
-    assert not (folder / "checkpoint_best.pth").exists() and not lifecycle.earlier(folder) and not (folder / "log.txt").exists()
+    assert (
+        not (folder / "checkpoint_best.pth").exists()
+        and not lifecycle.earlier(folder)
+        and not (folder / "log.txt").exists()
+    )
 
 
 def test_a_log_that_lost_its_end_is_mended(whole, toy, tmp_path, capsys):
@@ -219,7 +261,13 @@ def test_a_log_that_lost_its_end_is_mended(whole, toy, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "keep", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+    "keep",
+    [
+        pytest.param(1, marks=pytest.mark.slow),
+        pytest.param(2, marks=pytest.mark.slow),
+        3,
+        pytest.param(5, marks=pytest.mark.slow),
+    ],
 )
 def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path, monkeypatch):
     more = ["--checkpoint-hist", keep, "--resume", "auto"]
@@ -228,7 +276,17 @@ def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path,
     monkeypatch.undo()
     assert here(*words(toy, tmp_path, *more)) == 0
     # Updates 2 and 4 of each epoch of 6, its end, and the one that the stop made.
-    places = ["0000-000002", "0000-000004", "0001-000000", "0001-000001", "0001-000002", "0001-000004", "0002-000000", "0002-000002", "0002-000004"]
+    places = [
+        "0000-000002",
+        "0000-000004",
+        "0001-000000",
+        "0001-000001",
+        "0001-000002",
+        "0001-000004",
+        "0002-000000",
+        "0002-000002",
+        "0002-000004",
+    ]
     expected = {f"checkpoint-{place}.pth" for place in places[len(places) - keep + 1 :]}
     assert {path.name for path in tmp_path.glob("checkpoint-*.pth")} == expected
     for path in lifecycle.candidates(tmp_path):
@@ -252,7 +310,9 @@ def test_keep_going_tries_again_at_the_next_save(toy, tmp_path, monkeypatch, cap
     saves.clear()
     assert here(*run, "--keep-going") == 0
     warned = capsys.readouterr().err.splitlines()
-    assert len(warned) == 2 and all("going on (--keep-going): cannot write" in line for line in warned) and len(saves) > 2
+    assert (
+        len(warned) == 2 and all("going on (--keep-going): cannot write" in line for line in warned) and len(saves) > 2
+    )
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pth")["epoch"] == 0
     # A signal is no preemption where nothing could be saved.
     saves.clear()
@@ -269,7 +329,11 @@ def test_the_same_seed_gives_the_same_bits(processes, workers, toy, tmp_path):
     found = []
     for number in workers:
         folder = tmp_path / str(number)
-        done = program("none", *words(toy, folder, "--epochs", 1, "--num_workers", number, batch=8 // processes), processes=processes)
+        done = program(
+            "none",
+            *words(toy, folder, "--epochs", 1, "--num_workers", number, batch=8 // processes),
+            processes=processes,
+        )
         assert done.returncode == 0, done.stderr
         found.append(final(folder))
     assert found[0] == found[1]
@@ -326,7 +390,9 @@ def test_a_changed_run_continues_where_it_is_asked_to(whole, toy, tmp_path, caps
     assert here(*words(toy, run, "--resume", "auto", "--epochs", 4, "--lr", "1e-3", "--resume-changed")) == 0
     assert "changed by --resume-changed: " in capsys.readouterr().out
     last = log_lines(run)[-1]
-    assert last["epoch"] == 3 and last["train_lr"] == pytest.approx(1e-6 + 2 * (1.5625e-5 - 1e-6) / 5)  # the new schedule's warm-up, epoch 2
+    assert last["epoch"] == 3 and last["train_lr"] == pytest.approx(
+        1e-6 + 2 * (1.5625e-5 - 1e-6) / 5
+    )  # the new schedule's warm-up, epoch 2
 
 
 # ---------------------------------------------------------------- the optimizer's state, by names
@@ -345,18 +411,28 @@ def test_moments_follow_the_names_not_the_places(toy):
         moment = {n: torch.full_like(model.get_parameter(n), float(names.index(n) + 1)) for n in names}
         state = {i: {"step": 3, "exp_avg": moment[n], "exp_avg_sq": moment[n]} for i, n in enumerate(flat)}
         sizes = [list(range(len(groups[0]))), list(range(len(groups[0]), len(flat)))]
-        return {"model": {n: model.get_parameter(n) for n in order}, "optimizer": {"state": state, "param_groups": [{"params": s} for s in sizes]}}
+        return {
+            "model": {n: model.get_parameter(n) for n in order},
+            "optimizer": {"state": state, "param_groups": [{"params": s} for s in sizes]},
+        }
 
     other = sorted(names, key=lambda name: name[::-1])
     assert other != names
     for order in (names, other):
         found = resume.moments(stored(order), model)
-        assert {name: entry["exp_avg"].flatten()[0].item() for name, entry in found.items()} == {n: names.index(n) + 1 for n in names}
+        assert {name: entry["exp_avg"].flatten()[0].item() for name, entry in found.items()} == {
+            n: names.index(n) + 1 for n in names
+        }
         optimizer = torch.optim.AdamW(
-            [{"params": [p for p in model.parameters() if p.ndim < 2]}, {"params": [p for p in model.parameters() if p.ndim > 1]}]
+            [
+                {"params": [p for p in model.parameters() if p.ndim < 2]},
+                {"params": [p for p in model.parameters() if p.ndim > 1]},
+            ]
         )
         resume.load_moments(optimizer, model, found, [{}, {}])
-        assert all(optimizer.state[p]["exp_avg"].flatten()[0] == names.index(n) + 1 for n, p in model.named_parameters())
+        assert all(
+            optimizer.state[p]["exp_avg"].flatten()[0] == names.index(n) + 1 for n, p in model.named_parameters()
+        )
 
 
 FAR = {"updates": 10**9, "meters": {name: {"total": 1.0, "count": 1, "recent": []} for name in ("lr", "loss")}}
@@ -364,7 +440,9 @@ SPOILED = {
     "a moment of another shape": lambda p: p["optimizer"]["state"][3].update(exp_avg=torch.zeros(2, 3)),
     "a moment that is not finite": lambda p: p["optimizer"]["state"][3]["exp_avg"].view(-1)[:1].fill_(float("nan")),
     "a negative square": lambda p: p["optimizer"]["state"][3]["exp_avg_sq"].view(-1)[:1].fill_(-1.0),
-    "whole numbers as moments": lambda p: p["optimizer"]["state"][3].update(exp_avg=p["optimizer"]["state"][3]["exp_avg"].long()),
+    "whole numbers as moments": lambda p: p["optimizer"]["state"][3].update(
+        exp_avg=p["optimizer"]["state"][3]["exp_avg"].long()
+    ),
     "words as a step": lambda p: p["optimizer"]["state"][3].update(step="many"),
     "a parameter without a state": lambda p: p["optimizer"]["state"].pop(5),
     "groups of other sizes": lambda p: p["optimizer"]["param_groups"][0]["params"].pop(),
@@ -391,7 +469,9 @@ SPOILED = {
     "a moment of nothing": lambda p: p["optimizer"]["state"][3].update(exp_avg=None),
     "several steps": lambda p: p["optimizer"]["state"][3].update(step=torch.ones(3)),
     "a place beyond the epoch": lambda p: p.update(progress=FAR),
-    "figures in words": lambda p: p.update(progress=FAR | {"meters": {k: {"total": 1, "count": 1, "recent": ["x"]} for k in ("lr", "loss")}}),
+    "figures in words": lambda p: p.update(
+        progress=FAR | {"meters": {k: {"total": 1, "count": 1, "recent": ["x"]} for k in ("lr", "loss")}}
+    ),
     "a figure beyond numbers": lambda p: p.update(evaluated=False, train_stats=p["train_stats"] | {"loss": 10**400}),
     "a loss scale that is no number": lambda p: p.update(scaler=p["scaler"] | {"scale": float("nan")}),
     "a loss scale in words": lambda p: p.update(scaler={"scale": "big"}),
@@ -413,12 +493,25 @@ def test_a_spoiled_training_state_is_one_line_and_changes_nothing(what, whole, t
 
 
 def test_a_published_training_checkpoint_is_compared_by_its_arguments(whole, toy, tmp_path, capsys):
-    """Its rate is the scaled one, its global batch the batch of a process times the processes; its schedule has the old names."""
+    """Its rate is the scaled one, its global batch the batch of a process times the processes; its schedule has the old
+    names.
+    """
     ours = checkpoint.load(whole / "checkpoint.pth")
     args = options.parse_args([str(word) for word in words(toy, "x")])[0]
-    namespace = argparse.Namespace(**{name: getattr(args, name) for name in ("model", "epochs", "opt", "sched", "seed", "mixup", "batch_size")})
+    namespace = argparse.Namespace(
+        **{name: getattr(args, name) for name in ("model", "epochs", "opt", "sched", "seed", "mixup", "batch_size")}
+    )
     namespace.world_size, namespace.lr = 2, 7.8125e-06
-    keep = ("t_initial", "lr_min", "cycle_limit", "warmup_t", "warmup_lr_init", "warmup_prefix", "t_in_epochs", "base_values")
+    keep = (
+        "t_initial",
+        "lr_min",
+        "cycle_limit",
+        "warmup_t",
+        "warmup_lr_init",
+        "warmup_prefix",
+        "t_in_epochs",
+        "base_values",
+    )
     schedule = {key: ours["lr_scheduler"][key] for key in keep} | {"t_mul": 1.0, "decay_rate": 0.1, "updates": None}
     state = {i: {**s, "step": int(s["step"])} for i, s in ours["optimizer"]["state"].items()}
     groups = [{"params": group["params"], "lr": 1.0} for group in ours["optimizer"]["param_groups"]]
@@ -432,7 +525,10 @@ def test_a_published_training_checkpoint_is_compared_by_its_arguments(whole, toy
     path = tmp_path / "published.pth"
     torch.save(published, path)
     assert here(*words(toy, tmp_path / "run", "--resume", path)) == 0
-    assert log_lines(tmp_path / "run")[0]["epoch"] == 2 and log_lines(tmp_path / "run")[0]["train_lr"] == log_lines(whole)[2]["train_lr"]
+    assert (
+        log_lines(tmp_path / "run")[0]["epoch"] == 2
+        and log_lines(tmp_path / "run")[0]["train_lr"] == log_lines(whole)[2]["train_lr"]
+    )
     schedule["lr_min"] = 0.0
     schedule["warmup_t"] = 1
     torch.save(published, path)

@@ -1,4 +1,6 @@
-"""Samplers: every picture where it belongs, the same global order for any number of processes, equal to the published ones."""
+"""Samplers: every picture where it belongs, the same global order for any number of processes, equal to the published
+ones.
+"""
 
 import math
 
@@ -35,7 +37,9 @@ def test_shuffle_equals_torchs_distributed_sampler(length, world, epoch):
 @settings(max_examples=60, deadline=None)
 @given(lengths, worlds, epochs)
 def test_repeated_augmentation_equals_the_published_order(length, world, epoch):
-    """Each index three times in a row, padded from the start, dealt out in turn, cut to a multiple of 256 over the processes."""
+    """Each index three times in a row, padded from the start, dealt out in turn, cut to a multiple of 256 over the
+    processes.
+    """
     order = torch.randperm(length, generator=torch.Generator().manual_seed(epoch)).tolist()
     order = [index for index in order for _ in range(3)]
     total = math.ceil(length * 3 / world) * world

@@ -24,16 +24,39 @@ import utils
             {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"},
         ),
         (
-            {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_JOB_NODELIST": "gpu-[07-09,12],x1", "SLURM_JOB_ID": "41003"},
+            {
+                "SLURM_PROCID": "3",
+                "SLURM_NTASKS": "4",
+                "SLURM_LOCALID": "1",
+                "SLURM_JOB_NODELIST": "gpu-[07-09,12],x1",
+                "SLURM_JOB_ID": "41003",
+            },
             {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "gpu-07", "MASTER_PORT": "21003"},
         ),
         (
-            {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_NODELIST": "rack[1-2]-node[03-07]-ib,x"},
-            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "rack1-node03-ib", "MASTER_PORT": "20000"},
+            {
+                "SLURM_PROCID": "0",
+                "SLURM_NTASKS": "8",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_JOB_NODELIST": "rack[1-2]-node[03-07]-ib,x",
+            },
+            {
+                "RANK": "0",
+                "WORLD_SIZE": "2",
+                "LOCAL_RANK": "0",
+                "MASTER_ADDR": "rack1-node03-ib",
+                "MASTER_PORT": "20000",
+            },
         ),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "ENVIRONMENT": "BATCH"}, None),  # a batch script itself
         (
-            {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "a,b", "MASTER_PORT": "5", "MASTER_ADDR": "c"},
+            {
+                "SLURM_PROCID": "1",
+                "SLURM_NTASKS": "2",
+                "SLURM_JOB_NODELIST": "a,b",
+                "MASTER_PORT": "5",
+                "MASTER_ADDR": "c",
+            },
             {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "c", "MASTER_PORT": "5"},
         ),
     ],
@@ -96,7 +119,9 @@ def test_a_workers_error_is_one_line():
 
 def test_environment_names_the_commit_and_versions():
     record = utils.environment(torch.device("cpu"), 7)
-    assert record["torch"].startswith(torch.__version__.split("+")[0]) and record["seed"] == 7 and record["processes"] == 1
+    assert (
+        record["torch"].startswith(torch.__version__.split("+")[0]) and record["seed"] == 7 and record["processes"] == 1
+    )
     assert record["command"].startswith("python ")
 
 
@@ -118,6 +143,8 @@ print(faults(10))
 def test_freed_memory_is_kept():
     found = {}
     for how in ("given back", "kept"):
-        done = subprocess.run([sys.executable, "-c", ALLOCATIONS, how], cwd=utils.ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", ALLOCATIONS, how], cwd=utils.ROOT, capture_output=True, text=True, check=True
+        )
         found[how] = int(done.stdout)
     assert found["kept"] < found["given back"] / 4

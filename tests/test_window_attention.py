@@ -1,4 +1,6 @@
-"""Window attention without its kernel: the plain version, the reasons not to take the kernel, and a process that interprets it."""
+"""Window attention without its kernel: the plain version, the reasons not to take the kernel, and a process that
+interprets it.
+"""
 
 import os
 import subprocess
@@ -17,7 +19,9 @@ from window_attention import attend_in_windows, reference, why_not
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
 def test_the_kernel_in_tritons_interpreter(chosen):
-    """In a process of its own: Triton decides while it is imported whether it compiles or interprets, and compiling needs a GPU."""
+    """In a process of its own: Triton decides while it is imported whether it compiles or interprets, and compiling
+    needs a GPU.
+    """
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "tests/test_window_kernel.py"]
     settings = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -84,7 +88,9 @@ def test_without_triton_all_but_the_kernel_works():
 
 
 def test_the_switch():
-    program = "import torch, window_attention as w; print(w.why_not(torch.zeros(1, 7, 7, 8), heads=2, window=7, dropout=0.0))"
+    program = (
+        "import torch, window_attention as w; print(w.why_not(torch.zeros(1, 7, 7, 8), heads=2, window=7, dropout=0.0))"
+    )
     command = dict(args=[sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     result = subprocess.run(**command, env=os.environ | {"TWINS_WINDOW_KERNEL": "0"})
     assert result.stdout == "TWINS_WINDOW_KERNEL=0 is set\n", result.stderr
@@ -105,18 +111,25 @@ def test_torch_compile_sees_through_the_choice(window, operator, monkeypatch):
         maps = (torch.empty(2, 8, 8, channels, device="cuda") for channels in (64, 192))
         out = torch.compile(choose, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)(*maps)
     assert out.shape == ((2, 8, 8, 64) if operator else (3,))
-    assert [node.target == torch.ops.twins.attend_in_windows.default for node in graphs[0].graph.nodes].count(True) == operator
+    assert [node.target == torch.ops.twins.attend_in_windows.default for node in graphs[0].graph.nodes].count(
+        True
+    ) == operator
 
 
-# Compute capability, dtype, window, channels of a head: what the models have, and the largest that each kind of device may be asked for.
+# Compute capability, dtype, window, channels of a head: what the models have, and the largest that each kind of device
+# may be asked for.
 MODELS = [(90, "bf16", 7, 32), (80, "fp16", 7, 32), (100, "bf16", 7, 32), (90, "fp32", 7, 32)]
 LARGEST = [(90, "bf16", 14, 64), (80, "bf16", 14, 64), (86, "bf16", 11, 64), (86, "bf16", 14, 32), (86, "fp32", 14, 32)]
 
 
 @pytest.mark.parametrize("pass_", ["forward", "backward"])
-@pytest.mark.parametrize("case", [MODELS[0], *(pytest.param(case, marks=pytest.mark.slow) for case in (*MODELS[1:], *LARGEST))], ids=str)
+@pytest.mark.parametrize(
+    "case", [MODELS[0], *(pytest.param(case, marks=pytest.mark.slow) for case in (*MODELS[1:], *LARGEST))], ids=str
+)
 def test_the_kernels_compile_for_gpus_that_are_not_here(case, pass_, tmp_path, monkeypatch):
-    """The interpreter is more lenient than the compiler; and each program has to fit into the memory that why_not counts on."""
+    """The interpreter is more lenient than the compiler; and each program has to fit into the memory that why_not
+    counts on.
+    """
     triton = pytest.importorskip("triton")
     import window_kernel
 
@@ -131,6 +144,10 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(case, pass_, tmp_path, m
         constexprs={(kernel.arg_names.index(name),): value for name, value in sizes.items()},
     )
     target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    program = triton.compile(source, target=target, options=dict(num_warps=config.num_warps, num_stages=config.num_stages))
+    program = triton.compile(
+        source, target=target, options=dict(num_warps=config.num_warps, num_stages=config.num_stages)
+    )
     largest = window**2 > 128 and D > 32
-    assert program.metadata.shared <= (window_attention.MOST_MEMORY if largest else RTX4090.shared_memory_per_block_optin)
+    assert program.metadata.shared <= (
+        window_attention.MOST_MEMORY if largest else RTX4090.shared_memory_per_block_optin
+    )

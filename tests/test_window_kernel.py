@@ -1,4 +1,6 @@
-"""The kernels of window attention: equal to plain PyTorch, forward and backward, on a GPU or (test_window_attention.py) in Triton's interpreter."""
+"""The kernels of window attention: equal to plain PyTorch, forward and backward, on a GPU or (test_window_attention.py)
+in Triton's interpreter.
+"""
 
 import itertools
 import os
@@ -16,7 +18,9 @@ from window_attention import attend_in_windows, attend_in_windows_backward, refe
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
-    pytest.skip("no CUDA device: test_window_attention.py runs this file in Triton's interpreter", allow_module_level=True)
+    pytest.skip(
+        "no CUDA device: test_window_attention.py runs this file in Triton's interpreter", allow_module_level=True
+    )
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16]
@@ -44,12 +48,16 @@ def run(attention, qkv, grad, *sizes):
 
 
 def assert_no_worse_than_sdpa(B, H, W, heads, D, window, dtype):
-    """Root mean square errors, for the largest one alone is a matter of luck, at most twice those of PyTorch's own in the same dtype."""
+    """Root mean square errors, for the largest one alone is a matter of luck, at most twice those of PyTorch's own in
+    the same dtype.
+    """
     torch.manual_seed(B + H + W + D + window)
     qkv = torch.randn(B, H, W, 3 * heads * D, device=DEVICE).to(dtype)
     grad = torch.randn(B, H, W, heads * D, device=DEVICE).to(dtype)
     exact = run(reference, qkv.double(), grad.double(), heads, window)
-    for mine, torchs, truth in zip(run(attend_in_windows, qkv, grad, heads, window), run(by_sdpa, qkv, grad, heads, window), exact):
+    for mine, torchs, truth in zip(
+        run(attend_in_windows, qkv, grad, heads, window), run(by_sdpa, qkv, grad, heads, window), exact
+    ):
         assert mine.shape == truth.shape
         assert (mine - truth).norm() <= 2 * (torchs - truth).norm()
 
@@ -57,7 +65,11 @@ def assert_no_worse_than_sdpa(B, H, W, heads, D, window, dtype):
 MAPS = {4: (2, 8, 6), 7: (2, 14, 9), 14: (1, 16, 14)}
 HEADS = {16: 3, 32: 2, 64: 1}
 # One size of head for each window in the everyday tests, all with all in the slow ones.
-GRID = [pytest.param(w, D, marks=[] if pair in zip(MAPS, HEADS) else pytest.mark.slow) for pair in itertools.product(MAPS, HEADS) for w, D in [pair]]
+GRID = [
+    pytest.param(w, D, marks=[] if pair in zip(MAPS, HEADS) else pytest.mark.slow)
+    for pair in itertools.product(MAPS, HEADS)
+    for w, D in [pair]
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -103,10 +115,14 @@ def test_what_is_not_contiguous_is_taken():
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's numpy, which sees the NaNs too
 def test_every_number_is_written_and_none_beyond():
-    """Among numbers that are not finite: nothing of a neighbour's window, head or picture is read, and nothing is left as it was."""
+    """Among numbers that are not finite: nothing of a neighbour's window, head or picture is read, and nothing is left
+    as it was.
+    """
     qkv = torch.randn(2, 9, 8, 3, 2, 16, device=DEVICE)
     others = torch.full_like(qkv, float("nan"))
-    others[1, 7:, :7, :, 1] = qkv[1, 7:, :7, :, 1]  # the window below on the left, cut after two rows: 14 tokens of one head
+    others[1, 7:, :7, :, 1] = qkv[
+        1, 7:, :7, :, 1
+    ]  # the window below on the left, cut after two rows: 14 tokens of one head
     out = attend_in_windows(others.flatten(3), 2, 7).unflatten(-1, (2, 16))
     assert torch.equal(out[1, 7:, :7, 1], attend_in_windows(qkv.flatten(3), 2, 7).unflatten(-1, (2, 16))[1, 7:, :7, 1])
     assert out.isfinite().sum() == 14 * 16
@@ -131,14 +147,21 @@ def take_the_kernel(monkeypatch):
     """Take the kernel wherever fused attention is asked for. -> a list that grows with each call."""
     seen = []
     monkeypatch.setattr(gvt, "why_not", lambda x, **sizes: None)
-    monkeypatch.setattr(gvt, "attend_in_windows", lambda *inputs: seen.append(inputs[0].shape) or attend_in_windows(*inputs))
+    monkeypatch.setattr(
+        gvt, "attend_in_windows", lambda *inputs: seen.append(inputs[0].shape) or attend_in_windows(*inputs)
+    )
     return seen
 
 
-@pytest.mark.parametrize("pad", ["mask", pytest.param("zero", marks=pytest.mark.slow), pytest.param("published", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "pad", ["mask", pytest.param("zero", marks=pytest.mark.slow), pytest.param("published", marks=pytest.mark.slow)]
+)
 def test_a_model_gives_the_same_as_without(pad, monkeypatch):
     """Logits and gradients in float32, against float64; all windows of a stage are cut somewhere."""
-    model, x = golden_weights(timm.create_model("alt_gvt_demo", num_classes=5, pad=pad)).to(DEVICE), golden_pictures(1, 72, 100).to(DEVICE)
+    model, x = (
+        golden_weights(timm.create_model("alt_gvt_demo", num_classes=5, pad=pad)).to(DEVICE),
+        golden_pictures(1, 72, 100).to(DEVICE),
+    )
 
     def logits_and_gradients():
         model.zero_grad()
@@ -164,13 +187,18 @@ def test_a_compiled_model_holds_the_kernel(monkeypatch):
     take_the_kernel(monkeypatch)
     a, b = model(x), torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)(x)
     assert torch.allclose(a, b, atol=1e-5)
-    for ours, theirs in zip(*(torch.autograd.grad(logits.square().sum(), list(model.parameters())) for logits in (a, b))):
+    for ours, theirs in zip(
+        *(torch.autograd.grad(logits.square().sum(), list(model.parameters())) for logits in (a, b))
+    ):
         assert torch.allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.slow
 def test_an_exported_model_holds_the_kernel(monkeypatch):
-    model, x = timm.create_model("alt_gvt_demo", num_classes=5).to(DEVICE).eval(), torch.randn(2, 3, 40, 32, device=DEVICE)
+    model, x = (
+        timm.create_model("alt_gvt_demo", num_classes=5).to(DEVICE).eval(),
+        torch.randn(2, 3, 40, 32, device=DEVICE),
+    )
     monkeypatch.setattr(gvt, "why_not", lambda x, **sizes: None)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     assert sum(node.target == torch.ops.twins.attend_in_windows.default for node in program.graph.nodes) == 4

@@ -1,14 +1,16 @@
-"""Measure Twins beside its peers: python tools/benchmark.py [--models NAME ...] [--tasks inference training features] [--modes eager compiled].
+"""Measure Twins beside its peers: python tools/benchmark.py [--models NAME ...] [--tasks inference training features]
+[--modes eager compiled].
 
-In one run and in turns, so that whatever else the machine does hits all alike: our model; timm's model of the same weights, or
-mmsegmentation's backbone (--tasks features); other networks (--peers); and the machine's limits, a matrix product and a copy. Before a
-clock starts, all that hold the same weights must give the same logits, maps or gradients. A ratio is the median of the ratios of the
-rounds, above 1 where ours is faster.
+In one run and in turns, so that whatever else the machine does hits all alike: our model; timm's model of the same
+weights, or mmsegmentation's backbone (--tasks features); other networks (--peers); and the machine's limits, a matrix
+product and a copy. Before a clock starts, all that hold the same weights must give the same logits, maps or gradients.
+A ratio is the median of the ratios of the rounds, above 1 where ours is faster.
 
-What is compared with the limits is counted, not measured. Operations: of convolutions and matrix products, attention's included, two a
-multiply-add; a training step has its backward pass too. Bytes: each product, attention and norm reads its inputs and writes its outputs
-once, a residual is read once more, and all else (bias, GELU, copies) is free, as if fused; parameters are read once. A training step
-reads inputs twice more, reads and writes gradients as it does outputs and inputs, and each parameter takes ten passes of float32.
+What is compared with the limits is counted, not measured. Operations: of convolutions and matrix products, attention's
+included, two a multiply-add; a training step has its backward pass too. Bytes: each product, attention and norm reads
+its inputs and writes its outputs once, a residual is read once more, and all else (bias, GELU, copies) is free, as if
+fused; parameters are read once. A training step reads inputs twice more, reads and writes gradients as it does outputs
+and inputs, and each parameter takes ten passes of float32.
 """
 
 import argparse
@@ -106,7 +108,9 @@ def build_ours(case: Case) -> nn.Module:
         model = timm.create_model(case.model, pad="zero")
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # biases and norms that are not all 0 and 1: each must find its place in the other library
+            if (
+                parameter.dim() == 1
+            ):  # biases and norms that are not all 0 and 1: each must find its place in the other library
                 parameter += 0.02 * torch.randn_like(parameter)
     return model
 
@@ -208,11 +212,16 @@ class Runner:
         if self.case.task != "training":
             with torch.inference_mode():
                 found = [self.model(pictures) for pictures, _ in parts]
-            return torch.cat([each.flatten() for out in found for each in (out if isinstance(out, (tuple, list)) else [out])]).double()
+            return torch.cat(
+                [each.flatten() for out in found for each in (out if isinstance(out, (tuple, list)) else [out])]
+            ).double()
         scale = LOSS_SCALE.get(self.case.dtype, 1.0)
         for pictures, targets in parts:
             (scale * self.loss(pictures, targets) * len(pictures) / self.case.batch).backward()
-        found = torch.cat([parameter.grad.flatten() for _, parameter in sorted(self.module.named_parameters())]).double() / scale
+        found = (
+            torch.cat([parameter.grad.flatten() for _, parameter in sorted(self.module.named_parameters())]).double()
+            / scale
+        )
         self.module.zero_grad(set_to_none=True)
         return found
 
@@ -223,7 +232,9 @@ def batch_of(case: Case, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def reference(case: Case, device: torch.device) -> tuple[Tensor, float]:
-    """Ours in float64, unfused and chunk by chunk, and how far (root mean square) the same in the case's dtype is from it."""
+    """Ours in float64, unfused and chunk by chunk, and how far (root mean square) the same in the case's dtype is from
+    it.
+    """
     found = []
     for each in (dataclasses.replace(case, dtype="float64"), case):
         runner = Runner(each, build(each, "ours", device), "eager", device)
@@ -239,14 +250,23 @@ def rms(x: Tensor) -> float:
 
 
 def check_outputs(case: Case, runners: dict[tuple[str, str], Runner], device: torch.device) -> dict:
-    """Each that holds our weights is off the float64 outputs by at most SEVERAL times what plain PyTorch in this dtype is; else UserError."""
+    """Each that holds our weights is off the float64 outputs by at most SEVERAL times what plain PyTorch in this dtype
+    is; else UserError.
+    """
     truth, own = reference(case, device)
     errors = {name: rms(runner.outputs() - truth) for name, runner in runners.items() if name[0] in same_weights(case)}
     for (library, mode), error in errors.items():
         if not error <= SEVERAL * own:
             allowed = f"{SEVERAL} x {own:.3g}, the error of the dtype itself"
-            raise UserError(f"other outputs ({library} {mode}, {case}): off by {error:.3g}, expected at most {allowed}; nothing was timed")
-    return {"rms_of_outputs": rms(truth), "rms_error_of_dtype": own, "rms_error": {" ".join(name): error for name, error in errors.items()}}
+            raise UserError(
+                f"other outputs ({library} {mode}, {case}): off by {error:.3g}, expected at most {allowed}; nothing "
+                "was timed"
+            )
+    return {
+        "rms_of_outputs": rms(truth),
+        "rms_error_of_dtype": own,
+        "rms_error": {" ".join(name): error for name, error in errors.items()},
+    }
 
 
 # ---------------------------------------------------------------- time and memory
@@ -277,7 +297,9 @@ def seconds(step: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def in_turns(steps: dict[tuple[str, str], Callable[[], object]], device: torch.device, *, repeats: int, warmup: int) -> dict[tuple[str, str], list]:
+def in_turns(
+    steps: dict[tuple[str, str], Callable[[], object]], device: torch.device, *, repeats: int, warmup: int
+) -> dict[tuple[str, str], list]:
     """Seconds of each, round by round; the order within a round is shuffled, so that nobody always follows the same."""
     times, order = {name: [] for name in steps}, random.Random(0)
     for number in range(-warmup, repeats):
@@ -292,13 +314,18 @@ def in_turns(steps: dict[tuple[str, str], Callable[[], object]], device: torch.d
 
 def resident_mb(line: str) -> float:
     """VmRSS (now) or VmHWM (peak) of this process, on Linux."""
-    return int(next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(line)).split()[1]) / 1024
+    return (
+        int(next(row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(line)).split()[1])
+        / 1024
+    )
 
 
 def peak_memory(case: Case, library: str, mode: str, device_name: str, threads: int) -> tuple[float, float] | None:
-    """In a process of its own, after a warm-up: MB at the peak of two steps, and before them (network, batch, optimizer).
+    """In a process of its own, after a warm-up: MB at the peak of two steps, and before them (network, batch,
+    optimizer).
 
-    CUDA: of torch's allocator. Linux: resident memory of the whole process, Python and libraries with it. Elsewhere None.
+    CUDA: of torch's allocator. Linux: resident memory of the whole process, Python and libraries with it. Elsewhere
+    None.
     """
     device = torch.device(device_name)
     torch.set_num_threads(threads)
@@ -322,32 +349,49 @@ def peak_memory(case: Case, library: str, mode: str, device_name: str, threads: 
     return max(resident_mb("VmHWM"), rest), rest  # the kernel notes a peak late and in lots of pages
 
 
-def memory_of_each(case: Case, names: Iterable[tuple[str, str]], device: torch.device) -> dict[tuple[str, str], tuple[float, float] | None]:
+def memory_of_each(
+    case: Case, names: Iterable[tuple[str, str]], device: torch.device
+) -> dict[tuple[str, str], tuple[float, float] | None]:
     found = {}
     for library, mode in names:
         progress(f"  memory of {library} {mode}")
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            found[library, mode] = process.submit(peak_memory, case, library, mode, str(device), torch.get_num_threads()).result()
+            found[library, mode] = process.submit(
+                peak_memory, case, library, mode, str(device), torch.get_num_threads()
+            ).result()
     return found
 
 
 def operators(step: Callable[[], object], device: torch.device) -> dict[str, float]:
     """What a step's time goes to: the share of each operator without those that it calls, of all but the smallest."""
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]) as trace:
+    with profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    ) as trace:
         for _ in range(3):
             step()
-    spent = {event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total for event in trace.key_averages()}
+    spent = {
+        event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        for event in trace.key_averages()
+    }
     total = sum(spent.values())
-    return {name: time / total for name, time in sorted(spent.items(), key=lambda item: -item[1]) if time / total >= SMALLEST_SHARE}
+    return {
+        name: time / total
+        for name, time in sorted(spent.items(), key=lambda item: -item[1])
+        if time / total >= SMALLEST_SHARE
+    }
 
 
 # ---------------------------------------------------------------- floors
 
 
 def floors(case: Case) -> dict[str, float]:
-    """-> operations and bytes of a step: see the top of this file; and of the forward pass the shares of operations in LSA and GSA."""
+    """-> operations and bytes of a step: see the top of this file; and of the forward pass the shares of operations in
+    LSA and GSA.
+    """
     with torch.device("meta"):
-        model = build_ours(case) if case.task == "features" else timm.create_model(case.model)  # the padding with the fewest operations
+        model = (
+            build_ours(case) if case.task == "features" else timm.create_model(case.model)
+        )  # the padding with the fewest operations
         pictures, targets = torch.empty(case.batch, 3, case.size, case.size), torch.empty(case.batch, dtype=torch.long)
     model.set_fused_attn(False)  # unfused, attention's products are there to be counted
     sizes, mapping = watch(model), {torch.ops.aten.convolution_backward: both_gradients}
@@ -360,18 +404,26 @@ def floors(case: Case) -> dict[str, float]:
             F.cross_entropy(out, targets).backward()
     read, written, residual = (sum(sizes[key]) for key in ("read", "written", "residual"))
     params, width = sum(parameter.numel() for parameter in model.parameters()), case.torch_dtype.itemsize
-    moved = (3 * read + 2 * written + 2 * residual) * width + 10 * 4 * params if training else (read + written + residual + params) * width
+    moved = (
+        (3 * read + 2 * written + 2 * residual) * width + 10 * 4 * params
+        if training
+        else (read + written + residual + params) * width
+    )
     shares = {name: operations / forward for name, operations in inside.items()}
     return {"operations": counter.get_total_flops(), "bytes": moved, "shares_of_operations": shares}
 
 
-def both_gradients(grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, *, out_shape) -> int:
+def both_gradients(
+    grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, *, out_shape
+) -> int:
     """Operations of a convolution's backward pass, where torch's counter takes one with groups for one without."""
     return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed=False)
 
 
 def watch_attention(model: nn.Module, counter: FlopCounterMode) -> dict[str, int]:
-    """Operations that the next forward pass has in each kind of attention, its projections and sub-sampling among them."""
+    """Operations that the next forward pass has in each kind of attention, its projections and sub-sampling among
+    them.
+    """
     found = {"LSA": 0, "GSA": 0}
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -432,15 +484,25 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
         libraries.append(RECOMPUTED)
     progress("  building")
     modules = {library: build(case, library, device) for library in libraries}
-    runners = {(library, mode): Runner(case, modules[library], mode, device) for mode in args.modes for library in libraries}
+    runners = {
+        (library, mode): Runner(case, modules[library], mode, device) for mode in args.modes for library in libraries
+    }
     progress("  compiling, comparing outputs" if set(args.modes) - {"eager"} else "  comparing outputs")
     agreement = check_outputs(case, runners, device)
     steps = {name: runner.step for name, runner in runners.items()} | limits(case.torch_dtype, device)
     times = in_turns(steps, device, repeats=args.repeats, warmup=args.warmup)
     traces = {name: operators(runner.step, device) for name, runner in runners.items()} if args.profile else {}
     floor = floors(case)
-    rates = {library: 2 * SIDE[device.type] ** 3 / median(spent) for (what, library), spent in times.items() if what == PRODUCT}
-    best = {"operations_per_s": max(rates.values()), "operations_per_s_by": rates, "bytes_per_s": 2 * COPIED[device.type] / median(times[COPY, ""])}
+    rates = {
+        library: 2 * SIDE[device.type] ** 3 / median(spent)
+        for (what, library), spent in times.items()
+        if what == PRODUCT
+    }
+    best = {
+        "operations_per_s": max(rates.values()),
+        "operations_per_s_by": rates,
+        "bytes_per_s": 2 * COPIED[device.type] / median(times[COPY, ""]),
+    }
     memory = memory_of_each(case, runners, device) if args.memory else {}
     rows = [row(name, case, times[name], memory.get(name), floor, best) for name in runners]
     for found, name in zip(rows, runners):
@@ -448,7 +510,11 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
             found["operators"] = traces[name]
     return dataclasses.asdict(case) | {
         "limits": best,
-        "floor": floor | {"operations_s": floor["operations"] / best["operations_per_s"], "bytes_s": floor["bytes"] / best["bytes_per_s"]},
+        "floor": floor
+        | {
+            "operations_s": floor["operations"] / best["operations_per_s"],
+            "bytes_s": floor["bytes"] / best["bytes_per_s"],
+        },
         "outputs": agreement,
         "rows": rows,
         "ratios": ratios({name: times[name] for name in runners}),
@@ -458,9 +524,16 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
 median = statistics.median
 
 
-def row(name: tuple[str, str], case: Case, times: list[float], memory: tuple[float, float] | None, floor: dict, best: dict) -> dict:
+def row(
+    name: tuple[str, str], case: Case, times: list[float], memory: tuple[float, float] | None, floor: dict, best: dict
+) -> dict:
     library, mode = name
-    found = {"library": library, "mode": mode, "seconds": quartiles(times), "pictures_per_s": case.batch / median(times)}
+    found = {
+        "library": library,
+        "mode": mode,
+        "seconds": quartiles(times),
+        "pictures_per_s": case.batch / median(times),
+    }
     if library in same_weights(case):  # the same network, so the same floors
         found["share_of_product_rate"] = floor["operations"] / best["operations_per_s"] / median(times)
         found["share_of_copy_rate"] = floor["bytes"] / best["bytes_per_s"] / median(times)
@@ -470,13 +543,16 @@ def row(name: tuple[str, str], case: Case, times: list[float], memory: tuple[flo
 
 
 def ratios(times: dict[tuple[str, str], list[float]]) -> list[dict]:
-    """Ours against each other network: mode for mode, and ours in its best mode against the other's eager. Each of the rounds' ratios."""
+    """Ours against each other network: mode for mode, and ours in its best mode against the other's eager. Each of the
+    rounds' ratios.
+    """
     ours = {mode: spent for (library, mode), spent in times.items() if library == "ours"}
     fastest = min(ours, key=lambda mode: median(ours[mode]))
     pairs = [(mode, library, mode) for library, mode in times if library != "ours"]
     pairs += [(fastest, library, mode) for library, mode in times if library != "ours" and mode == "eager" != fastest]
     return [
-        {"ours": mine, "library": library, "mode": mode} | quartiles([b / a for a, b in zip(ours[mine], times[library, mode])])
+        {"ours": mine, "library": library, "mode": mode}
+        | quartiles([b / a for a, b in zip(ours[mine], times[library, mode])])
         for mine, library, mode in pairs
     ]
 
@@ -484,18 +560,35 @@ def ratios(times: dict[tuple[str, str], list[float]]) -> list[dict]:
 # ---------------------------------------------------------------- what is written
 
 COLUMNS = ("model", "task", "dtype", "batch", "size", "library", "mode")
-FIGURES = ("ms", "ms_q1", "ms_q3", "pictures_per_s", "ours_faster", "share_of_product_rate", "share_of_copy_rate", "peak_mb", "rest_mb")
+FIGURES = (
+    "ms",
+    "ms_q1",
+    "ms_q3",
+    "pictures_per_s",
+    "ours_faster",
+    "share_of_product_rate",
+    "share_of_copy_rate",
+    "peak_mb",
+    "rest_mb",
+)
 
 
 def flat(results: dict) -> list[dict[str, str]]:
     """A row for each network and mode of each case, as text. ours_faster: ours in the same mode against this one."""
     rows = []
     for case in results["cases"]:
-        ratio = {(each["library"], each["mode"]): each["median"] for each in case["ratios"] if each["ours"] == each["mode"]}
+        ratio = {
+            (each["library"], each["mode"]): each["median"] for each in case["ratios"] if each["ours"] == each["mode"]
+        }
         for found in case["rows"]:
-            times = {key: f"{1000 * found['seconds'][of]:.3f}" for key, of in (("ms", "median"), ("ms_q1", "q1"), ("ms_q3", "q3"))}
+            times = {
+                key: f"{1000 * found['seconds'][of]:.3f}"
+                for key, of in (("ms", "median"), ("ms_q1", "q1"), ("ms_q3", "q3"))
+            }
             figures = found | {"ours_faster": ratio.get((found["library"], found["mode"]))}
-            texts = {key: "" if figures.get(key) is None else f"{figures[key]:.4g}" for key in FIGURES if key not in times}
+            texts = {
+                key: "" if figures.get(key) is None else f"{figures[key]:.4g}" for key in FIGURES if key not in times
+            }
             rows.append({key: str((case | found)[key]) for key in COLUMNS} | times | texts)
     return rows
 
@@ -505,9 +598,17 @@ def as_csv(results: dict) -> str:
 
 
 def as_table(case: dict) -> str:
-    lines = [f"{'':<34}{'ms':>10}{'q1 - q3':>22}{'pictures/s':>12}{'ours faster':>13}{'of product':>12}{'of copy':>9}{'peak MB':>9}"]
+    lines = [
+        f"{'':<34}{'ms':>10}{'q1 - q3':>22}{'pictures/s':>12}{'ours faster':>13}"
+        f"{'of product':>12}{'of copy':>9}{'peak MB':>9}"
+        f"{'':<34}{'ms':>10}{'q1 - q3':>22}{'pictures/s':>12}{'ours faster':>13}"
+        f"{'of product':>12}{'of copy':>9}{'peak MB':>9}"
+    ]
     for found in flat({"cases": [case]}):
-        shares = [f"{100 * float(found[key]):.0f} %" if found[key] else "" for key in ("share_of_product_rate", "share_of_copy_rate")]
+        shares = [
+            f"{100 * float(found[key]):.0f} %" if found[key] else ""
+            for key in ("share_of_product_rate", "share_of_copy_rate")
+        ]
         spread = f"{found['ms_q1']} - {found['ms_q3']}"
         name = f"{found['library']} {found['mode']}"
         lines.append(
@@ -516,16 +617,27 @@ def as_table(case: dict) -> str:
         )
     for each in case["ratios"]:
         if each["ours"] != each["mode"]:
-            lines.append(f"ours {each['ours']} against {each['library']} {each['mode']}: {each['median']:.3f} ({each['q1']:.3f} - {each['q3']:.3f})")
+            lines.append(
+                f"ours {each['ours']} against {each['library']} {each['mode']}: {each['median']:.3f} ({each['q1']:.3f} "
+                f"- {each['q3']:.3f})"
+            )
     best = case["limits"]
     for found in case["rows"]:
-        shares = ", ".join(f"{name.rsplit('::')[-1]} {100 * share:.0f} %" for name, share in found.get("operators", {}).items())
+        shares = ", ".join(
+            f"{name.rsplit('::')[-1]} {100 * share:.0f} %" for name, share in found.get("operators", {}).items()
+        )
         if shares:
             lines.append(f"{found['library']} {found['mode']}: {shares}")
-    rates = ", ".join(f"{PRODUCT} by {library} {rate / 1e9:,.0f} G operations/s" for library, rate in best["operations_per_s_by"].items())
+    rates = ", ".join(
+        f"{PRODUCT} by {library} {rate / 1e9:,.0f} G operations/s"
+        for library, rate in best["operations_per_s_by"].items()
+    )
     lines.append(f"limits: {rates}; {COPY} {best['bytes_per_s'] / 1e9:,.1f} GB/s")
     shares = ", ".join(f"{name} {100 * share:.0f} %" for name, share in case["floor"]["shares_of_operations"].items())
-    lines.append(f"operations: {case['floor']['operations'] / case['batch'] / 1e9:,.2f} G a picture; of the forward pass {shares}")
+    lines.append(
+        f"operations: {case['floor']['operations'] / case['batch'] / 1e9:,.2f} G a picture; of the forward pass "
+        f"{shares}"
+    )
     return "\n".join(lines)
 
 
@@ -533,7 +645,12 @@ def describe(args: argparse.Namespace) -> dict:
     device = torch.device(args.device)
     return {
         "environment": environment(device, 0),
-        "settings": {"repeats": args.repeats, "warmup": args.warmup, "matrices": SIDE[device.type], "copied_bytes": COPIED[device.type]},
+        "settings": {
+            "repeats": args.repeats,
+            "warmup": args.warmup,
+            "matrices": SIDE[device.type],
+            "copied_bytes": COPIED[device.type],
+        },
         "cases": [],
     }
 
@@ -551,7 +668,9 @@ def write(results: dict, folder: Path) -> None:
 
 
 def draw(results: dict, folder: Path) -> None:
-    """bars.png; batch.png, resolution.png and shares.png where there are several of them; accuracy.png where there are peers of known top-1."""
+    """bars.png; batch.png, resolution.png and shares.png where there are several of them; accuracy.png where there are
+    peers of known top-1.
+    """
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(f"{case['task']}, {case['dtype']}" for case in results["cases"]))
@@ -564,7 +683,10 @@ def draw(results: dict, folder: Path) -> None:
         "accuracy": (lambda cases: points(cases, top1), draw_accuracy),
     }
     for name, (choose, put) in drawings.items():
-        chosen = {title: choose([case for case in results["cases"] if f"{case['task']}, {case['dtype']}" == title]) for title in titles}
+        chosen = {
+            title: choose([case for case in results["cases"] if f"{case['task']}, {case['dtype']}" == title])
+            for title in titles
+        }
         chosen = {title: cases for title, cases in chosen.items() if cases}
         if not chosen:
             continue
@@ -584,12 +706,19 @@ def draw_bars(axis, cases: list[dict]) -> None:
     """Pictures per second, quartiles as whiskers."""
     names = names_in(cases)
     for index, name in enumerate(names):
-        found = {place: r for place, case in enumerate(cases) for r in case["rows"] if (r["library"], r["mode"]) == name}
+        found = {
+            place: r for place, case in enumerate(cases) for r in case["rows"] if (r["library"], r["mode"]) == name
+        }
         rates = [r["pictures_per_s"] for r in found.values()]
-        whiskers = [[abs(cases[at]["batch"] / r["seconds"][q] - r["pictures_per_s"]) for at, r in found.items()] for q in ("q3", "q1")]
+        whiskers = [
+            [abs(cases[at]["batch"] / r["seconds"][q] - r["pictures_per_s"]) for at, r in found.items()]
+            for q in ("q3", "q1")
+        ]
         places = [place + (index - (len(names) - 1) / 2) * 0.8 / len(names) for place in found]
         axis.bar(places, rates, 0.8 / len(names), yerr=whiskers, error_kw=dict(lw=0.8), label=" ".join(name))
-    axis.set_xticks(range(len(cases)), [f"{case['model']}\n{case['batch']} x {case['size']}" for case in cases], fontsize=8)
+    axis.set_xticks(
+        range(len(cases)), [f"{case['model']}\n{case['batch']} x {case['size']}" for case in cases], fontsize=8
+    )
     axis.set_ylabel("pictures per second")
     axis.legend(frameon=False, fontsize=8)
 
@@ -604,14 +733,23 @@ def series(cases: list[dict], per: str) -> dict[tuple, list[dict]]:
 
 
 def draw_lines(axis, groups: dict[tuple, list[dict]], per: str) -> None:
-    """Milliseconds a picture, both axes logarithmic; against the side also what would be linear in the number of pixels."""
+    """Milliseconds a picture, both axes logarithmic; against the side also what would be linear in the number of
+    pixels.
+    """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     for (model, other, value), cases in groups.items():
         for name in names_in(cases):
-            found = [(case[per], 1000 / r["pictures_per_s"]) for case in cases for r in case["rows"] if (r["library"], r["mode"]) == name]
+            found = [
+                (case[per], 1000 / r["pictures_per_s"])
+                for case in cases
+                for r in case["rows"]
+                if (r["library"], r["mode"]) == name
+            ]
             label = f"{model}, {' '.join(name)} ({other} {value})"
-            axis.loglog(*zip(*found), marker="o", markersize=3, linestyle="-" if name[0] == "ours" else "--", label=label)
+            axis.loglog(
+                *zip(*found), marker="o", markersize=3, linestyle="-" if name[0] == "ours" else "--", label=label
+            )
         if per == "size":
             first = axis.lines[-len(names_in(cases))]
             sides, times = first.get_data()
@@ -645,7 +783,9 @@ def finish_lines(axis, groups: dict[tuple, list[dict]], per: str) -> None:
 
 
 def published_top1() -> dict[str, tuple[str, float]]:
-    """-> the paper's name and the published top-1 of models of gvt.MODEL_NAMES and of other networks of timm, at 224 x 224."""
+    """-> the paper's name and the published top-1 of models of gvt.MODEL_NAMES and of other networks of timm, at 224 x
+    224.
+    """
     names = {key: name for name, key in gvt.MODEL_NAMES.items()}
     found = {}
     for table, key in (("paper", "model"), ("peers", "timm")):
@@ -655,8 +795,14 @@ def published_top1() -> dict[str, tuple[str, float]]:
 
 
 def points(cases: list[dict], top1: dict[str, tuple[str, float]]) -> list[tuple[str, str, float, float]]:
-    """-> (network, mode, pictures per second, top-1) of the first batch at 224, where other networks are measured beside ours; else none."""
-    cases = [case for case in cases if case["task"] == "inference" and case["size"] == 224 and case["batch"] == cases[0]["batch"]]
+    """-> (network, mode, pictures per second, top-1) of the first batch at 224, where other networks are measured
+    beside ours; else none.
+    """
+    cases = [
+        case
+        for case in cases
+        if case["task"] == "inference" and case["size"] == 224 and case["batch"] == cases[0]["batch"]
+    ]
     rows = [(case["model"], each) for case in cases for each in case["rows"]]
     if not any(each["library"] in top1 for _, each in rows):
         return []
@@ -687,22 +833,70 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     names = list(gvt.MODEL_NAMES)
     paper = [name for name in names if gvt.VARIANTS[gvt.MODEL_NAMES[name]].timm]
-    parser.add_argument("--models", nargs="+", choices=names, default=paper, metavar="NAME", help="(the six of the paper)")
-    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME", help="other networks of timm, such as swin_tiny_patch4_window7_224")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["inference"], help="features: four maps, beside mmsegmentation's (inference)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["eager", "compiled"], help="graphs: compiled, in CUDA graphs (eager compiled)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="inference: of the weights too, training: autocast (float32)")
+    parser.add_argument(
+        "--models", nargs="+", choices=names, default=paper, metavar="NAME", help="(the six of the paper)"
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="other networks of timm, such as swin_tiny_patch4_window7_224",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=["inference"],
+        help="features: four maps, beside mmsegmentation's (inference)",
+    )
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=["eager", "compiled"],
+        help="graphs: compiled, in CUDA graphs (eager compiled)",
+    )
+    parser.add_argument(
+        "--dtype",
+        nargs="+",
+        choices=DTYPES,
+        default=["float32"],
+        help="inference: of the weights too, training: autocast (float32)",
+    )
     parser.add_argument("--batch-size", nargs="+", type=positive, default=[8], metavar="N", help="(8)")
     parser.add_argument("--size", nargs="+", type=side, default=[224], metavar="PIXELS", help="side of a picture (224)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=("cpu", "cuda"),
+        help="(cuda if there is one)",
+    )
     parser.add_argument("--threads", type=positive, default=None, metavar="N", help="on a CPU (as many as torch takes)")
     parser.add_argument("--repeats", type=positive, default=30, metavar="N", help="rounds that count (%(default)s)")
     parser.add_argument("--warmup", type=count, default=3, metavar="N", help="rounds before them (%(default)s)")
-    parser.add_argument("--recompute", action="store_true", help="training: measure ours with the MLPs recomputed in the backward pass too")
-    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure peak memory, which starts a process for each")
+    parser.add_argument(
+        "--recompute",
+        action="store_true",
+        help="training: measure ours with the MLPs recomputed in the backward pass too",
+    )
+    parser.add_argument(
+        "--no-memory",
+        dest="memory",
+        action="store_false",
+        help="do not measure peak memory, which starts a process for each",
+    )
     parser.add_argument("--profile", action="store_true", help="record and print what each network's time goes to")
-    parser.add_argument("--least", type=above_zero, default=None, metavar="RATIO", help="end with 1 where ours is not so many times as fast")
-    parser.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="write results.json, results.csv and figures there")
+    parser.add_argument(
+        "--least",
+        type=above_zero,
+        default=None,
+        metavar="RATIO",
+        help="end with 1 where ours is not so many times as fast",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=None, metavar="FOLDER", help="write results.json, results.csv and figures there"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
     return check_args(parser.parse_args(argv))
 
@@ -712,15 +906,23 @@ def check_args(args: argparse.Namespace) -> argparse.Namespace:
         if not timm.is_model(name):
             raise UserError(f"unknown model (--peers {name}): expected a name of timm.list_models()")
     if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"no CUDA device (--device cuda, torch {torch.__version__}): write --device cpu, or leave it away")
+        raise UserError(
+            f"no CUDA device (--device cuda, torch {torch.__version__}): write --device cpu, or leave it away"
+        )
     if args.device == "cpu" and "graphs" in args.modes:
         raise UserError("CUDA graphs without CUDA (--modes graphs): leave it away, or take a machine with a GPU")
     if args.device == "cpu" and "float16" in args.dtype:
         raise UserError("float16 is for GPUs (--dtype float16, --device cpu): take bfloat16")
-    if args.device == "cuda" and "bfloat16" in args.dtype and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        args.device == "cuda"
+        and "bfloat16" in args.dtype
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise UserError(f"no bfloat16 (--dtype bfloat16, {torch.cuda.get_device_name()}): take float16")
     if args.recompute and "training" not in args.tasks:
-        raise UserError("nothing is recomputed without a backward pass (--recompute): add --tasks training, or leave it away")
+        raise UserError(
+            "nothing is recomputed without a backward pass (--recompute): add --tasks training, or leave it away"
+        )
     if "features" in args.tasks:
         if "alt_gvt_demo" in args.models:
             raise UserError("not in mmsegmentation (--tasks features --models alt_gvt_demo): take another model")
@@ -747,7 +949,10 @@ def main(argv: list[str]) -> int:
         f"{case['model']} {case['task']} {case['dtype']} {each['mode']}: {each['median']:.3f} x {each['library']}"
         for case in results["cases"]
         for each in case["ratios"]
-        if args.least and each["ours"] == each["mode"] and each["library"] in PEER.values() and each["median"] < args.least
+        if args.least
+        and each["ours"] == each["mode"]
+        and each["library"] in PEER.values()
+        and each["median"] < args.least
     ]
     if slow:
         print(f"benchmark.py: too slow (--least {args.least:g}): {'; '.join(slow)}", file=sys.stderr)

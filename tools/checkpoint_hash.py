@@ -1,7 +1,8 @@
-"""A name for what a checkpoint holds: two runs that are the same to the last bit have the same. python tools/checkpoint_hash.py FILE ...
+"""A name for what a checkpoint holds: two runs that are the same to the last bit have the same. python
+tools/checkpoint_hash.py FILE ...
 
-The SHA-256 of weights, averaged weights, optimizer, loss scale and random states, by name, type, shape and bytes. The files' own bytes say
-less: they also hold paths and times.
+The SHA-256 of weights, averaged weights, optimizer, loss scale and random states, by name, type, shape and bytes. The
+files' own bytes say less: they also hold paths and times.
 """
 
 import hashlib

@@ -1,4 +1,5 @@
-"""Weights from one library's file into another's: python tools/convert.py IN OUT --to FORMAT [--no-head] [--ema] [--report FILE].
+"""Weights from one library's file into another's: python tools/convert.py IN OUT --to FORMAT [--no-head] [--ema]
+[--report FILE].
 
 IN is a file or https address of weights or of a training: published, timm, mmsegmentation, mmpretrain, or ours. FORMAT:
 
@@ -61,7 +62,9 @@ def write_hub(path: Path, state: Mapping[str, Tensor], *, variant: str) -> None:
     cfg = dict(crop_pct=0.875, tag=None, license=None)
     with torch.device("meta"):  # without values: the weights take their places, whatever their type
         in_chans = state["patch_embeds.0.proj.weight"].shape[1]
-        model = timm.create_model(gvt.VARIANTS[variant].timm, num_classes=classes, in_chans=in_chans, pretrained_cfg_overlay=cfg)
+        model = timm.create_model(
+            gvt.VARIANTS[variant].timm, num_classes=classes, in_chans=in_chans, pretrained_cfg_overlay=cfg
+        )
     model.load_state_dict(dict(state), strict=True, assign=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -75,8 +78,12 @@ def write_hub(path: Path, state: Mapping[str, Tensor], *, variant: str) -> None:
         raise
 
 
-def convert(source: str, out: Path, fmt: str, *, no_head: bool = False, ema: bool = False, report: Path | None = None) -> str:
-    """-> a line that says what was done. Raises UserError, and then OUT was not written, unless only the report could not be."""
+def convert(
+    source: str, out: Path, fmt: str, *, no_head: bool = False, ema: bool = False, report: Path | None = None
+) -> str:
+    """-> a line that says what was done. Raises UserError, and then OUT was not written, unless only the report could
+    not be.
+    """
     for path in (out, report) if report else (out,):
         if path.exists() or path.is_symlink():
             raise UserError(f"it exists already ({path}): give another name, nothing is overwritten")
@@ -87,9 +94,19 @@ def convert(source: str, out: Path, fmt: str, *, no_head: bool = False, ema: boo
     state, found, others = read(source, ema=ema)
     variant = formats.variant_of(state, source=source)
     if spoiled := [name for name, value in state.items() if not checkpoint.all_finite(value)]:
-        raise UserError(f"weights that are not finite ({source}): {len(spoiled)} ({', '.join(spoiled[:3])}), take another checkpoint")
+        raise UserError(
+            f"weights that are not finite ({source}): {len(spoiled)} ({', '.join(spoiled[:3])}), take another "
+            "checkpoint"
+        )
     written, not_held, notes = formats.from_published(state, fmt, source=source, no_head=no_head)
-    record = {"source": source, "format": found, "written_as": fmt, "tensors": list(written), "left_out": others + not_held, "notes": notes}
+    record = {
+        "source": source,
+        "format": found,
+        "written_as": fmt,
+        "tensors": list(written),
+        "left_out": others + not_held,
+        "notes": notes,
+    }
     try:
         write(out, fmt, written, variant=variant)
         if report:
@@ -97,7 +114,10 @@ def convert(source: str, out: Path, fmt: str, *, no_head: bool = False, ema: boo
     except UserError:
         raise
     except Exception as error:  # a disk that is full ends in one of many types, torch's hides the system's
-        raise UserError(f"cannot write ({out}): {one_line(error.__context__ or error)[:120]}; is there room, and the right to write?") from error
+        raise UserError(
+            f"cannot write ({out}): {one_line(error.__context__ or error)[:120]}; is there room, and the right to "
+            "write?"
+        ) from error
     line = f"{source} ({found}, {variant}) -> {out} ({fmt}): {len(written)} tensors"
     for what, names in (("left out with the rest of the model", others), ("not held by it", not_held)):
         if names:
@@ -108,8 +128,12 @@ def convert(source: str, out: Path, fmt: str, *, no_head: bool = False, ema: boo
 def main(argv: list[str]) -> None:
     parser = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="IN", help="a file, or an https address")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write (hub: the folder), which must not exist yet")
-    parser.add_argument("--to", required=True, choices=formats.FORMATS, metavar="FORMAT", help=", ".join(formats.FORMATS))
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="the file to write (hub: the folder), which must not exist yet"
+    )
+    parser.add_argument(
+        "--to", required=True, choices=formats.FORMATS, metavar="FORMAT", help=", ".join(formats.FORMATS)
+    )
     parser.add_argument("--no-head", action="store_true", help="write no classifier")
     parser.add_argument("--ema", action="store_true", help="take the averaged weights of a training with --model-ema")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write all names as JSON to a new file")

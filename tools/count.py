@@ -1,14 +1,16 @@
-"""Parameters and FLOPs: python tools/count.py [--model NAME ...] [--input-size 224] [--json], or --dense [NAME ...] [--json | --csv FILE].
+"""Parameters and FLOPs: python tools/count.py [--model NAME ...] [--input-size 224] [--json], or --dense [NAME ...]
+[--json | --csv FILE].
 
-FLOPs are what papers call so: multiply-adds, in 1e9 (G), of convolutions and matrix products, for one picture. Norms, softmax, activations
-and sums are not counted. There are two conventions for the products of attention, q k^T and softmax(...) v:
-the paper counts them (Table 1), the README of the published code does not.
+FLOPs are what papers call so: multiply-adds, in 1e9 (G), of convolutions and matrix products, for one picture. Norms,
+softmax, activations and sums are not counted. There are two conventions for the products of attention, q k^T and
+softmax(...) v: the paper counts them (Table 1), the README of the published code does not.
 
---dense: segmentors at 512 x 512, detectors at 800 x 600 without padding, built from their configs. Counted is what gives the answer for a
-picture: backbone, neck and heads, in a segmentor without the auxiliary head, which only trains (its parameters are counted). Mask R-CNN looks
-at 1,000 boxes and 100 masks, and its deconvolution counts the whole kernel for each pixel of the output, four times its real products, as
-published. With attention's products counted, the published FLOPs of UperNet, RetinaNet and Mask R-CNN are met within 0.6 %; those of
-Semantic FPN are met without them, within 2 %, and are exceeded by 4 to 12 % with them. So each published table keeps to one convention.
+--dense: segmentors at 512 x 512, detectors at 800 x 600 without padding, built from their configs. Counted is what
+gives the answer for a picture: backbone, neck and heads, in a segmentor without the auxiliary head, which only trains
+(its parameters are counted). Mask R-CNN looks at 1,000 boxes and 100 masks, and its deconvolution counts the whole
+kernel for each pixel of the output, four times its real products, as published. With attention's products counted, the
+published FLOPs of UperNet, RetinaNet and Mask R-CNN are met within 0.6 %; those of Semantic FPN are met without them,
+within 2 %, and are exceeded by 4 to 12 % with them. So each published table keeps to one convention.
 """
 
 import argparse
@@ -40,11 +42,15 @@ FLOPS_OF_A_G = 2e9  # FlopCounterMode takes a multiply-add for two operations
 
 
 def count(name: str, input_size: int = 224) -> dict[str, int | float]:
-    """-> params, gmacs and gmacs_without_attention of a model of gvt.MODEL_NAMES, for input_size x input_size pixels."""
+    """-> params, gmacs and gmacs_without_attention of a model of gvt.MODEL_NAMES, for input_size x input_size
+    pixels.
+    """
     with torch.device("meta"):  # shapes without values
         model = timm.create_model(name).eval()
         picture = torch.empty(1, 3, input_size, input_size)
-    model.set_fused_attn(False)  # unfused, attention's products are the only batched ones, whatever kernels a device has
+    model.set_fused_attn(
+        False
+    )  # unfused, attention's products are the only batched ones, whatever kernels a device has
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(picture)
     return figures(model, counter)
@@ -82,7 +88,10 @@ def count_dense(name: str) -> dict[str, int | float]:
     with DefaultScope.overwrite_default_scope(library), torch.device("meta"), libraries.quiet():
         model = importlib.import_module(f"{library}.registry").MODELS.build(Config.fromfile(config).model).eval()
     model.backbone.set_fused_attn(False)
-    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: at_output_size}) as counter:
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: at_output_size}) as counter,
+    ):
         look(model)
     return figures(model, counter)
 
@@ -93,7 +102,9 @@ def at_output_size(x, weight, bias, stride, padding, dilation, transposed, *othe
 
 
 def look(model: torch.nn.Module) -> None:
-    """What a segmentor or a detector does for one picture, without what depends on values: choosing boxes and cutting them out."""
+    """What a segmentor or a detector does for one picture, without what depends on values: choosing boxes and cutting
+    them out.
+    """
     empty = functools.partial(torch.empty, device="meta")
     if hasattr(model, "decode_head"):
         return model(empty(1, 3, 512, 512), mode="tensor")
@@ -136,9 +147,17 @@ def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=classifiers, metavar="NAME", help="classification models (all)")
     parser.add_argument("--input-size", type=side, metavar="PIXELS", help="side of a picture for them (224)")
-    parser.add_argument("--dense", nargs="*", choices=DENSE, metavar="NAME", help="segmentors and detectors instead, such as fpn_alt_gvt_s (all)")
+    parser.add_argument(
+        "--dense",
+        nargs="*",
+        choices=DENSE,
+        metavar="NAME",
+        help="segmentors and detectors instead, such as fpn_alt_gvt_s (all)",
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object, with the models' names as keys")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="with --dense: write a table for tools/readme_tables.py")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="with --dense: write a table for tools/readme_tables.py"
+    )
     args = parser.parse_args(argv)
     if args.dense is None and args.csv:
         parser.error("--csv is for --dense")
@@ -154,15 +173,21 @@ def main(argv: list[str]) -> None:
     if args.json:
         return print(json.dumps(counts, indent=1))
     published = published_flops() if args.dense is not None else {}
-    print(f"{'model':<20}{'parameters':>12}{'G, attention products counted':>32}{'not counted':>14}{'published' if published else '':>12}".rstrip())
+    print(
+        f"{'model':<20}{'parameters':>12}{'G, attention products counted':>32}"
+        f"{'not counted':>14}{'published' if published else '':>12}".rstrip()
+    )
     for name, row in counts.items():
-        line = f"{name:<20}{row['params']:>12,}{row['gmacs']:>32.3f}{row['gmacs_without_attention']:>14.3f}{published.get(name, ''):>12}"
+        line = f"{name:<20}{row['params']:>12,}{row['gmacs']:>32.3f}{row['gmacs_without_attention']:>14.3f}"
+        line += f"{published.get(name, ''):>12}"
         print(line.rstrip())
     if published:
         print("G: 1e9 multiply-adds for one picture, of 512 x 512 pixels for segmentors, of 800 x 600 for detectors.")
         return print("The paper counts attention's products, but not for Semantic FPN.")
     print(f"G: 1e9 multiply-adds for one picture of {size} x {size} pixels.")
-    print("The paper counts attention's products (q k^T and softmax(...) v), the README of the published code does not.")
+    print(
+        "The paper counts attention's products (q k^T and softmax(...) v), the README of the published code does not."
+    )
 
 
 def run(argv: list[str]) -> int:

@@ -1,4 +1,5 @@
-"""Lay out scikit-learn's handwritten digits as an ImageNet-style folder: python tools/digits.py FOLDER [--size 32] [--seed 0].
+"""Lay out scikit-learn's handwritten digits as an ImageNet-style folder: python tools/digits.py FOLDER [--size 32]
+[--seed 0].
 
 1,797 real pictures of 8 x 8, which come with scikit-learn, enlarged to PNG files FOLDER/{train,val}/DIGIT/NUMBER.png.
 A fifth of each digit, drawn with the seed, is val.
@@ -21,7 +22,10 @@ def parts(seed: int) -> dict[str, list[tuple[int, int, Image.Image]]]:
     numbers = np.arange(len(digits.target))
     train, val = train_test_split(numbers, test_size=VAL_SHARE, random_state=seed, stratify=digits.target)
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    return {part: [(int(k), int(digits.target[k]), Image.fromarray(grey[k])) for k in chosen] for part, chosen in (("train", train), ("val", val))}
+    return {
+        part: [(int(k), int(digits.target[k]), Image.fromarray(grey[k])) for k in chosen]
+        for part, chosen in (("train", train), ("val", val))
+    }
 
 
 def lay_out(folder: Path, *, size: int, seed: int) -> dict[str, int]:

@@ -1,14 +1,15 @@
 """Measure what feeds a training: python tools/feeding.py --data-path FOLDER [--gpu-rate N] [--loop] [--output FOLDER].
 
-How many pictures a second one core reads and augments, step by step, in the ways that lead to the same batches: the published pipeline
-as it is written, in float32 in the loading process, and ours, in bytes until the device, with RandAugment in the loading process or on the
-device (--fast-augment, where torch resizes too). In turns in one run, on the pictures as they are and on copies of them enlarged to 375
-pixels on the short side (JPEG of quality 90), which is near ImageNet's own size. Then whole loading processes, of which the operating
-system says what CPU time they took, batches, their way to the training process and all. Before a clock starts, the ways must give the
-same bits, or with --fast-augment pictures that differ in few places.
+How many pictures a second one core reads and augments, step by step, in the ways that lead to the same batches: the
+published pipeline as it is written, in float32 in the loading process, and ours, in bytes until the device, with
+RandAugment in the loading process or on the device (--fast-augment, where torch resizes too). In turns in one run, on
+the pictures as they are and on copies of them enlarged to 375 pixels on the short side (JPEG of quality 90), which is
+near ImageNet's own size. Then whole loading processes, of which the operating system says what CPU time they took,
+batches, their way to the training process and all. Before a clock starts, the ways must give the same bits, or with
+--fast-augment pictures that differ in few places.
 
-A ratio is of CPU times, for other programs may use the same core; it is the median of the rounds', above 1 where ours is faster.
---loop measures instead what main.py's training loop takes above forward, backward and optimizer, on a CPU.
+A ratio is of CPU times, for other programs may use the same core; it is the median of the rounds', above 1 where ours
+is faster. --loop measures instead what main.py's training loop takes above forward, backward and optimizer, on a CPU.
 """
 
 import argparse
@@ -74,7 +75,9 @@ def enlarge(paths: Sequence[Path], folder: Path) -> list[Path]:
         picture = datasets.read_picture(str(path))
         scale = ENLARGED / min(picture.size)
         made.append(folder / f"{number}.jpg")
-        picture.resize([round(length * scale) for length in picture.size], Image.Resampling.BICUBIC).save(made[-1], quality=QUALITY)
+        picture.resize([round(length * scale) for length in picture.size], Image.Resampling.BICUBIC).save(
+            made[-1], quality=QUALITY
+        )
     return made
 
 
@@ -115,7 +118,9 @@ def steps_of(transform: Callable) -> dict[str, Step]:
     """From a file's name to what the loading process collates, by the names of the steps."""
     late = isinstance(transform, datasets.InBytes)
     drawing = transform.drawing if late else transform.transforms
-    steps = {"decode": datasets.read_picture} | {NAMES.get(type(step).__name__, type(step).__name__): step for step in drawing}
+    steps = {"decode": datasets.read_picture} | {
+        NAMES.get(type(step).__name__, type(step).__name__): step for step in drawing
+    }
     if late:
         rest = copy.copy(transform)
         rest.drawing = []
@@ -124,7 +129,9 @@ def steps_of(transform: Callable) -> dict[str, Step]:
 
 
 def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
-    """The share of values that are others with --fast-augment. UserError where they are not few, or the other ways' bits are not the same."""
+    """The share of values that are others with --fast-augment. UserError where they are not few, or the other ways'
+    bits are not the same.
+    """
     found = {}
     for way, transform in ways.items():
         keyed = datasets.Keyed(Files(paths, transform), SEED[0])
@@ -132,7 +139,9 @@ def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
         found[way] = pictures.to(CPU, memory_format=torch.contiguous_format)
     others = {way: (pictures != found[PUBLISHED]).double().mean().item() for way, pictures in found.items()}
     if others[BYTES] or others[FAST] > FEW:
-        raise UserError(f"other pictures (share of values, {others}): expected 0, with {FAST} at most {FEW}; nothing was timed")
+        raise UserError(
+            f"other pictures (share of values, {others}): expected 0, with {FAST} at most {FEW}; nothing was timed"
+        )
     return others[FAST]
 
 
@@ -171,7 +180,9 @@ PROCESS = "loading process, in all"
 
 
 def walks(paths: Sequence[Path], ways: dict[str, Callable], args: argparse.Namespace) -> dict[str, list[dict]]:
-    """What `walk` gives for each way, round by round, each with the next pictures; the order within a round is shuffled."""
+    """What `walk` gives for each way, round by round, each with the next pictures; the order within a round is
+    shuffled.
+    """
     steps, order = {name: steps_of(transform) for name, transform in ways.items()}, random.Random(0)
     found = {name: [] for name in ways}
     for number in range(-args.warmup, args.repeats):
@@ -236,7 +247,13 @@ def measure(label: str, paths: Sequence[Path], args: argparse.Namespace) -> dict
     totals = [row for row in case["rows"] if row["step"] in (LOADING, PROCESS)]
     rates = {(row["way"], row["step"]): 1000 / row["cpu_ms"]["median"] for row in totals}
     case["feeding"] = [
-        {"way": way, "of": step, "pictures_per_s_and_core": rate, "gpu_rate": args.gpu_rate, "cores_a_gpu": args.gpu_rate / rate}
+        {
+            "way": way,
+            "of": step,
+            "pictures_per_s_and_core": rate,
+            "gpu_rate": args.gpu_rate,
+            "cores_a_gpu": args.gpu_rate / rate,
+        }
         for (way, step), rate in rates.items()
     ]
     return case
@@ -246,13 +263,20 @@ def measure(label: str, paths: Sequence[Path], args: argparse.Namespace) -> dict
 
 
 def measure_loop(args: argparse.Namespace) -> dict:
-    """A training step of main.py's loop beside forward, backward and optimizer alone, without and with the recipe's clipping of gradients."""
+    """A training step of main.py's loop beside forward, backward and optimizer alone, without and with the recipe's
+    clipping of gradients.
+    """
     keep_freed_memory()  # for all, as main.py: otherwise the bare step waits for the kernel's pages
     torch.manual_seed(0)
     model, steps = timm.create_model(args.model, num_classes=100), range(args.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-    batches = [(torch.randn(args.batch_size, 3, args.size, args.size), torch.randint(100, (args.batch_size,))) for _ in steps]
-    kinds = {"bare step": lambda: bare(model, batches, optimizer), "bare step, clipped": lambda: bare(model, batches, optimizer, clip=True)}
+    batches = [
+        (torch.randn(args.batch_size, 3, args.size, args.size), torch.randint(100, (args.batch_size,))) for _ in steps
+    ]
+    kinds = {
+        "bare step": lambda: bare(model, batches, optimizer),
+        "bare step, clipped": lambda: bare(model, batches, optimizer, clip=True),
+    }
     kinds["loop"] = lambda: looped(model, batches, optimizer)
     spent, order = {name: [] for name in kinds}, random.Random(0)
     for number in range(-args.warmup, args.repeats):
@@ -262,8 +286,15 @@ def measure_loop(args: argparse.Namespace) -> dict:
             if number >= 0:
                 spent[name].append({clock: value / args.steps for clock, value in watch.spent["all"].items()})
         progress(f"  round {max(number + 1, 0)} of {args.repeats}")
-    rows = [{"kind": name} | {f"{clock}_ms": quartiles([each[clock] for each in rounds]) for clock in CLOCKS} for name, rounds in spent.items()]
-    above = {name: quartiles([100 * (a["cpu"] / b["cpu"] - 1) for a, b in zip(spent["loop"], spent[name])]) for name in kinds if name != "loop"}
+    rows = [
+        {"kind": name} | {f"{clock}_ms": quartiles([each[clock] for each in rounds]) for clock in CLOCKS}
+        for name, rounds in spent.items()
+    ]
+    above = {
+        name: quartiles([100 * (a["cpu"] / b["cpu"] - 1) for a, b in zip(spent["loop"], spent[name])])
+        for name in kinds
+        if name != "loop"
+    }
     case = {"model": args.model, "batch": args.batch_size, "size": args.size, "steps": args.steps}
     return case | {"rows": rows, "loop_above_percent": above}
 
@@ -307,7 +338,10 @@ def milliseconds(row: dict) -> dict[str, str]:
     found = {}
     for clock in CLOCKS:
         values = row.get(f"{clock}_ms")
-        found |= {f"{clock}_ms{end}": f"{values[key]:.3f}" if values else "" for end, key in (("", "median"), ("_q1", "q1"), ("_q3", "q3"))}
+        found |= {
+            f"{clock}_ms{end}": f"{values[key]:.3f}" if values else ""
+            for end, key in (("", "median"), ("_q1", "q1"), ("_q3", "q3"))
+        }
     return found
 
 
@@ -321,25 +355,35 @@ def table(rows: Sequence[dict], names: Sequence[str]) -> list[str]:
     lines = [f"{'':<60}{'CPU ms':>10}{'q1 - q3':>22}{'wall ms':>11}{'q1 - q3':>22}"]
     for row in rows:
         texts = milliseconds(row)
-        spreads = [f"{texts[f'{clock}_ms_q1']} - {texts[f'{clock}_ms_q3']}" if texts[f"{clock}_ms"] else "" for clock in CLOCKS]
+        spreads = [
+            f"{texts[f'{clock}_ms_q1']} - {texts[f'{clock}_ms_q3']}" if texts[f"{clock}_ms"] else "" for clock in CLOCKS
+        ]
         name = ": ".join(row[part] for part in names)
         lines.append(f"{name:<60}{texts['cpu_ms']:>10}{spreads[0]:>22}{texts['wall_ms']:>11}{spreads[1]:>22}".rstrip())
     return lines
 
 
 def as_table(case: dict) -> str:
-    head = f"{case['pictures']}: {case['number']} pictures, median {case['median_width']:g} x {case['median_height']:g}; ms a picture"
+    median = f"{case['median_width']:g} x {case['median_height']:g}"
+    head = f"{case['pictures']}: {case['number']} pictures, median {median}; ms a picture"
     lines = [head, *table(case["rows"], ("way", "step"))]
-    lines += [f"{each['way']}: {each['of']} {each['median']:.3f} x as fast ({each['q1']:.3f} - {each['q3']:.3f})" for each in case["ratios"]]
+    lines += [
+        f"{each['way']}: {each['of']} {each['median']:.3f} x as fast ({each['q1']:.3f} - {each['q3']:.3f})"
+        for each in case["ratios"]
+    ]
     for each in case["feeding"]:
         rate = f"{each['pictures_per_s_and_core']:.0f} pictures/s and core ({each['of']})"
-        need = f"{each['cores_a_gpu']:.1f} cores feed a GPU that trains at {each['gpu_rate']:g} pictures/s (given, not measured here)"
+        gpu = f"a GPU that trains at {each['gpu_rate']:g} pictures/s (given, not measured here)"
+        need = f"{each['cores_a_gpu']:.1f} cores feed {gpu}"
         lines.append(f"{each['way']}: {rate}; {need}")
     return "\n".join(lines)
 
 
 def loop_table(case: dict) -> str:
-    lines = [f"{case['model']}, {case['batch']} x {case['size']} x {case['size']}; ms a step", *table(case["rows"], ("kind",))]
+    lines = [
+        f"{case['model']}, {case['batch']} x {case['size']} x {case['size']}; ms a step",
+        *table(case["rows"], ("kind",)),
+    ]
     for name, above in case["loop_above_percent"].items():
         lines.append(f"the loop takes {above['median']:.2f} % above the {name} ({above['q1']:.2f} - {above['q3']:.2f})")
     return "\n".join(lines)
@@ -350,18 +394,44 @@ def loop_table(case: dict) -> str:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data-path", type=Path, default=None, metavar="FOLDER", help="with pictures, in whatever folders")
-    parser.add_argument("--pictures", type=positive, default=1000, metavar="N", help="at most so many of them (%(default)s)")
-    parser.add_argument("--gpu-rate", type=above_zero, default=1000.0, metavar="N", help="pictures/s that a GPU trains, to be fed (%(default)g)")
-    parser.add_argument("--size", type=side, default=224, metavar="PIXELS", help="side of a picture that is trained on (%(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="pictures a round, and of a batch (%(default)s)")
+    parser.add_argument(
+        "--data-path", type=Path, default=None, metavar="FOLDER", help="with pictures, in whatever folders"
+    )
+    parser.add_argument(
+        "--pictures", type=positive, default=1000, metavar="N", help="at most so many of them (%(default)s)"
+    )
+    parser.add_argument(
+        "--gpu-rate",
+        type=above_zero,
+        default=1000.0,
+        metavar="N",
+        help="pictures/s that a GPU trains, to be fed (%(default)g)",
+    )
+    parser.add_argument(
+        "--size", type=side, default=224, metavar="PIXELS", help="side of a picture that is trained on (%(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=32, metavar="N", help="pictures a round, and of a batch (%(default)s)"
+    )
     parser.add_argument("--repeats", type=positive, default=30, metavar="N", help="rounds that count (%(default)s)")
     parser.add_argument("--warmup", type=count, default=2, metavar="N", help="rounds before them (%(default)s)")
-    parser.add_argument("--processes", type=count, default=3, metavar="N", help="loading processes to measure for each way (%(default)s)")
+    parser.add_argument(
+        "--processes",
+        type=count,
+        default=3,
+        metavar="N",
+        help="loading processes to measure for each way (%(default)s)",
+    )
     parser.add_argument("--loop", action="store_true", help="measure the training loop instead, on this CPU")
     parser.add_argument("--model", default="alt_gvt_small", metavar="NAME", help="of --loop (%(default)s)")
     parser.add_argument("--steps", type=positive, default=4, metavar="N", help="of --loop, in a round (%(default)s)")
-    parser.add_argument("--output", type=Path, default=None, metavar="FOLDER", help="write feeding.json, feeding.csv and table.txt there")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=None,
+        metavar="FOLDER",
+        help="write feeding.json, feeding.csv and table.txt there",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, not tables")
     args = parser.parse_args(argv)
     if not args.loop and args.data_path is None:
@@ -374,7 +444,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     torch.set_num_threads(1)  # a loading process has one
-    settings = {name: getattr(args, name) for name in ("repeats", "warmup", "processes", "batch_size", "size", "gpu_rate")}
+    settings = {
+        name: getattr(args, name) for name in ("repeats", "warmup", "processes", "batch_size", "size", "gpu_rate")
+    }
     results = {"environment": environment(CPU, SEED[0]), "settings": settings, "cases": []}
     if args.loop:
         results["loop"] = measure_loop(args)

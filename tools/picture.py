@@ -40,7 +40,10 @@ def predict(folder: Path, data_path: str, pictures: int) -> list[tuple[np.ndarra
     chosen = np.linspace(0, len(dataset) - 1, min(pictures, len(dataset))).round().astype(int)
     batch, labels = zip(*(dataset[index] for index in chosen))
     predictions = model(torch.stack(batch)).argmax(1).tolist()
-    mean, std = (torch.tensor(values)[:, None, None] for values in (datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD))
+    mean, std = (
+        torch.tensor(values)[:, None, None]
+        for values in (datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD)
+    )
     shown = [(x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy() for x in batch]
     return [(x, classes[label], classes[said]) for x, label, said in zip(shown, labels, predictions)]
 
@@ -67,7 +70,11 @@ def draw(lines: list[dict], predictions: list[tuple[np.ndarray, str, str]], titl
     for axes, (picture, label, said) in zip(grid.flat, predictions):
         axes.imshow(picture, interpolation="nearest")
         right_answer = said == label
-        axes.set_title(f"{label}" if right_answer else f"{label}, said {said}", fontsize=9, color="black" if right_answer else "tab:red")
+        axes.set_title(
+            f"{label}" if right_answer else f"{label}, said {said}",
+            fontsize=9,
+            color="black" if right_answer else "tab:red",
+        )
     wrong = sum(label != said for _, label, said in predictions)
     right.suptitle(f"val pictures and what the model says: {len(predictions) - wrong} of {len(predictions)} right")
     figure.savefig(output, dpi=110)

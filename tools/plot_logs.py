@@ -1,7 +1,8 @@
-"""Draw logs over the published ones: python tools/plot_logs.py [LOG ...] [-o curves.png] [--published NAME ... | --no-published].
+"""Draw logs over the published ones: python tools/plot_logs.py [LOG ...] [-o curves.png] [--published NAME ... |
+--no-published].
 
-A LOG is a log.txt of main.py, or the folder of a run. Without any, the published runs are drawn alone. With some, the picture ends where
-the longest of them does, so that a short run can be compared with how the published ones began.
+A LOG is a log.txt of main.py, or the folder of a run. Without any, the published runs are drawn alone. With some, the
+picture ends where the longest of them does, so that a short run can be compared with how the published ones began.
 """
 
 import argparse
@@ -70,7 +71,11 @@ def style_of_published(name: str, alone: bool) -> dict:
     """PCPVT dashed, SVT solid; grey behind other runs, in two colours where there are none."""
     pcpvt, shade = name.startswith("pcpvt"), SHADES.get(name[-1], 1.0)
     colours = colormaps[("Blues" if pcpvt else "Oranges") if alone else "Greys"]
-    return dict(color=colours(shade * (0.95 if alone else 0.75)), linestyle=(0, (4, 2)) if pcpvt else "-", linewidth=1.2 if alone else 1.0)
+    return dict(
+        color=colours(shade * (0.95 if alone else 0.75)),
+        linestyle=(0, (4, 2)) if pcpvt else "-",
+        linewidth=1.2 if alone else 1.0,
+    )
 
 
 def plot(axis: Axes, log: list[dict], key: str, name: str, **style) -> Line2D:
@@ -83,21 +88,38 @@ def tidy(axis: Axes) -> None:
 
 
 def draw(logs: dict[str, list[dict]], published: dict[str, list[dict]], output: Path) -> None:
-    """A panel each for training loss, Acc@1 and learning rate. Both kinds of runs are given as their label -> their epochs."""
+    """A panel each for training loss, Acc@1 and learning rate. Both kinds of runs are given as their label -> their
+    epochs.
+    """
     last = max((epoch["epoch"] for log in logs.values() for epoch in log), default=math.inf)
     published = {name: [epoch for epoch in log if epoch["epoch"] <= last] for name, log in published.items()}
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (key, title) in zip(axes, PANELS.items()):
-        behind = [plot(axis, log, key, name, **style_of_published(name, alone=not logs)) for name, log in published.items() if log]
-        own = [plot(axis, log, key, name, linewidth=1.8, marker="o" if len(log) < 30 else "", markersize=3) for name, log in logs.items()]
+        behind = [
+            plot(axis, log, key, name, **style_of_published(name, alone=not logs))
+            for name, log in published.items()
+            if log
+        ]
+        own = [
+            plot(axis, log, key, name, linewidth=1.8, marker="o" if len(log) < 30 else "", markersize=3)
+            for name, log in logs.items()
+        ]
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         tidy(axis)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for lines, place, title in ((own, "upper", None), (behind, "lower", "published (ImageNet)")):
         if lines:
-            figure.legend(handles=lines, loc=f"outside {place} center", title=title, ncols=6, frameon=False, fontsize=9, title_fontsize=9)
+            figure.legend(
+                handles=lines,
+                loc=f"outside {place} center",
+                title=title,
+                ncols=6,
+                frameon=False,
+                fontsize=9,
+                title_fontsize=9,
+            )
     try:
         figure.savefig(output, dpi=120)
     except (OSError, ValueError) as error:
@@ -113,8 +135,15 @@ def label(path: Path) -> str:
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("logs", nargs="*", type=Path, metavar="LOG", help="log.txt, or the folder of a run")
-    parser.add_argument("-o", "--output", type=Path, default=Path("curves.png"), metavar="FILE", help="the picture (%(default)s)")
-    parser.add_argument("--published", nargs="+", metavar="NAME", help="published runs to draw, such as pcpvt_s (all); write LOGs before it")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("curves.png"), metavar="FILE", help="the picture (%(default)s)"
+    )
+    parser.add_argument(
+        "--published",
+        nargs="+",
+        metavar="NAME",
+        help="published runs to draw, such as pcpvt_s (all); write LOGs before it",
+    )
     parser.add_argument("--no-published", dest="published", action="store_const", const=[], help="draw none of them")
     return parser.parse_args(argv)
 
@@ -125,7 +154,10 @@ def main(args: argparse.Namespace) -> None:
     chosen = list(published) if args.published is None else args.published
     for name in chosen:
         if name not in published:
-            raise LogError(f"no such published run (--published {name}): choose from {', '.join(published)}, and write LOGs before the option")
+            raise LogError(
+                f"no such published run (--published {name}): choose from {', '.join(published)}, and write LOGs "
+                "before the option"
+            )
     if not logs and not chosen:
         raise LogError("nothing to draw (--no-published): give a LOG")
     draw(logs, {name: published[name] for name in chosen}, args.output)

@@ -1,6 +1,8 @@
-"""Write the tables of README files from the models and from logs/: python tools/readme_tables.py [--check] [--readme FILE ...].
+"""Write the tables of README files from the models and from logs/: python tools/readme_tables.py [--check] [--readme
+FILE ...].
 
-What stands between two lines such as these is replaced; after `speed` may come folders of logs/benchmarks, otherwise it has all of them:
+What stands between two lines such as these is replaced; after `speed` may come folders of logs/benchmarks, otherwise it
+has all of them:
 
     <!-- table: classification (python tools/readme_tables.py) -->
     <!-- end table -->
@@ -50,7 +52,9 @@ def paper() -> list[dict[str, str]]:
 
 
 def by_config(prefixes: tuple[str, ...]) -> list[tuple[dict[str, str], dict[str, str]]]:
-    """-> what is published of each config that begins so, and what tools/count.py found, which needs the libraries of `make dense`."""
+    """-> what is published of each config that begins so, and what tools/count.py found, which needs the libraries of
+    `make dense`.
+    """
     with open(LOGS / "published" / "dense.csv", newline="") as file:
         published = [row for row in csv.DictReader(file) if row["config"].startswith(prefixes)]
     with open(LOGS / "dense_counts.csv", newline="") as file:
@@ -64,7 +68,15 @@ def best(log: list[dict]) -> str:
 
 
 def classification() -> list[str]:
-    header = "Name", "Alias in this code", "Acc@1", "FLOPs (G), with / without attention products", "#params (M)", "URL", "Log: best Acc@1 (epoch)"
+    header = (
+        "Name",
+        "Alias in this code",
+        "Acc@1",
+        "FLOPs (G), with / without attention products",
+        "#params (M)",
+        "URL",
+        "Log: best Acc@1 (epoch)",
+    )
     logs, rows = published_logs(), []
     for row in paper():
         counts = count(REGISTERED[row["model"]])
@@ -98,9 +110,15 @@ def segmentation() -> list[str]:
     header = "Config", "mIoU", "multi-scale", "Log: last mIoU, best (iteration)", *SIZES, "URL"
     rows = []
     for row, counts in by_config(("fpn", "upernet")):
-        log = f"[{row['log_miou']}, {row['log_best_miou']} ({row['log_best_iteration']})](logs/published/dense.csv)" if row["log_miou"] else ""
+        log = (
+            f"[{row['log_miou']}, {row['log_best_miou']} ({row['log_best_iteration']})](logs/published/dense.csv)"
+            if row["log_miou"]
+            else ""
+        )
         flops, params = size_columns(counts)
-        url = f"[{row['checkpoint']}](https://drive.google.com/file/d/{row['drive_id']}/view)" if row["drive_id"] else ""
+        url = (
+            f"[{row['checkpoint']}](https://drive.google.com/file/d/{row['drive_id']}/view)" if row["drive_id"] else ""
+        )
         name = f"[{row['config']}](segmentation/configs/{row['config']}.py)"
         rows.append((name, row["miou"], row["miou_ms"], log, flops, row["flops_g"], params, row["params_m"], url))
     return markdown(header, rows)
@@ -112,7 +130,10 @@ def detection() -> list[str]:
     rows = []
     for row, counts in by_config(("retinanet", "mask_rcnn")):
         name = f"[{row['config']}](detection/configs/{row['config']}.py)"
-        scores = [together(*(row[key] for key in keys.split())) for keys in ("ap ap50 ap75", "ap_s ap_m ap_l", "mask_ap mask_ap50 mask_ap75")]
+        scores = [
+            together(*(row[key] for key in keys.split()))
+            for keys in ("ap ap50 ap75", "ap_s ap_m ap_l", "mask_ap mask_ap50 mask_ap75")
+        ]
         flops, params = size_columns(counts)
         rows.append((name, *scores, flops, row["flops_g"], params, row["params_m"]))
     return markdown(header, rows)
@@ -125,7 +146,8 @@ def recipes() -> list[str]:
     for row in paper():
         name, batch, warmup = REGISTERED[row["model"]], int(row["global_batch"]), int(row["warmup_epochs"])
         command = (
-            f"python -m torch.distributed.launch --nproc_per_node={GPUS} --use_env main.py --model {name} --batch-size {batch // GPUS} "
+            f"python -m torch.distributed.launch --nproc_per_node={GPUS} --use_env main.py --model {name} --batch-size "
+            f"{batch // GPUS} "
             f"--data-path path_to_imagenet --dist-eval --drop-path {row['drop_path']}"
         )
         if warmup != default("warmup_epochs"):
@@ -137,7 +159,17 @@ def recipes() -> list[str]:
 
 def runs(logs: Path = LOGS) -> list[str]:
     """Ours: the folders of logs/ that main.py wrote."""
-    header = "Run", "Model", "Data", "Epochs", "Best Acc@1 (epoch)", "Last Acc@1", "Images/s (median)", "Device", "Commit"
+    header = (
+        "Run",
+        "Model",
+        "Data",
+        "Epochs",
+        "Best Acc@1 (epoch)",
+        "Last Acc@1",
+        "Images/s (median)",
+        "Device",
+        "Commit",
+    )
     folders = sorted(path.parent for path in logs.glob("*/log.txt") if path.with_name("environment.json").exists())
     return markdown(header, map(run_row, folders)) if folders else ["none yet"]
 
@@ -174,7 +206,16 @@ def scores(record: dict) -> str:
 
 def dense_runs(logs: Path = LOGS) -> list[str]:
     """Ours: the folders of logs/ that hold what segmentation/train.py or detection/train.py wrote."""
-    header = "Run", "Iterations", "Loss, first and last", "Last scores", "Of other pictures", "Minutes of training", "Device, threads", "Commit"
+    header = (
+        "Run",
+        "Iterations",
+        "Loss, first and last",
+        "Last scores",
+        "Of other pictures",
+        "Minutes of training",
+        "Device, threads",
+        "Commit",
+    )
     folders = sorted(path.parent for path in logs.glob("*/scalars.json"))
     return markdown(header, map(dense_run_row, folders)) if folders else ["none yet"]
 
@@ -185,7 +226,10 @@ def dense_run_row(folder: Path) -> list[str]:
     steps, scored = [line for line in lines if "loss" in line], [line for line in lines if scores(line)]
     between = zip(steps, [0, *(line["iter"] for line in steps)])
     seconds = sum(line["time"] * (line["iter"] - before) for line, before in between)
-    others = (f"{path.stem.removeprefix('scores_')}: {scores(json.loads(path.read_text()))}" for path in sorted(folder.glob("scores_*.json")))
+    others = (
+        f"{path.stem.removeprefix('scores_')}: {scores(json.loads(path.read_text()))}"
+        for path in sorted(folder.glob("scores_*.json"))
+    )
     return [
         f"[{folder.name}](logs/{folder.name})",
         str(lines[-1]["step"]),
@@ -207,38 +251,68 @@ MODES = ("eager", "compiled", "graphs")
 
 
 def speed(*folders: str, logs: Path = LOGS) -> list[str]:
-    """What tools/benchmark.py wrote: for each of its folders where it was measured and how, then a row for each case."""
+    """What tools/benchmark.py wrote: for each of its folders where it was measured and how, then a row for each
+    case.
+    """
     lines = []
-    for path in [logs / "benchmarks" / name / "results.json" for name in folders] or sorted(logs.glob("benchmarks/*/results.json")):
+    for path in [logs / "benchmarks" / name / "results.json" for name in folders] or sorted(
+        logs.glob("benchmarks/*/results.json")
+    ):
         found = read_json(path, "environment", "settings", "cases")
         where = found["environment"]
         versions = f"torch {where['torch']}, timm {where['timm']}"
-        what = f"{where['hardware']}, {where['threads']} threads, {versions}, {where['started'][:10]}, {found['settings']['repeats']} rounds"
+        when = f"{where['started'][:10]}, {found['settings']['repeats']} rounds"
+        what = f"{where['hardware']}, {where['threads']} threads, {versions}, {when}"
         lines += ["", f"{what}. `{where['command']}`", "", *speeds(found["cases"])]
     return [*lines, ""] if lines else ["none yet"]
 
 
 def speeds(cases: list[dict]) -> list[str]:
-    """Pictures per second of ours / each other, mode for mode, with the ratio; and the faster mode's share of the product's rate.
+    """Pictures per second of ours / each other, mode for mode, with the ratio; and the faster mode's share of the
+    product's rate.
 
     Where sizes differ, attention's shares of the operations too.
     """
     sizes = len({case["size"] for case in cases}) > 1
-    pairs = list(dict.fromkeys((ratio["library"], ratio["mode"]) for case in cases for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]))
+    pairs = list(
+        dict.fromkeys(
+            (ratio["library"], ratio["mode"])
+            for case in cases
+            for ratio in case["ratios"]
+            if ratio["ours"] == ratio["mode"]
+        )
+    )
     pairs.sort(key=lambda pair: MODES.index(pair[1]))  # stable: the order of the libraries stays
     rows = []
     for case in cases:
         rates = {(row["library"], row["mode"]): row for row in case["rows"]}
-        ahead = {(ratio["library"], ratio["mode"]): ratio["median"] for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]}
+        ahead = {
+            (ratio["library"], ratio["mode"]): ratio["median"]
+            for ratio in case["ratios"]
+            if ratio["ours"] == ratio["mode"]
+        }
         best = max((row for row in case["rows"] if row["library"] == "ours"), key=lambda row: row["pictures_per_s"])
         row = [f"`{case['model']}`", case["task"], case["dtype"], f"{case['batch']} x {case['size']}"]
         for library, mode in pairs:
             both = [rates[name]["pictures_per_s"] for name in (("ours", mode), (library, mode)) if name in rates]
-            row.append(f"{both[0]:.3g} / {both[1]:.3g} = {ahead[library, mode]:.2f}" if (library, mode) in ahead else "")
+            row.append(
+                f"{both[0]:.3g} / {both[1]:.3g} = {ahead[library, mode]:.2f}" if (library, mode) in ahead else ""
+            )
         rows.append([*row, f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})"])
         if sizes:
-            rows[-1].append(", ".join(f"{name} {100 * share:.0f} %" for name, share in case["floor"]["shares_of_operations"].items()))
-    columns = ["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs), "Share of product rate"]
+            rows[-1].append(
+                ", ".join(
+                    f"{name} {100 * share:.0f} %" for name, share in case["floor"]["shares_of_operations"].items()
+                )
+            )
+    columns = [
+        "Model",
+        "Task",
+        "dtype",
+        "Batch",
+        *(f"ours / {library}, {mode}" for library, mode in pairs),
+        "Share of product rate",
+    ]
     return markdown([*columns, *(["Of operations"] if sizes else [])], rows)
 
 
@@ -277,7 +351,10 @@ def find_tables(lines: list[str], source: Path) -> list[tuple[str, int, int]]:
                 break
             match = START.fullmatch(line)
             if not match or match[1].split()[0] not in TABLES:
-                raise UserError(f"unknown table ({where}): expected <!-- table: NAME (python tools/readme_tables.py) --> of {', '.join(TABLES)}")
+                raise UserError(
+                    f"unknown table ({where}): expected <!-- table: NAME (python tools/readme_tables.py) --> of "
+                    f"{', '.join(TABLES)}"
+                )
             opened = match[1], index + 1
         elif line == END:
             if not opened:
@@ -304,7 +381,9 @@ def fill(lines: list[str], source: Path) -> tuple[list[str], list[str]]:
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether the tables are up to date, by the exit code")
+    parser.add_argument(
+        "--check", action="store_true", help="only say whether the tables are up to date, by the exit code"
+    )
     parser.add_argument("--readme", type=Path, nargs="+", default=READMES, metavar="FILE", help="(the project's)")
     args = parser.parse_args(argv)
     return max([update(path, check=args.check) for path in args.readme])
@@ -318,7 +397,10 @@ def update(readme: Path, *, check: bool) -> int:
         raise UserError(f"cannot be read (--readme {readme}): give a file") from error
     lines, changed = fill(text.split("\n"), readme)
     if check and changed:
-        print(f"readme_tables.py: out of date ({readme}, {', '.join(changed)}): run python tools/readme_tables.py", file=sys.stderr)
+        print(
+            f"readme_tables.py: out of date ({readme}, {', '.join(changed)}): run python tools/readme_tables.py",
+            file=sys.stderr,
+        )
         return 1
     if changed:
         lifecycle.write_text(readme, "\n".join(lines))

@@ -3,9 +3,9 @@
 python tools/scaling.py --step-ms MS --batch-size N [--model NAME] [--gpus 8 64 512] ...
 python tools/scaling.py --measure 1 2 4 [--model NAME] [--batch-size N] [--input-size S] [--output FOLDER]
 
-The projection's formula is in `exchange` and `Projection`; docs/scaling.md explains it. --measure trains on random pictures on one machine
-(a GPU a process, or one thread a process): weak scaling keeps the pictures of a process, strong scaling those of all, and the exchange of
-gradients is what a step with it takes above a step without.
+The projection's formula is in `exchange` and `Projection`; docs/scaling.md explains it. --measure trains on random
+pictures on one machine (a GPU a process, or one thread a process): weak scaling keeps the pictures of a process, strong
+scaling those of all, and the exchange of gradients is what a step with it takes above a step without.
 """
 
 import argparse
@@ -52,9 +52,11 @@ class Machine:
 
 
 def exchange(size: float, gpus: int, machine: Machine) -> float:
-    """Seconds to add up `size` bytes over GPUs: in rings inside nodes, then between them, each GPU with its share of the bytes.
+    """Seconds to add up `size` bytes over GPUs: in rings inside nodes, then between them, each GPU with its share of
+    the bytes.
 
-    2 (n - 1) / n size / inside + 2 (m - 1) / m size / n / outside + 2 (n - 1 + m - 1) latency, for n GPUs a node and m nodes.
+    2 (n - 1) / n size / inside + 2 (m - 1) / m size / n / outside + 2 (n - 1 + m - 1) latency, for n GPUs a node and m
+    nodes.
     """
     n = min(gpus, machine.gpus)
     m = math.ceil(gpus / machine.gpus)
@@ -65,7 +67,9 @@ def exchange(size: float, gpus: int, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Projection:
-    """A training step of `batch` pictures a GPU, which takes `step` seconds alone, with `size` bytes of gradients, on `gpus` GPUs."""
+    """A training step of `batch` pictures a GPU, which takes `step` seconds alone, with `size` bytes of gradients, on
+    `gpus` GPUs.
+    """
 
     step: float
     batch: int
@@ -79,7 +83,9 @@ class Projection:
 
     @property
     def exposed(self) -> float:
-        """Seconds a step waits for gradients: the last bucket, which nothing hides, and what of the others the backward pass does not."""
+        """Seconds a step waits for gradients: the last bucket, which nothing hides, and what of the others the backward
+        pass does not.
+        """
         each = exchange(self.size / self.buckets, self.gpus, self.machine)
         return 0.0 if self.gpus == 1 else each + max(0.0, (self.buckets - 1) * each - BACKWARD * self.step)
 
@@ -139,13 +145,17 @@ def build(model: str, device: str) -> torch.nn.Module:
 
 
 def seconds_of_steps(rank: int, processes: int, args: argparse.Namespace, batches: dict[str, int], folder: str) -> None:
-    """One process: median seconds of a step for each of `batches`, with the gradients' exchange and without, in turns."""
+    """One process: median seconds of a step for each of `batches`, with the gradients' exchange and without, in
+    turns.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     torch.set_num_threads(1)
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
+    )
     torch.manual_seed(0)
     plain = build(args.model, str(device)).train()
     model = torch.nn.parallel.DistributedDataParallel(plain, device_ids=[rank] if cuda else None)
@@ -170,7 +180,9 @@ def seconds_of_steps(rank: int, processes: int, args: argparse.Namespace, batche
                     taken[exchanged].append(time.perf_counter() - begin)
         found[kind] = {name: statistics.median(values) for name, values in taken.items()}
     if rank == 0:
-        Path(folder, "found.csv").write_text("\n".join(f"{kind},{times['with']},{times['without']}" for kind, times in found.items()))
+        Path(folder, "found.csv").write_text(
+            "\n".join(f"{kind},{times['with']},{times['without']}" for kind, times in found.items())
+        )
     dist.destroy_process_group()
 
 
@@ -179,9 +191,14 @@ def measure(args: argparse.Namespace) -> list[dict]:
     rows, alone = [], {}
     for processes in args.measure:
         if torch.cuda.is_available() and processes > torch.cuda.device_count():
-            raise UserError(f"too many processes (--measure {processes}): this machine has {torch.cuda.device_count()} GPUs")
+            raise UserError(
+                f"too many processes (--measure {processes}): this machine has {torch.cuda.device_count()} GPUs"
+            )
         if args.batch_size % processes:
-            raise UserError(f"strong scaling shares {args.batch_size} pictures (--batch-size): a multiple of {processes} processes, please")
+            raise UserError(
+                f"strong scaling shares {args.batch_size} pictures (--batch-size): a multiple of {processes} "
+                "processes, please"
+            )
         batches = {"weak": args.batch_size, "strong": args.batch_size // processes}
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(seconds_of_steps, (processes, args, batches, folder), nprocs=processes)
@@ -210,7 +227,10 @@ def measure(args: argparse.Namespace) -> list[dict]:
 
 def table(rows: list[dict]) -> str:
     header = list(rows[0])
-    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in (header, ["---"] * len(header), *(row.values() for row in rows)))
+    return "\n".join(
+        f"| {' | '.join(map(str, cells))} |"
+        for cells in (header, ["---"] * len(header), *(row.values() for row in rows))
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -219,18 +239,37 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="pictures of a GPU or process (%(default)s)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write scaling.json and scaling.csv there")
     projected = parser.add_argument_group("projection")
-    projected.add_argument("--step-ms", type=float, help="what a step takes on one GPU, as tools/benchmark.py measures it")
+    projected.add_argument(
+        "--step-ms", type=float, help="what a step takes on one GPU, as tools/benchmark.py measures it"
+    )
     projected.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
-    projected.add_argument("--gradients", choices=DTYPE_BYTES, default="float32", help="dtype in which gradients are exchanged (%(default)s)")
-    projected.add_argument("--rate", type=float, default=400.0, help="pictures per second that one core reads and augments (%(default)s)")
+    projected.add_argument(
+        "--gradients",
+        choices=DTYPE_BYTES,
+        default="float32",
+        help="dtype in which gradients are exchanged (%(default)s)",
+    )
+    projected.add_argument(
+        "--rate", type=float, default=400.0, help="pictures per second that one core reads and augments (%(default)s)"
+    )
     projected.add_argument("--node-gpus", type=int, default=Machine.gpus)
-    projected.add_argument("--inside", type=float, default=Machine.inside / 1e9, help="GB/s of a GPU to its node (%(default)s)")
-    projected.add_argument("--outside", type=float, default=Machine.outside / 1e9, help="GB/s of a GPU to other nodes (%(default)s)")
-    projected.add_argument("--latency", type=float, default=Machine.latency * 1e6, help="microseconds of a message (%(default)s)")
+    projected.add_argument(
+        "--inside", type=float, default=Machine.inside / 1e9, help="GB/s of a GPU to its node (%(default)s)"
+    )
+    projected.add_argument(
+        "--outside", type=float, default=Machine.outside / 1e9, help="GB/s of a GPU to other nodes (%(default)s)"
+    )
+    projected.add_argument(
+        "--latency", type=float, default=Machine.latency * 1e6, help="microseconds of a message (%(default)s)"
+    )
     projected.add_argument("--cores", type=int, default=Machine.cores, help="of a node (%(default)s)")
     measured = parser.add_argument_group("measurement")
     measured.add_argument(
-        "--measure", type=int, nargs="+", metavar="PROCESSES", help="numbers of processes on this machine, the first as what one does"
+        "--measure",
+        type=int,
+        nargs="+",
+        metavar="PROCESSES",
+        help="numbers of processes on this machine, the first as what one does",
     )
     measured.add_argument("--input-size", type=int, default=224, help="side of the pictures (%(default)s)")
     measured.add_argument("--repeats", type=int, default=30, help="steps of each kind, after two more (%(default)s)")
@@ -247,7 +286,12 @@ def main(argv: list[str]) -> None:
     if args.output:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: value for name, value in vars(args).items() if name != "output"}
-        records.write(args.output, "scaling", {"environment": environment(device, 0), "settings": settings, "rows": rows}, csv_text(rows[0], rows))
+        records.write(
+            args.output,
+            "scaling",
+            {"environment": environment(device, 0), "settings": settings, "rows": rows},
+            csv_text(rows[0], rows),
+        )
 
 
 if __name__ == "__main__":

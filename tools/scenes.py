@@ -1,8 +1,9 @@
-"""Digits on photographs, for small segmentors and detectors: python tools/scenes.py --ade FOLDER --coco FOLDER [--seed 0].
+"""Digits on photographs, for small segmentors and detectors: python tools/scenes.py --ade FOLDER --coco FOLDER [--seed
+0].
 
-scikit-learn's handwritten digits, enlarged, tinted and pasted without overlap on pieces of its two sample photographs. Digits of val are not
-in train. The same pictures are written twice: as ADE20K keeps them (labels from 1: background, then the digits 0 to 9) and as COCO does
-(categories 1 to 10 are the digits 0 to 9, masks as run lengths).
+scikit-learn's handwritten digits, enlarged, tinted and pasted without overlap on pieces of its two sample photographs.
+Digits of val are not in train. The same pictures are written twice: as ADE20K keeps them (labels from 1: background,
+then the digits 0 to 9) and as COCO does (categories 1 to 10 are the digits 0 to 9, masks as run lengths).
 """
 
 import argparse
@@ -25,7 +26,9 @@ COCO = {"train": "train2017", "val": "val2017"}
 
 
 def texture(random: np.random.Generator, photographs: list[np.ndarray]) -> np.ndarray:
-    """A piece of a photograph, from a third of its height up, mirrored or not, darkened. -> (SIDE, SIDE, 3), 0 to LIGHT."""
+    """A piece of a photograph, from a third of its height up, mirrored or not, darkened. -> (SIDE, SIDE, 3), 0 to
+    LIGHT.
+    """
     photograph = photographs[random.integers(len(photographs))]
     height, width = photograph.shape[:2]
     side = int(random.integers(height // 3, height))
@@ -73,7 +76,12 @@ def annotation(mask: np.ndarray) -> dict:
 def write(ade: Path, coco: Path, *, counts: dict[str, int], seed: int) -> None:
     photographs = load_sample_images().images
     for part in counts:
-        for folder in (ade / "images" / ADE[part], ade / "annotations" / ADE[part], coco / COCO[part], coco / "annotations"):
+        for folder in (
+            ade / "images" / ADE[part],
+            ade / "annotations" / ADE[part],
+            coco / COCO[part],
+            coco / "annotations",
+        ):
             folder.mkdir(parents=True, exist_ok=True)
     for part, digits in parts(seed).items():
         random = np.random.default_rng([seed, sorted(counts).index(part)])
@@ -83,7 +91,9 @@ def write(ade: Path, coco: Path, *, counts: dict[str, int], seed: int) -> None:
             classes = np.ones((SIDE, SIDE), np.uint8)
             for label, mask in found:
                 classes[mask] = label + 2
-                annotations.append(dict(id=len(annotations) + 1, image_id=number, category_id=label + 1) | annotation(mask))
+                annotations.append(
+                    dict(id=len(annotations) + 1, image_id=number, category_id=label + 1) | annotation(mask)
+                )
             Image.fromarray(pixels).save(ade / "images" / ADE[part] / f"{number:04d}.png")
             Image.fromarray(classes).save(ade / "annotations" / ADE[part] / f"{number:04d}.png")
             Image.fromarray(pixels).save(coco / COCO[part] / f"{number:04d}.png")

@@ -1,4 +1,6 @@
-"""The backbone: equal to the published one through the wrapper, what it takes, what it refuses, and whose weights it reads."""
+"""The backbone: equal to the published one through the wrapper, what it takes, what it refuses, and whose weights it
+reads.
+"""
 
 import importlib
 
@@ -32,7 +34,10 @@ def test_golden_maps(case):
     """The published segmentation and detection backbones, at every size that was recorded."""
     task, name = case.split("/")
     model = golden_weights(TwinsBackbone(name.removesuffix("_v0"), drop_path_rate=0.2, pad=PADS[task])).eval()
-    assert sum(p.numel() for p in model.parameters()) == DENSE[case]["params"] - 1000 * (model.num_features + 1) - 2 * model.num_features
+    assert (
+        sum(p.numel() for p in model.parameters())
+        == DENSE[case]["params"] - 1000 * (model.num_features + 1) - 2 * model.num_features
+    )
     for size, expected in DENSE[case]["sizes"].items():
         with torch.inference_mode():
             maps = model(golden_pictures(1, *map(int, size.split("x"))))
@@ -70,7 +75,9 @@ def test_every_parameter_gets_a_gradient(variant, out_indices):
 @pytest.mark.parametrize("size", [(1, 1), (31, 64), (200, 3), (33, 47)])
 def test_any_size(size):
     maps = small().eval()(torch.randn(1, 3, *size))
-    assert [tuple(x.shape[-2:]) for x in maps] == [tuple(max(32, side) // 2 ** (k + 2) for side in size) for k in range(4)]
+    assert [tuple(x.shape[-2:]) for x in maps] == [
+        tuple(max(32, side) // 2 ** (k + 2) for side in size) for k in range(4)
+    ]
     assert all(x.isfinite().all() for x in maps)
 
 
@@ -93,7 +100,11 @@ def test_a_missing_drop_path_is_refused():
 
 @pytest.mark.parametrize(
     ("wrong", "says"),
-    [(dict(variant="pvt_small"), "none of pcpvt_small"), (dict(pad="reflect"), "none of mask"), (dict(out_indices=(4,)), "stages 0 to 3")],
+    [
+        (dict(variant="pvt_small"), "none of pcpvt_small"),
+        (dict(pad="reflect"), "none of mask"),
+        (dict(out_indices=(4,)), "stages 0 to 3"),
+    ],
 )
 def test_a_wrong_value_is_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
@@ -128,7 +139,9 @@ NAMES = {
         "alt_gvt_small": ("zero", 0.2), "alt_gvt_base": ("zero", 0.2), "alt_gvt_large": ("zero", 0.2),
     },
 }  # fmt: skip
-RESNET = dict(depth=50, num_stages=4, out_indices=(0, 1, 2, 3), norm_cfg=dict(type="BN"), norm_eval=True, style="pytorch")
+RESNET = dict(
+    depth=50, num_stages=4, out_indices=(0, 1, 2, 3), norm_cfg=dict(type="BN"), norm_eval=True, style="pytorch"
+)
 LEFT = {
     "mmseg": RESNET | dict(dilations=(1, 1, 1, 1), strides=(1, 2, 2, 2), contract_dilation=True, drop_path_rate=0.3),
     "mmdet": RESNET | dict(frozen_stages=1),
@@ -142,8 +155,12 @@ def test_published_class_names(library, name, monkeypatch):
     with torch.device("meta"):
         model = registry(library).build(dict(type=name, pretrained="x.pth", **LEFT[library]))
     assert model.variant == name.removesuffix("_v0") and model.pretrained == "x.pth"
-    assert model.blocks[-1][-1].drop_path.drop_prob == pytest.approx(rate) == published_drop_path(library, model.variant)
-    assert {block.attn.pad for stage in model.blocks for block in stage if hasattr(block.attn, "pad")} == ({pad} if "alt" in name else set())
+    assert (
+        model.blocks[-1][-1].drop_path.drop_prob == pytest.approx(rate) == published_drop_path(library, model.variant)
+    )
+    assert {block.attn.pad for stage in model.blocks for block in stage if hasattr(block.attn, "pad")} == (
+        {pad} if "alt" in name else set()
+    )
     (line,) = said
     assert line.startswith(f"{name}: without effect, as published: ")
     assert all(f"{key}=" in line for key in LEFT[library])
@@ -171,7 +188,9 @@ def lines(monkeypatch):
     return said
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state}, lambda state: {"state_dict": state}])
+@pytest.mark.parametrize(
+    "wrap", [lambda state: state, lambda state: {"model": state}, lambda state: {"state_dict": state}]
+)
 def test_classification_weights(wrap, tmp_path, monkeypatch):
     source = timm.create_model("alt_gvt_demo").state_dict()
     said = lines(monkeypatch)

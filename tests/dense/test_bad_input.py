@@ -1,4 +1,6 @@
-"""Whatever people have for pictures, labels, annotations and checkpoints: a result, or one line that says what to do, and nothing is lost."""
+"""Whatever people have for pictures, labels, annotations and checkpoints: a result, or one line that says what to do,
+and nothing is lost.
+"""
 
 import copy
 import functools
@@ -29,7 +31,9 @@ from utils import UserError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of mmdetection's masks
-    pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning"),  # of mmengine, where one process makes two runs
+    pytest.mark.filterwarnings(
+        "ignore:.*instance named of:UserWarning"
+    ),  # of mmengine, where one process makes two runs
 ]
 DATA = {"mmseg": ade_toy, "mmdet": coco_toy}
 
@@ -88,7 +92,11 @@ def refusal(start, *args):
 
 def use_all(config, part, **options):
     with libraries.quiet():
-        for data in (each for dataset in [pictures(config, part, **options)] for each in (dataset[i] for i in range(len(dataset)))):
+        for data in (
+            each
+            for dataset in [pictures(config, part, **options)]
+            for each in (dataset[i] for i in range(len(dataset)))
+        ):
             assert data is not None
 
 
@@ -100,7 +108,9 @@ def command(library, program, *words):
 
 
 def test_pictures_of_every_kind(library, tmp_path):
-    """They come out of the training's and the test's pipelines with labels and boxes of their own size, and a model looks at the smallest."""
+    """They come out of the training's and the test's pipelines with labels and boxes of their own size, and a model
+    looks at the smallest.
+    """
     config, data = toy(tmp_path, library)
     found = {}
     model = build(parsed(config.name))
@@ -121,7 +131,9 @@ def test_pictures_of_every_kind(library, tmp_path):
             continue
         with torch.inference_mode():
             (result,) = model.test_step({key: [value] for key, value in sample.items()})
-        found[name] = result.pred_sem_seg.data.shape[1:] if library == "mmseg" else result.pred_instances.masks.shape[1:]
+        found[name] = (
+            result.pred_sem_seg.data.shape[1:] if library == "mmseg" else result.pred_instances.masks.shape[1:]
+        )
     assert found == {"one pixel": (1, 1), "one row": (1, 4000), "one column": (4000, 1)}
 
 
@@ -143,16 +155,24 @@ def jpeg():
     return file.getvalue()
 
 
-@pytest.mark.parametrize("content", [jpeg()[:-200], jpeg()[:300], b"", b"no picture", None], ids=["nearly whole", "cut", "empty", "text", "missing"])
+@pytest.mark.parametrize(
+    "content",
+    [jpeg()[:-200], jpeg()[:300], b"", b"no picture", None],
+    ids=["nearly whole", "cut", "empty", "text", "missing"],
+)
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_a_picture_that_cannot_be_read(library, part, content, tmp_path):
     config, data = toy(tmp_path, library)
-    path = data / "images" / dict(train="training", val="validation")[part] if library == "mmseg" else data / f"{part}2017"
+    path = (
+        data / "images" / dict(train="training", val="validation")[part] if library == "mmseg" else data / f"{part}2017"
+    )
     path = sorted(path.iterdir())[0]
     if content is None and library == "mmseg":
         pytest.skip("the folder is the list")
     path.unlink() if content is None else path.write_bytes(content)
-    assert re.match(rf"a picture that cannot be used \({path}\): .*; mend it or take it out", refusal(use_all, config, part))
+    assert re.match(
+        rf"a picture that cannot be used \({path}\): .*; mend it or take it out", refusal(use_all, config, part)
+    )
 
 
 # ---------------------------------------------------------------- labels
@@ -195,7 +215,9 @@ def test_labels_of_every_kind_of_file(mode, tmp_path):
         known = np.arange(48 * 80).reshape(48, 80) % (2 if mode == "1" else 4)
         if mode != "1":
             known[0] = 255
-        picture = Image.fromarray(known.astype(np.uint16)) if mode == "I;16" else Image.fromarray(known.astype(np.uint8))
+        picture = (
+            Image.fromarray(known.astype(np.uint16)) if mode == "I;16" else Image.fromarray(known.astype(np.uint8))
+        )
         if mode == "P":
             picture.putpalette(list(range(256)) * 3)
         picture = Image.fromarray(known.astype(bool)) if mode == "1" else picture
@@ -215,10 +237,16 @@ def test_labels_of_chosen_classes(tmp_path):
         wall, sky = (ADE20KDataset.METAINFO["classes"].index(name) for name in ("wall", "sky"))
         pipeline = parsed(config.name).val_dataloader.dataset.pipeline
         Image.fromarray(noise(1, 4)).save(data / "images" / "validation" / "validation_0.jpg", "PNG")
-        Image.fromarray(np.array([[0, wall + 1, sky + 1, 9]], np.uint8)).save(data / "annotations" / "validation" / "validation_0.png")
+        Image.fromarray(np.array([[0, wall + 1, sky + 1, 9]], np.uint8)).save(
+            data / "annotations" / "validation" / "validation_0.png"
+        )
         folders = dict(img_path="images/validation", seg_map_path="annotations/validation")
         dataset = ADE20KDataset(
-            metainfo=dict(classes=("sky", "wall")), data_root=str(data), data_prefix=folders, reduce_zero_label=True, pipeline=pipeline
+            metainfo=dict(classes=("sky", "wall")),
+            data_root=str(data),
+            data_prefix=folders,
+            reduce_zero_label=True,
+            pipeline=pipeline,
         )
         assert dataset[0]["data_samples"].gt_sem_seg.data.tolist() == [[[255, 1, 0, 255]]]
 
@@ -274,7 +302,10 @@ WRONG_ANNOTATIONS = {
     "no outlines": (without("annotations", "segmentation"), "'mask' is missing"),
     "boxes of text": (each("annotations", bbox="ab"), "cannot make the data set"),
     "ids twice": (each("annotations", id=1), "not unique"),
-    "other sizes": (each("images", height=40, width=64), "annotations for another size than their picture's .* 40 x 64, the picture has 48 x 64"),
+    "other sizes": (
+        each("images", height=40, width=64),
+        "annotations for another size than their picture's .* 40 x 64, the picture has 48 x 64",
+    ),
 }
 
 
@@ -294,9 +325,15 @@ def test_wrong_annotations(name, part, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (without("annotations", "iscrowd"), r"an annotation that cannot be scored \(.*instances_val2017.json, id 0\): 'iscrowd' is missing"),
+        (
+            without("annotations", "iscrowd"),
+            r"an annotation that cannot be scored \(.*instances_val2017.json, id 0\): 'iscrowd' is missing",
+        ),
         (each("annotations", segmentation=[[1, 2]]), "an annotation that cannot be scored"),
-        (lambda content: content.update(images=content["images"][1:]), r"scores for other pictures than the data's \(.*instances_val2017.json\)"),
+        (
+            lambda content: content.update(images=content["images"][1:]),
+            r"scores for other pictures than the data's \(.*instances_val2017.json\)",
+        ),
     ],
 )
 def test_annotations_that_cannot_be_scored(change, says, tmp_path, capsys):
@@ -306,7 +343,9 @@ def test_annotations_that_cannot_be_scored(change, says, tmp_path, capsys):
     with within("mmdet"):
         config, data = toy(tmp_path, "mmdet")
         dataset = pictures(config, "val")
-        scores = dict(type="CocoMetric", ann_file=str(data / "annotations" / "instances_val2017.json"), metric=["bbox", "segm"])
+        scores = dict(
+            type="CocoMetric", ann_file=str(data / "annotations" / "instances_val2017.json"), metric=["bbox", "segm"]
+        )
         check_scores(Evaluator(scores), dataset)
         with annotations(data, "val2017") as content:
             change(content)
@@ -345,8 +384,13 @@ def test_pictures_without_boxes(tmp_path, capsys):
         assert not len(samples[0]["data_samples"].gt_instances)
         model = build(parsed(config.name)).train()
         batch = model.data_preprocessor({key: [sample[key] for sample in samples] for key in samples[0]}, training=True)
-        losses = {key: sum(value) if isinstance(value, list) else value for key, value in model(**batch, mode="loss").items()}
-        assert all(value.isfinite() for value in losses.values()) and losses["loss_bbox"] == losses["loss_rpn_bbox"] == 0 < losses["loss_rpn_cls"]
+        losses = {
+            key: sum(value) if isinstance(value, list) else value for key, value in model(**batch, mode="loss").items()
+        }
+        assert (
+            all(value.isfinite() for value in losses.values())
+            and losses["loss_bbox"] == losses["loss_rpn_bbox"] == 0 < losses["loss_rpn_cls"]
+        )
         sum(value for key, value in losses.items() if "loss" in key).backward()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
@@ -361,10 +405,24 @@ def runners(library, tmp_path_factory):
     config, _ = toy(folder, library, setting="retinanet_1x_pvt")
     built = []
     for parser, parts in ((cli.train_parser(), ("val", "test")), (cli.test_parser(library), ("train", "val"))):
-        words = [config, *(["x.pth"] if built else []), "--work-dir", folder / "run", "--cfg-options", f"experiment_name={library}_{len(built)}"]
+        words = [
+            config,
+            *(["x.pth"] if built else []),
+            "--work-dir",
+            folder / "run",
+            "--cfg-options",
+            f"experiment_name={library}_{len(built)}",
+        ]
         args = parser.parse_args([str(word) for word in words])
         cfg = cli.configure(args, library)
-        cfg.update({f"{part}_{what}": None for part in parts for what in ("dataloader", "cfg", "evaluator") if f"{part}_{what}" in cfg})
+        cfg.update(
+            {
+                f"{part}_{what}": None
+                for part in parts
+                for what in ("dataloader", "cfg", "evaluator")
+                if f"{part}_{what}" in cfg
+            }
+        )
         if built:
             cfg.update(optim_wrapper=None, param_scheduler=None)
         built.append(cli.start(args, cfg, {}))
@@ -372,10 +430,22 @@ def runners(library, tmp_path_factory):
 
 
 def published(state, width):
-    """A file as the published code wrote it: the classifier and the final norm of the backbone, and text about the run."""
-    unused = {"backbone.norm.weight": (width,), "backbone.norm.bias": (width,), "backbone.head.weight": (1000, width), "backbone.head.bias": (1000,)}
+    """A file as the published code wrote it: the classifier and the final norm of the backbone, and text about the
+    run.
+    """
+    unused = {
+        "backbone.norm.weight": (width,),
+        "backbone.norm.bias": (width,),
+        "backbone.head.weight": (1000, width),
+        "backbone.head.bias": (1000,),
+    }
     meta = dict(
-        env_info="sys.platform: linux\nPython: 3.7", mmseg_version="0.12.0", config="model = dict(\n)", CLASSES=("wall",), iter=160000, epoch=127
+        env_info="sys.platform: linux\nPython: 3.7",
+        mmseg_version="0.12.0",
+        config="model = dict(\n)",
+        CLASSES=("wall",),
+        iter=160000,
+        epoch=127,
     )
     optimizer = dict(state={0: dict(step=3, exp_avg=torch.zeros(2))}, param_groups=[dict(lr=6e-5, params=[0])])
     whole = {name: torch.ones(shape) for name, shape in unused.items()} | state
@@ -412,9 +482,13 @@ def other_checkpoints(library, state):
     other = "mmdet" if library == "mmseg" else "mmseg"
     heads = {"mmseg": "decode_head.", "mmdet": "bbox_head."}
     wider = {
-        name: value.repeat(2, *[1] * (value.dim() - 1)) if name.startswith("backbone.") and value.dim() else value for name, value in state.items()
+        name: value.repeat(2, *[1] * (value.dim() - 1)) if name.startswith("backbone.") and value.dim() else value
+        for name, value in state.items()
     }
-    foreign = {(name.replace(heads[library], heads[other]) if name.startswith(heads[library]) else name): value for name, value in state.items()}
+    foreign = {
+        (name.replace(heads[library], heads[other]) if name.startswith(heads[library]) else name): value
+        for name, value in state.items()
+    }
     return {
         "classification weights": (dict(model=classifier), NO_BACKBONE),
         "classification weights in state_dict": (dict(state_dict=classifier), NO_BACKBONE),
@@ -426,10 +500,19 @@ def other_checkpoints(library, state):
             dict(state_dict=state | {"backbone.blocks.9.0.norm1.weight": torch.zeros(8)}),
             "1 unknown .backbone.blocks.9.0.norm1.weight",
         ),
-        "another part of a backbone": (dict(state_dict=state | {"backbone.heads.weight": torch.zeros(8)}), "1 unknown .backbone.heads.weight"),
-        "a layer less": (dict(state_dict={k: v for k, v in state.items() if k != "backbone.blocks.0.0.norm1.weight"}), "1 missing"),
+        "another part of a backbone": (
+            dict(state_dict=state | {"backbone.heads.weight": torch.zeros(8)}),
+            "1 unknown .backbone.heads.weight",
+        ),
+        "a layer less": (
+            dict(state_dict={k: v for k, v in state.items() if k != "backbone.blocks.0.0.norm1.weight"}),
+            "1 missing",
+        ),
         "the other library's": (dict(state_dict=foreign), UNFIT),
-        "not finite": (dict(state_dict=state | {"backbone.blocks.0.0.norm1.weight": torch.full((32,), float("nan"))}), "1 not finite"),
+        "not finite": (
+            dict(state_dict=state | {"backbone.blocks.0.0.norm1.weight": torch.full((32,), float("nan"))}),
+            "1 not finite",
+        ),
     }
 
 
@@ -453,7 +536,10 @@ def test_a_checkpoint_that_is_not_there(library, tmp_path, monkeypatch):
     for option in ("--resume-from", "--load-from", None):
         parser, start = (cli.train_parser(), cli.run_training) if option else (cli.test_parser(library), cli.run_test)
         words = [str(config), *([option] if option else []), "run/epoch_13.pth"]
-        assert refusal(start, parser.parse_args(words), library) == "no such file (run/epoch_13.pth): did you mean epoch_12.pth?"
+        assert (
+            refusal(start, parser.parse_args(words), library)
+            == "no such file (run/epoch_13.pth): did you mean epoch_12.pth?"
+        )
     assert not (tmp_path / "work_dirs").exists()
 
 
@@ -478,7 +564,11 @@ def test_missing_data_of_a_detector(part, words, tmp_path, monkeypatch):
 
 def contents(folder):
     """Every file with what it holds, but for what each start writes into a folder of its own."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not re.match(r"\d{8}_\d{6}", path.relative_to(folder).parts[0])]
+    files = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not re.match(r"\d{8}_\d{6}", path.relative_to(folder).parts[0])
+    ]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -493,11 +583,17 @@ def refused(library, program, *words):
 
 @pytest.mark.slow
 def test_what_is_refused_leaves_everything(library, tmp_path):
-    """An earlier training's folder and an earlier score's labels or results stay, whatever goes wrong and whenever: before a run, or in it."""
+    """An earlier training's folder and an earlier score's labels or results stay, whatever goes wrong and whenever:
+    before a run, or in it.
+    """
     config, data = toy(tmp_path, library)
     train, score = (
         ["--work-dir", "run"],
-        ["--work-dir", "run", *(["--eval", "mIoU", "--out", "run/labels"] if library == "mmseg" else ["--out", "run/x.pkl"])],
+        [
+            "--work-dir",
+            "run",
+            *(["--eval", "mIoU", "--out", "run/labels"] if library == "mmseg" else ["--out", "run/x.pkl"]),
+        ],
     )
     length = ["train_cfg.max_iters=2"] if library == "mmseg" else ["train_cfg.max_epochs=1"]
     good = command(library, "train", config, *train, "--no-validate", "--cfg-options", *length)
@@ -507,8 +603,12 @@ def test_what_is_refused_leaves_everything(library, tmp_path):
     before = contents(tmp_path / "run")
     assert {"segmentor.py", "detector.py"} & set(before) and file.name in before and len(before) > 3
     head = "decode_head" if library == "mmseg" else "roi_head.bbox_head"
-    assert "another number of classes" in refused(library, "train", config, *train, "--cfg-options", f"model.{head}.num_classes=7")
-    assert "do not fit" in refused(library, "test", config, file, *score, "--cfg-options", f"model.{head}.num_classes=7")
+    assert "another number of classes" in refused(
+        library, "train", config, *train, "--cfg-options", f"model.{head}.num_classes=7"
+    )
+    assert "do not fit" in refused(
+        library, "test", config, file, *score, "--cfg-options", f"model.{head}.num_classes=7"
+    )
     last = sorted((data / "images" / "validation" if library == "mmseg" else data / "val2017").iterdir())[-1]
     last.write_bytes(jpeg()[:500])
     for workers in (0, 1):
@@ -528,11 +628,19 @@ def test_training_and_scoring_on_pictures_of_every_kind(library, tmp_path):
     kinds = [*(make() for make in STRANGE.values()), Image.fromarray(noise(3000, 4000))]
     for number, picture in enumerate(kinds):
         give_picture(data, number, picture)
-    options = ["train_cfg.max_iters=10"] if library == "mmseg" else ["train_cfg.max_epochs=1", "train_dataloader.dataset.filter_cfg.min_size=0"]
+    options = (
+        ["train_cfg.max_iters=10"]
+        if library == "mmseg"
+        else ["train_cfg.max_epochs=1", "train_dataloader.dataset.filter_cfg.min_size=0"]
+    )
     trained = command(library, "train", config, "--work-dir", "run", "--no-validate", "--cfg-options", *options)
     assert trained.returncode == 0, trained.stderr[-2000:]
     file = tmp_path / "run" / ("iter_10.pth" if library == "mmseg" else "epoch_1.pth")
-    words = ["--out", "labels"] if library == "mmseg" else ["--cfg-options", "model.test_cfg.rcnn.score_thr=0.0", "model.test_cfg.rcnn.max_per_img=3"]
+    words = (
+        ["--out", "labels"]
+        if library == "mmseg"
+        else ["--cfg-options", "model.test_cfg.rcnn.score_thr=0.0", "model.test_cfg.rcnn.max_per_img=3"]
+    )
     scored = command(library, "test", config, file, *words)
     assert scored.returncode == 0, scored.stderr[-2000:]
     if library == "mmdet":
@@ -556,7 +664,9 @@ STATES = {
     "a wrong seed": lambda payload: payload["meta"].update(seed="x"),
     "wrong schedules": lambda payload: payload.update(param_schedulers=[1]),
     "no optimizer": lambda payload: payload.pop("optimizer"),
-    "another optimizer": lambda payload: payload["optimizer"].update(param_groups=payload["optimizer"]["param_groups"][:1] * 3),
+    "another optimizer": lambda payload: payload["optimizer"].update(
+        param_groups=payload["optimizer"]["param_groups"][:1] * 3
+    ),
 }
 
 
@@ -574,5 +684,7 @@ def test_states_that_cannot_be_resumed(library, tmp_path, monkeypatch):
         checkpoint.save(tmp_path / "state.pth", payload)
         words = [str(config), "--work-dir", "again", "--no-validate", "--resume-from", "state.pth"]
         line = refusal(cli.run_training, cli.train_parser().parse_args(words), library)
-        assert line.startswith("no training to resume (state.pth): ") and line.endswith("; --load-from starts a new one from its weights"), name
+        assert line.startswith("no training to resume (state.pth): ") and line.endswith(
+            "; --load-from starts a new one from its weights"
+        ), name
         assert not [path for path in (tmp_path / "again").glob("*") if path.is_file()], name

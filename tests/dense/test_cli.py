@@ -49,7 +49,9 @@ def ok(result):
 def same_weights(one, other):
     a, b = (checkpoint.load(str(path)) for path in (one, other))
     assert a["meta"]["iter"] == b["meta"]["iter"]
-    return a["state_dict"].keys() == b["state_dict"].keys() and all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
+    return a["state_dict"].keys() == b["state_dict"].keys() and all(
+        torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items()
+    )
 
 
 def python(library, program):
@@ -105,9 +107,15 @@ def scoring(library, *words):
     [
         (["fpn_alt_gvt_small_512x512_80k_ade20k.py"], "did you mean fpn_alt_gvt_s_512x512_80k_ade20k.py"),
         (["nothing.py"], "no such config"),
-        (["fpn_alt_gvt_s_512x512_80k_ade20k.py"], r"no folder of pictures \(data/ade/ADEChallengeData2016/images/training\)"),
+        (
+            ["fpn_alt_gvt_s_512x512_80k_ade20k.py"],
+            r"no folder of pictures \(data/ade/ADEChallengeData2016/images/training\)",
+        ),
         (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--gpus", "2"], "dist_train.sh CONFIG GPUS"),
-        (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--resume-from", "a", "--load-from", "b"], "both --resume-from and --load-from"),
+        (
+            ["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--resume-from", "a", "--load-from", "b"],
+            "both --resume-from and --load-from",
+        ),
         (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--cfg-options", "model.backbone.pad"], "not KEY=VALUE"),
         (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--cfg-options", "param_scheduler.7.end=3"], "cannot set that"),
     ],
@@ -143,9 +151,15 @@ def test_missing_annotations(detector, coco, tmp_path, monkeypatch):
     ("change", "says"),
     [
         (("img_suffix='.jpg'", "img_suffix='.bmp'"), "no pictures with labels there"),
-        (("num_classes=3", "num_classes=4"), r"a head for another number of classes \(decode_head: 4\): the data has 3"),
+        (
+            ("num_classes=3", "num_classes=4"),
+            r"a head for another number of classes \(decode_head: 4\): the data has 3",
+        ),
         (("crop_size", "crop"), "crop"),
-        (('with_fpn("alt_gvt_demo")', 'with_fpn("alt_gvt_demo", depth=50)'), "cannot build what the config says .*'depth'"),
+        (
+            ('with_fpn("alt_gvt_demo")', 'with_fpn("alt_gvt_demo", depth=50)'),
+            "cannot build what the config says .*'depth'",
+        ),
     ],
 )
 @pytest.mark.slow
@@ -174,7 +188,10 @@ class Hostile:
 @pytest.mark.parametrize("option", ["--resume-from", "--load-from", None])
 def test_nothing_in_a_checkpoint_can_run(option, segmentor, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"meta": {"config": Hostile(tmp_path / "ran")}, "state_dict": {"backbone.x": torch.zeros(1)}}, tmp_path / "hostile.pth")
+    torch.save(
+        {"meta": {"config": Hostile(tmp_path / "ran")}, "state_dict": {"backbone.x": torch.zeros(1)}},
+        tmp_path / "hostile.pth",
+    )
     start = (training, "mmseg", segmentor, option) if option else (scoring, "mmseg", segmentor)
     with pytest.raises(UserError, match="not a readable checkpoint"):
         start[0](*start[1:], tmp_path / "hostile.pth")
@@ -198,14 +215,20 @@ def test_a_training_and_its_log(trained):
     (log,) = folder.glob("*/vis_data/scalars.json")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["iter"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert all(line["lr"] == pytest.approx((1e-4 - 1e-6) * (1 - (line["iter"] - 1) / 80_000) ** 0.9 + 1e-6) for line in lines if "lr" in line)
+    assert all(
+        line["lr"] == pytest.approx((1e-4 - 1e-6) * (1 - (line["iter"] - 1) / 80_000) ** 0.9 + 1e-6)
+        for line in lines
+        if "lr" in line
+    )
     assert len([line for line in lines if "mIoU" in line]) == 2
     payload = checkpoint.load(str(folder / "iter_4.pth"))  # tensors and plain values only
     assert payload["meta"]["dataset_meta"]["classes"] == ["ant", "bee", "cat"] and payload["meta"]["seed"] == 3
     assert not [line for line in output.splitlines() if "UserWarning" in line or "Could not import" in line]
 
 
-@pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")  # of mmengine, where one process makes several runs
+@pytest.mark.filterwarnings(
+    "ignore:.*instance named of:UserWarning"
+)  # of mmengine, where one process makes several runs
 def test_a_score(trained, segmentor, tmp_path, monkeypatch):
     from mmseg.visualization import SegLocalVisualizer
 
@@ -229,7 +252,14 @@ def test_a_resumed_training_has_the_same_bits(trained, segmentor, tmp_path):
     payload["meta"] |= {"cfg": text, "config": text}
     checkpoint.save(tmp_path / "iter_2.pth", payload)
     for workers in (0, 2):
-        words = ["--resume-from", "iter_2.pth", "--work-dir", f"run{workers}", "--cfg-options", f"train_dataloader.num_workers={workers}"]
+        words = [
+            "--resume-from",
+            "iter_2.pth",
+            "--work-dir",
+            f"run{workers}",
+            "--cfg-options",
+            f"train_dataloader.num_workers={workers}",
+        ]
         ok(run([*python("mmseg", "train"), segmentor, *words], tmp_path))
         assert same_weights(folder / "iter_4.pth", tmp_path / f"run{workers}" / "iter_4.pth")
     assert not (tmp_path / "ran").exists()
@@ -244,9 +274,25 @@ def same_weights_but_iter(one, other):
 @pytest.mark.slow
 def test_two_processes(segmentor, tmp_path):
     """The published scripts: train, resume to the same bits, score as one process scores."""
-    train, test = ["bash", ROOT / "segmentation" / "dist_train.sh", segmentor, 2], ["bash", ROOT / "segmentation" / "dist_test.sh", segmentor]
+    train, test = (
+        ["bash", ROOT / "segmentation" / "dist_train.sh", segmentor, 2],
+        ["bash", ROOT / "segmentation" / "dist_test.sh", segmentor],
+    )
     ok(run([*train, "--work-dir", "run", "--seed", 3], tmp_path))
-    ok(run([*train, "--work-dir", "again", "--resume-from", "run/iter_2.pth", "--cfg-options", "train_dataloader.num_workers=1"], tmp_path))
+    ok(
+        run(
+            [
+                *train,
+                "--work-dir",
+                "again",
+                "--resume-from",
+                "run/iter_2.pth",
+                "--cfg-options",
+                "train_dataloader.num_workers=1",
+            ],
+            tmp_path,
+        )
+    )
     assert same_weights(tmp_path / "run" / "iter_4.pth", tmp_path / "again" / "iter_4.pth")
     two = ok(run([*test, "run/iter_4.pth", 2, "--eval", "mIoU"], tmp_path))
     one = ok(run([*python("mmseg", "test"), segmentor, "run/iter_4.pth", "--eval", "mIoU"], tmp_path))
@@ -265,11 +311,25 @@ def test_aug_test(trained, segmentor, tmp_path):
 def test_a_new_training_from_another_ones_weights(trained, ade, tmp_path):
     """Heads of another size are left fresh, and said; a test refuses them."""
     folder, _ = trained
-    six = SEGMENTOR.replace("num_classes=3", "num_classes=6").replace("{classes}", "tuple('abcdef')").replace("[0, 0, 250]]", "[0, 0, 250]] * 2")
+    six = (
+        SEGMENTOR.replace("num_classes=3", "num_classes=6")
+        .replace("{classes}", "tuple('abcdef')")
+        .replace("[0, 0, 250]]", "[0, 0, 250]] * 2")
+    )
     config = write(tmp_path / "six.py", six, data=ade)
-    words = ["--load-from", folder / "iter_4.pth", "--no-validate", "--cfg-options", "train_cfg.max_iters=1", "model.backbone.pretrained=missing.pth"]
+    words = [
+        "--load-from",
+        folder / "iter_4.pth",
+        "--no-validate",
+        "--cfg-options",
+        "train_cfg.max_iters=1",
+        "model.backbone.pretrained=missing.pth",
+    ]
     output = ok(run([*python("mmseg", "train"), config, *words], tmp_path))
-    assert "left fresh, because the file has none of that shape: decode_head.conv_seg.weight, decode_head.conv_seg.bias" in output
+    assert (
+        "left fresh, because the file has none of that shape: decode_head.conv_seg.weight, decode_head.conv_seg.bias"
+        in output
+    )
     test = run([*python("mmseg", "test"), config, folder / "iter_4.pth"], tmp_path)
     assert test.returncode == 2 and "do not fit the model" in test.stderr.splitlines()[-1]
 
@@ -296,7 +356,9 @@ def test_a_detector(detector, tmp_path):
     second = checkpoint.load(str(tmp_path / "run" / "epoch_2.pth"))
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
     test = [*python("mmdet", "test"), detector, "run/epoch_2.pth", "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0"]
-    output = ok(run([*test, "--eval", "mAP", "--out", "found.pkl", "--show-dir", "shown", "--show-score-thr", 0], tmp_path))
+    output = ok(
+        run([*test, "--eval", "mAP", "--out", "found.pkl", "--show-dir", "shown", "--show-score-thr", 0], tmp_path)
+    )
     assert "--eval mAP: bbox and segm" in output and re.search(r"coco/bbox_mAP: .*coco/segm_mAP: ", output)
     assert (tmp_path / "found.pkl").is_file() and len(list((tmp_path / "shown").glob("*.jpg"))) == 3
     ok(run([*test, "--format-only"], tmp_path))
@@ -317,7 +379,14 @@ def test_a_resumed_detector_of_two_processes_has_the_same_bits(detector, tmp_pat
     """From the end of an epoch, and with workers where there were none."""
     train = ["bash", ROOT / "detection" / "dist_train.sh", detector, 2, "--no-validate"]
     ok(run([*train, "--work-dir", "run", "--seed", 3], tmp_path))
-    words = ["--work-dir", "again", "--resume-from", "run/epoch_1.pth", "--cfg-options", "train_dataloader.num_workers=1"]
+    words = [
+        "--work-dir",
+        "again",
+        "--resume-from",
+        "run/epoch_1.pth",
+        "--cfg-options",
+        "train_dataloader.num_workers=1",
+    ]
     ok(run([*train, *words], tmp_path))
     assert same_weights(tmp_path / "run" / "epoch_2.pth", tmp_path / "again" / "epoch_2.pth")
     assert not same_weights_but_iter(tmp_path / "run" / "epoch_1.pth", tmp_path / "run" / "epoch_2.pth")
@@ -325,9 +394,15 @@ def test_a_resumed_detector_of_two_processes_has_the_same_bits(detector, tmp_pat
 
 @pytest.mark.slow
 def test_the_published_words_for_pcpvt_l(ade, tmp_path):
-    """From inside segmentation/, the README's command with two processes, and options that make it as small as the toy."""
+    """From inside segmentation/, the README's command with two processes, and options that make it as small as the
+    toy.
+    """
     config = "configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py"
-    places = [f"{part}_dataloader.{key}" for part in ("train", "test") for key in (f"dataset.data_root={ade}", "num_workers=0")]
+    places = [
+        f"{part}_dataloader.{key}"
+        for part in ("train", "test")
+        for key in (f"dataset.data_root={ade}", "num_workers=0")
+    ]
     small = [
         "model.data_preprocessor.size=(64,64)",
         "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
@@ -343,5 +418,10 @@ def test_the_published_words_for_pcpvt_l(ade, tmp_path):
     output = ok(run(["bash", "dist_train.sh", config, 2, "--no-validate", *options], ROOT / "segmentation"))
     assert "a step has 4 pictures (2 x 2), the recipe's has 16" in output
     assert len(re.findall(r"Iter\(train\) \[[12]/2\].* loss: \d", output)) == 2
-    output = ok(run(["bash", "dist_test.sh", config, tmp_path / "run" / "iter_2.pth", 2, "--eval", "mIoU", *options], ROOT / "segmentation"))
+    output = ok(
+        run(
+            ["bash", "dist_test.sh", config, tmp_path / "run" / "iter_2.pth", 2, "--eval", "mIoU", *options],
+            ROOT / "segmentation",
+        )
+    )
     assert re.search(r"mIoU: \d", output)

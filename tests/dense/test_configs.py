@@ -1,4 +1,6 @@
-"""The 34 published configs: each holds the effective settings of the published run, builds, makes a step and looks at a picture."""
+"""The 34 published configs: each holds the effective settings of the published run, builds, makes a step and looks at a
+picture.
+"""
 
 import copy
 import functools
@@ -83,7 +85,8 @@ TABLE = {
     "retinanet_alt_gvt_b_fpn_3x_ms_coco": (RETINA_3X, "alt_gvt_base", 0.2, None),
     "retinanet_alt_gvt_l_fpn_3x_ms_coco": (RETINA_3X, "alt_gvt_large", 0.2, None),
 }
-# By head and variant: parameters; with the unused classifier and norm of the published backbones; the published table, in millions.
+# By head and variant: parameters; with the unused classifier and norm of the published backbones; the published table,
+# in millions.
 PARAMETERS = {
     ("upernet", "pcpvt_small"): (54_080_044, 54_594_068, "54.6"),
     ("upernet", "pcpvt_base"): (73_802_284, 74_316_308, "74.3"),
@@ -111,10 +114,14 @@ PARAMETERS = {
     ("retinanet", "alt_gvt_large"): (109_890_804, 110_917_852, "110.9"),
 }
 # Where the published figure is not the rounded one: two were cut off, and one is 0.2 below its own sum.
-NOT_ROUNDED = {("upernet", "alt_gvt_large"): "133.810", ("fpn", "alt_gvt_large"): "103.771", ("mask", "alt_gvt_small"): "44.214"}
+NOT_ROUNDED = {
+    ("upernet", "alt_gvt_large"): "133.810",
+    ("fpn", "alt_gvt_large"): "103.771",
+    ("mask", "alt_gvt_small"): "44.214",
+}
 
-# Tensors of the backbone with "norm" or "pos_block" in their names, counted by hand: four of each block, two of each sub-sampling attention,
-# two of each patch embedding and of each position encoding, and SVT's eight of the maps' norms.
+# Tensors of the backbone with "norm" or "pos_block" in their names, counted by hand: four of each block, two of each
+# sub-sampling attention, two of each patch embedding and of each position encoding, and SVT's eight of the maps' norms.
 EXEMPT = {
     "pcpvt_small": 16 * 4 + 13 * 2 + 16,
     "pcpvt_base": 28 * 4 + 25 * 2 + 16,
@@ -181,15 +188,26 @@ def test_settings(name):
     setting, variant, drop_path, batch = TABLE[name]
     cfg, batch = config(name), batch or setting.batch
     assert cfg.default_scope == setting.library
-    backbone = dict(type="TwinsBackbone", variant=variant, drop_path_rate=drop_path, pad=setting.pad, pretrained=f"pretrained/{variant}.pth")
+    backbone = dict(
+        type="TwinsBackbone",
+        variant=variant,
+        drop_path_rate=drop_path,
+        pad=setting.pad,
+        pretrained=f"pretrained/{variant}.pth",
+    )
     assert cfg.model.backbone == backbone
     assert drop_path == published_drop_path(setting.library, variant)
-    assert cfg.train_dataloader.batch_size == batch and cfg.auto_scale_lr == dict(enable=False, base_batch_size=8 * batch)
+    assert cfg.train_dataloader.batch_size == batch and cfg.auto_scale_lr == dict(
+        enable=False, base_batch_size=8 * batch
+    )
     assert {key: value for key, value in cfg.train_cfg.items() if key.startswith("max")} == setting.length
     assert cfg.train_cfg.val_interval == cfg.default_hooks.checkpoint.interval == setting.every
     assert cfg.optim_wrapper.type == setting.optimizer and cfg.optim_wrapper.get("clip_grad") is None
     assert cfg.optim_wrapper.get("loss_scale") == (512.0 if setting.optimizer == "AmpOptimWrapper" else None)
-    assert cfg.optim_wrapper.optimizer.type == "AdamW" and cfg.optim_wrapper.optimizer.get("betas", (0.9, 0.999)) == (0.9, 0.999)
+    assert cfg.optim_wrapper.optimizer.type == "AdamW" and cfg.optim_wrapper.optimizer.get("betas", (0.9, 0.999)) == (
+        0.9,
+        0.999,
+    )
     assert not cfg.get("find_unused_parameters", False)
 
 
@@ -202,8 +220,14 @@ def test_data(name):
     steps = {step["type"]: step for step in train.pipeline}
     resize = {step["type"]: step for step in test.pipeline}["Resize"]
     if setting.library == "mmseg":
-        assert train.data_root == test.data_root == "data/ade/ADEChallengeData2016" and train.reduce_zero_label and test.reduce_zero_label
-        assert steps["RandomResize"] == dict(type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True)
+        assert (
+            train.data_root == test.data_root == "data/ade/ADEChallengeData2016"
+            and train.reduce_zero_label
+            and test.reduce_zero_label
+        )
+        assert steps["RandomResize"] == dict(
+            type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True
+        )
         assert steps["RandomCrop"] == dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75)
         assert list(steps) == [
             "LoadImageFromFile",
@@ -227,14 +251,37 @@ def test_data(name):
         assert train.data_root == test.data_root == "data/coco/"
         masks = name.startswith("mask_rcnn")
         assert steps["LoadAnnotations"].get("with_mask", False) == masks
-        assert cfg.train_dataloader.num_workers == 6 and cfg.train_dataloader.batch_sampler.type == "AspectRatioBatchSampler"
+        assert (
+            cfg.train_dataloader.num_workers == 6
+            and cfg.train_dataloader.batch_sampler.type == "AspectRatioBatchSampler"
+        )
         assert train.filter_cfg == dict(filter_empty_gt=True, min_size=32)
         assert steps["RandomFlip"].prob == 0.5 and cfg.model.data_preprocessor.pad_size_divisor == 32
         if setting in (MASK_3X, RETINA_3X):
-            assert list(steps) == ["LoadImageFromFile", "LoadAnnotations", "RandomFlip", "RandomChoice", "PackDetInputs"]
+            assert list(steps) == [
+                "LoadImageFromFile",
+                "LoadAnnotations",
+                "RandomFlip",
+                "RandomChoice",
+                "PackDetInputs",
+            ]
             (plain,), (before, crop, after) = steps["RandomChoice"].transforms
-            assert plain == after and [short for short, _ in plain.scales] == [480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800]
-            assert before.scales == [(400, 1333), (500, 1333), (600, 1333)] and {long for _, long in plain.scales} == {1333}
+            assert plain == after and [short for short, _ in plain.scales] == [
+                480,
+                512,
+                544,
+                576,
+                608,
+                640,
+                672,
+                704,
+                736,
+                768,
+                800,
+            ]
+            assert before.scales == [(400, 1333), (500, 1333), (600, 1333)] and {long for _, long in plain.scales} == {
+                1333
+            }
             assert (crop.crop_type, crop.crop_size, crop.allow_negative_crop) == ("absolute_range", (384, 600), True)
         else:
             assert steps["Resize"] == dict(type="Resize", scale=(1333, 800), keep_ratio=True)
@@ -254,7 +301,9 @@ def test_headers_say_the_command(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_parameters(name):
-    """The widths fit, and the published counts hold with the classifier and norm that the published backbones carry for nothing."""
+    """The widths fit, and the published counts hold with the classifier and norm that the published backbones carry for
+    nothing.
+    """
     variant = TABLE[name][1]
     head = name.split("_")[0]
     built, published, millions = PARAMETERS[head, variant]
@@ -283,9 +332,13 @@ def test_optimizer(name):
     assert all(key.startswith("backbone.") and re.search("norm|pos_block", key) for key in exempt)
 
 
-@pytest.mark.parametrize("name", ["fpn_alt_gvt_s_512x512_80k_ade20k", "upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting"])
+@pytest.mark.parametrize(
+    "name", ["fpn_alt_gvt_s_512x512_80k_ade20k", "upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting"]
+)
 def test_the_loss_counts_pixels_without_a_label(name):
-    """As mmseg 0.12: the sum over labelled pixels, divided by the number of all pixels. The first losses of the published logs show it."""
+    """As mmseg 0.12: the sum over labelled pixels, divided by the number of all pixels. The first losses of the
+    published logs show it.
+    """
     heads = [config(name).model[head] for head in ("decode_head", "auxiliary_head") if head in config(name).model]
     logits, labels = torch.randn(2, 150, 8, 8), torch.randint(0, 150, (2, 8, 8))
     labels[0, :3] = 255
@@ -293,7 +346,9 @@ def test_the_loss_counts_pixels_without_a_label(name):
         with libraries.quiet():
             loss = importlib.import_module("mmseg.registry").MODELS.build(head.loss_decode)
         expected = F.cross_entropy(logits, labels, ignore_index=255, reduction="sum") / labels.numel()
-        assert loss(logits, labels, ignore_index=255).item() == pytest.approx(expected.item() * head.loss_decode.loss_weight, rel=1e-6)
+        assert loss(logits, labels, ignore_index=255).item() == pytest.approx(
+            expected.item() * head.loss_decode.loss_weight, rel=1e-6
+        )
 
 
 # ---------------------------------------------------------------- learning rates
@@ -323,13 +378,17 @@ RATES = {  # mmcv's formulas, with iterations from 0
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if RATES[name][0][-1] > 100_000 else []) for name in RATES])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if RATES[name][0][-1] > 100_000 else []) for name in RATES]
+)
 def test_learning_rates(name):
     """Each scheduler stepped as mmengine's hook steps it, against the published formula."""
     points, formula = RATES[name]
     cfg, per_epoch = config(name), 600
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
-    schedulers = [PARAM_SCHEDULERS.build(dict(each), default_args=dict(optimizer=optimizer)) for each in cfg.param_scheduler]
+    schedulers = [
+        PARAM_SCHEDULERS.build(dict(each), default_args=dict(optimizer=optimizer)) for each in cfg.param_scheduler
+    ]
     for i in range(points[-1] + 1):
         if i in points:
             assert optimizer.param_groups[0]["lr"] == pytest.approx(formula(i, per_epoch), rel=1e-9), i
@@ -341,7 +400,11 @@ def test_learning_rates(name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_each_setting_has_one_schedule(name):
-    same = next(other for other in RATES if TABLE[other][0].library == TABLE[name][0].library and other.split("_")[0] == name.split("_")[0])
+    same = next(
+        other
+        for other in RATES
+        if TABLE[other][0].library == TABLE[name][0].library and other.split("_")[0] == name.split("_")[0]
+    )
     ours, theirs = config(name).param_scheduler, config(same).param_scheduler
     if TABLE[name][0].library == "mmseg":
         assert ours == theirs
@@ -357,7 +420,14 @@ def pictures(library):
     """Two pictures of 64 x 64 with labels, as a loader gives them to a model."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator) for _ in range(2)]
-    facts = dict(ori_shape=(64, 64), img_shape=(64, 64), pad_shape=(64, 64), batch_input_shape=(64, 64), scale_factor=(1.0, 1.0), img_id=0)
+    facts = dict(
+        ori_shape=(64, 64),
+        img_shape=(64, 64),
+        pad_shape=(64, 64),
+        batch_input_shape=(64, 64),
+        scale_factor=(1.0, 1.0),
+        img_id=0,
+    )
     if library == "mmseg":
         from mmengine.structures import PixelData
         from mmseg.structures import SegDataSample
@@ -375,9 +445,14 @@ def pictures(library):
         masks = np.zeros((2, 64, 64), np.uint8)
         masks[0, 4:40, 8:40], masks[1, 20:60, 30:62] = 1, 1
         boxes = torch.tensor([[8.0, 4, 40, 40], [30, 20, 62, 60]])
-        instances = InstanceData(bboxes=HorizontalBoxes(boxes), labels=torch.tensor([3, 77]), masks=BitmapMasks(masks, 64, 64))
+        instances = InstanceData(
+            bboxes=HorizontalBoxes(boxes), labels=torch.tensor([3, 77]), masks=BitmapMasks(masks, 64, 64)
+        )
         samples = [
-            DetDataSample(metainfo=facts, gt_instances=instances.clone(), ignored_instances=InstanceData(bboxes=torch.zeros(0, 4))) for _ in inputs
+            DetDataSample(
+                metainfo=facts, gt_instances=instances.clone(), ignored_instances=InstanceData(bboxes=torch.zeros(0, 4))
+            )
+            for _ in inputs
         ]
     return dict(inputs=inputs, data_samples=samples)
 

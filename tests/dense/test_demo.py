@@ -18,11 +18,15 @@ from toys import ROOT, run
 
 from dense import libraries
 
-SMALL = [path for task in ("segmentation", "detection") for path in sorted((ROOT / task / "configs" / "small").glob("*.py"))]
+SMALL = [
+    path for task in ("segmentation", "detection") for path in sorted((ROOT / task / "configs" / "small").glob("*.py"))
+]
 
 
 def last_scores(work: Path) -> dict:
-    lines = [json.loads(line) for path in work.glob("*/vis_data/scalars.json") for line in path.read_text().splitlines()]
+    lines = [
+        json.loads(line) for path in work.glob("*/vis_data/scalars.json") for line in path.read_text().splitlines()
+    ]
     return [line for line in lines if "mIoU" in line or "coco/bbox_mAP" in line][-1]
 
 
@@ -35,7 +39,9 @@ def test_small_configs_build(path):
     with libraries.quiet(), torch.device("meta"):
         model = registry.build(cfg.model)
     classes = {
-        module.num_classes for name, module in model.named_modules() if "head" in name and hasattr(module, "num_classes") and "rpn" not in name
+        module.num_classes
+        for name, module in model.named_modules()
+        if "head" in name and hasattr(module, "num_classes") and "rpn" not in name
     }
     named = cfg.train_dataloader.dataset.get("metainfo", {}).get("classes")
     assert classes == {len(named) if named else 80}
@@ -66,15 +72,30 @@ def digits(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "task, name, iterations", [("segmentation", "fpn_alt_gvt_demo_digits", 400), ("detection", "mask_rcnn_alt_gvt_demo_digits", 200)]
+    "task, name, iterations",
+    [("segmentation", "fpn_alt_gvt_demo_digits", 400), ("detection", "mask_rcnn_alt_gvt_demo_digits", 200)],
 )
 def test_the_demo_learns_from_fresh_weights(digits, tmp_path, task, name, iterations):
     data = digits / task
-    options = ["model.backbone.pretrained=None", f"train_cfg.max_iters={iterations}", f"train_cfg.val_interval={iterations}"]
+    options = [
+        "model.backbone.pretrained=None",
+        f"train_cfg.max_iters={iterations}",
+        f"train_cfg.val_interval={iterations}",
+    ]
     options += [f"{part}_dataloader.dataset.data_root={data}/" for part in ("train", "val")]
     if task == "detection":
         options.append(f"val_evaluator.ann_file={data}/annotations/instances_val2017.json")
-    command = [sys.executable, "train.py", f"configs/small/{name}.py", "--seed", "0", "--work-dir", tmp_path, "--cfg-options", *options]
+    command = [
+        sys.executable,
+        "train.py",
+        f"configs/small/{name}.py",
+        "--seed",
+        "0",
+        "--work-dir",
+        tmp_path,
+        "--cfg-options",
+        *options,
+    ]
     result = run(command, ROOT / task, timeout=590)
     assert result.returncode == 0, result.stderr[-2000:]
     found = last_scores(tmp_path)
@@ -93,7 +114,10 @@ GOALS = {
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("name", GOALS)
-@pytest.mark.skipif(not (ROOT / "detection/data/coco-mini").exists(), reason="no pictures of COCO in detection/data/coco-mini: ten minutes each")
+@pytest.mark.skipif(
+    not (ROOT / "detection/data/coco-mini").exists(),
+    reason="no pictures of COCO in detection/data/coco-mini: ten minutes each",
+)
 def test_a_detector_learns_eight_pictures_by_heart(tmp_path, name):
     command = [sys.executable, "train.py", f"configs/small/{name}.py", "--seed", "0", "--work-dir", tmp_path]
     result = run(command, ROOT / "detection", timeout=2300)

@@ -1,4 +1,6 @@
-"""tools/count.py --dense: the file of counts is what it finds, and the paper's table of parameters is the one that the configs are held against."""
+"""tools/count.py --dense: the file of counts is what it finds, and the paper's table of parameters is the one that the
+configs are held against.
+"""
 
 import json
 
@@ -15,7 +17,9 @@ COUNTS = {line.split(",")[0]: line for line in (ROOT / "logs" / "dense_counts.cs
 EVERYDAY = {"fpn_pcpvt_s", "upernet_alt_gvt_s", "retinanet_alt_gvt_s", "mask_rcnn_pcpvt_s"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in EVERYDAY else pytest.mark.slow) for name in tool.DENSE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in EVERYDAY else pytest.mark.slow) for name in tool.DENSE]
+)
 def test_the_file_is_what_the_tool_finds(name):
     found = tool.count_dense(name)
     assert tool.as_csv({name: found}).splitlines() == [COUNTS["model"], COUNTS[name]]
@@ -27,7 +31,9 @@ def test_the_papers_parameters():
     """The rows of 36 epochs have none: it is the same model."""
     for row, _ in by_config(("",)):
         config = row["config"]
-        assert row["params_m"] == ("" if "_3x_" in config else PARAMETERS[config.split("_")[0], TABLE[config][1]][2]), config
+        assert row["params_m"] == ("" if "_3x_" in config else PARAMETERS[config.split("_")[0], TABLE[config][1]][2]), (
+            config
+        )
 
 
 def test_command(tmp_path, capsys):

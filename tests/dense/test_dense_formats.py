@@ -21,9 +21,17 @@ SMALL = ("pcpvt_small", "alt_gvt_small")
 
 
 def theirs(variant: str) -> nn.Module:
-    """mmsegmentation's model with the published eps of its norms, for which it has one setting only: it takes 1e-5 everywhere."""
+    """mmsegmentation's model with the published eps of its norms, for which it has one setting only: it takes 1e-5
+    everywhere.
+    """
     v = VARIANTS[variant]
-    shape = dict(embed_dims=list(v.dims), num_heads=list(v.heads), mlp_ratios=list(v.mlp_ratios), depths=list(v.depths), sr_ratios=list(v.sr_ratios))
+    shape = dict(
+        embed_dims=list(v.dims),
+        num_heads=list(v.heads),
+        mlp_ratios=list(v.mlp_ratios),
+        depths=list(v.depths),
+        sr_ratios=list(v.sr_ratios),
+    )
     if v.window is None:
         model = PCPVT(**shape, qkv_bias=True, norm_after_stage=False)
     else:
@@ -34,7 +42,9 @@ def theirs(variant: str) -> nn.Module:
     return model.double().eval()
 
 
-@pytest.mark.parametrize("variant", [pytest.param(v, marks=[] if v in SMALL else pytest.mark.slow) for v in VARIANTS if v != "alt_gvt_demo"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[] if v in SMALL else pytest.mark.slow) for v in VARIANTS if v != "alt_gvt_demo"]
+)
 def test_mmsegmentations_own_model_takes_converted_weights(variant):
     ours = golden_weights(TwinsBackbone(variant, drop_path_rate=0.2)).eval()
     converted, left_out, _ = formats.from_published(ours.state_dict(), "mmseg", source="x", no_head=True)

@@ -1,4 +1,6 @@
-"""The scores that the commands print, counted again from the files that they write: to the last digit, with one process and with two."""
+"""The scores that the commands print, counted again from the files that they write: to the last digit, with one process
+and with two.
+"""
 
 import contextlib
 import importlib
@@ -24,7 +26,10 @@ from toys import DETECTOR, ROOT, SEGMENTOR, ade_toy, coco_toy, run, write
 import checkpoint
 from dense import libraries
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")]  # of pycocotools
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+]  # of pycocotools
 PROCESSES = (1, 2)
 
 
@@ -35,7 +40,11 @@ def random_weights(library, config, path):
     torch.manual_seed(0)
     with libraries.quiet(), DefaultScope.overwrite_default_scope(library):
         state = importlib.import_module(f"{library}.registry").MODELS.build(cfg.model).state_dict()
-    for name in ("decode_head.conv_seg.weight", "roi_head.bbox_head.fc_cls.weight", "roi_head.mask_head.conv_logits.weight"):
+    for name in (
+        "decode_head.conv_seg.weight",
+        "roi_head.bbox_head.fc_cls.weight",
+        "roi_head.mask_head.conv_logits.weight",
+    ):
         if name in state:
             state[name] *= 100
     checkpoint.save(path, dict(state_dict=state))
@@ -46,7 +55,11 @@ def scored(task, processes, *words):
     """What test.py, or dist_test.sh, prints."""
     config, file, *others = words
     script = ROOT / task
-    start = [sys.executable, script / "test.py", config, file] if processes == 1 else ["bash", script / "dist_test.sh", config, file, processes]
+    start = (
+        [sys.executable, script / "test.py", config, file]
+        if processes == 1
+        else ["bash", script / "dist_test.sh", config, file, processes]
+    )
     result = run([*start, *others], config.parent)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout + result.stderr
@@ -81,7 +94,9 @@ def test_mean_intersection_over_union(segmentor, processes):
         np.add.at(counts, (true[known] - 1, found[known] - 1), 1)
     assert (counts > 0).all() and {0, 255} <= set(np.unique(true))
     right, true, found = counts.diagonal(), counts.sum(1), counts.sum(0)
-    expected = dict(aAcc=right.sum() / counts.sum(), mIoU=(right / (true + found - right)).mean(), mAcc=(right / true).mean())
+    expected = dict(
+        aAcc=right.sum() / counts.sum(), mIoU=(right / (true + found - right)).mean(), mAcc=(right / true).mean()
+    )
     printed = {name: re.findall(rf"\b{name}: ([\d.]+)", output)[-1] for name in expected}
     assert printed == {name: f"{round(value * 100, 2):.4f}" for name, value in expected.items()}
     assert all(5 < float(value) < 95 for value in printed.values())
@@ -92,7 +107,9 @@ NAMES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    """A toy whose objects are some of what a random model finds, moved a little: there is something to find, and not all is found."""
+    """A toy whose objects are some of what a random model finds, moved a little: there is something to find, and not
+    all is found.
+    """
     folder = tmp_path_factory.mktemp("detector")
     libraries.load("mmdet")
     data = coco_toy(folder / "data")
@@ -115,7 +132,13 @@ def detector(tmp_path_factory):
             )
             outline["counts"] = outline["counts"].decode()
             content["annotations"].append(
-                dict(about, id=number + 1, image_id=each["image_id"], category_id=each["category_id"], segmentation=outline)
+                dict(
+                    about,
+                    id=number + 1,
+                    image_id=each["image_id"],
+                    category_id=each["category_id"],
+                    segmentation=outline,
+                )
             )
     path.write_text(json.dumps(content))
     return config, file, path
@@ -125,7 +148,9 @@ def detector(tmp_path_factory):
 def test_average_precision(detector, processes):
     config, file, annotations = detector
     results = config.parent / f"results{processes}"
-    output = scored("detection", processes, config, file, "--eval", "bbox", "segm", "--eval-options", f"jsonfile_prefix={results}")
+    output = scored(
+        "detection", processes, config, file, "--eval", "bbox", "segm", "--eval-options", f"jsonfile_prefix={results}"
+    )
     for kind in ("bbox", "segm"):
         with contextlib.redirect_stdout(io.StringIO()):
             truth = COCO(annotations)

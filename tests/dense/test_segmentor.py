@@ -1,4 +1,6 @@
-"""Labels by stripes are those of the plain way, for large and small pictures, padded, mirrored and augmented, in bounded memory."""
+"""Labels by stripes are those of the plain way, for large and small pictures, padded, mirrored and augmented, in
+bounded memory.
+"""
 
 import pytest
 
@@ -37,15 +39,25 @@ def model():
 
 def data(height, width, own, flip=False):
     picture = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
-    facts = dict(ori_shape=own, img_shape=(height, width), img_path="x.jpg", flip=flip, flip_direction="horizontal" if flip else None)
-    return dict(inputs=[picture], data_samples=[SegDataSample(metainfo=facts, gt_sem_seg=PixelData(data=torch.zeros(1, *own)))])
+    facts = dict(
+        ori_shape=own,
+        img_shape=(height, width),
+        img_path="x.jpg",
+        flip=flip,
+        flip_direction="horizontal" if flip else None,
+    )
+    return dict(
+        inputs=[picture], data_samples=[SegDataSample(metainfo=facts, gt_sem_seg=PixelData(data=torch.zeros(1, *own)))]
+    )
 
 
 def agreement(a, b):
     return (a.pred_sem_seg.data == b.pred_sem_seg.data).float().mean().item()
 
 
-@pytest.mark.parametrize(("size", "own"), [((64, 96), (64, 96)), ((64, 96), (200, 301)), ((97, 65), (31, 20)), ((64, 64), (1, 77))])
+@pytest.mark.parametrize(
+    ("size", "own"), [((64, 96), (64, 96)), ((64, 96), (200, 301)), ((97, 65), (31, 20)), ((64, 64), (1, 77))]
+)
 @pytest.mark.parametrize("flip", [False, True])
 def test_stripes_are_what_two_resizes_give(size, own, flip):
     torch.manual_seed(0)

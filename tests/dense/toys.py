@@ -61,10 +61,20 @@ def coco_toy(root: Path) -> Path:
             for category, (x, y, w, h) in enumerate(boxes, start=1):
                 outline = [x, y, x + w, y, x + w, y + h, x, y + h]
                 annotations.append(
-                    dict(id=len(annotations), image_id=number, category_id=category, bbox=[x, y, w, h], area=w * h, iscrowd=0, segmentation=[outline])
+                    dict(
+                        id=len(annotations),
+                        image_id=number,
+                        category_id=category,
+                        bbox=[x, y, w, h],
+                        area=w * h,
+                        iscrowd=0,
+                        segmentation=[outline],
+                    )
                 )
         categories = [dict(id=key, name=name) for key, name in enumerate(CocoDataset.METAINFO["classes"], start=1)]
-        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+        (root / "annotations" / f"instances_{part}.json").write_text(
+            json.dumps(dict(images=images, annotations=annotations, categories=categories))
+        )
     return root
 
 
@@ -131,7 +141,9 @@ def write(path: Path, text: str, **values) -> Path:
 def run(command: list, folder: Path, timeout: float = 300) -> subprocess.CompletedProcess:
     """A command in a folder, one thread a process, with this Python."""
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PORT": str(free_port())}
-    return subprocess.run([str(word) for word in command], cwd=folder, env=settings, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        [str(word) for word in command], cwd=folder, env=settings, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def free_port() -> int:
@@ -162,7 +174,9 @@ STRANGE = {
 
 
 def give_picture(root: Path, number: int, picture: Image.Image) -> None:
-    """Replace a training and a validation picture of a toy, and what is known of it: a label of each class, a box of nearly all."""
+    """Replace a training and a validation picture of a toy, and what is known of it: a label of each class, a box of
+    nearly all.
+    """
     width, height = picture.size
     if (root / "images").is_dir():
         for part in ("training", "validation"):

@@ -1,4 +1,6 @@
-"""All programs of accidents, and a table of what was tried and survived: python tests/faults/all.py [--short] [--output FOLDER]"""
+"""All programs of accidents, and a table of what was tried and survived: python tests/faults/all.py [--short] [--output
+FOLDER]
+"""
 
 import argparse
 import json
@@ -48,7 +50,13 @@ def main() -> int:
     for program in PROGRAMS:
         with tempfile.TemporaryDirectory() as folder:
             result = Path(folder) / "rows.json"
-            line = [sys.executable, str(HERE / f"{program}.py"), "--json", str(result), *(["--short"] if args.short else [])]
+            line = [
+                sys.executable,
+                str(HERE / f"{program}.py"),
+                "--json",
+                str(result),
+                *(["--short"] if args.short else []),
+            ]
             code = subprocess.run(line, env=environment(), cwd=ROOT).returncode
             if code != 0:
                 failed.append(program)

@@ -1,7 +1,8 @@
-"""What the programs of accidents share: a small run, its processes, what is left in a folder, and a table of what was tried.
+"""What the programs of accidents share: a small run, its processes, what is left in a folder, and a table of what was
+tried.
 
-Every program of this folder prints a row for each kind of accident, and ends with 1 where one was not survived. --short is the form of the
-everyday tests; --json FILE leaves the rows for the table that `make faults` writes.
+Every program of this folder prints a row for each kind of accident, and ends with 1 where one was not survived. --short
+is the form of the everyday tests; --json FILE leaves the rows for the table that `make faults` writes.
 """
 
 import argparse
@@ -43,10 +44,17 @@ class Table:
         except Exception as error:  # of the program of accidents itself: a row that was not survived
             row.lost(repr(error)[:300])
         record = {"program": self.program, "what": what, "form": form, "tried": row.tried, "survived": row.survived}
-        record |= {"notes": row.notes, "first_loss": row.losses[0] if row.losses else "", "seconds": round(time.perf_counter() - start, 1)}
+        record |= {
+            "notes": row.notes,
+            "first_loss": row.losses[0] if row.losses else "",
+            "seconds": round(time.perf_counter() - start, 1),
+        }
         self.rows.append(record)
         mark = "ok  " if row.tried == row.survived else "LOST"
-        print(f"{mark} {what} [{form}]: {row.survived} of {row.tried} survived, {record['seconds']:.0f} s; {row.notes}", flush=True)
+        print(
+            f"{mark} {what} [{form}]: {row.survived} of {row.tried} survived, {record['seconds']:.0f} s; {row.notes}",
+            flush=True,
+        )
         for loss in row.losses[:5]:
             print(f"     {loss}", flush=True)
 
@@ -77,7 +85,9 @@ class Row:
             self.kept()
 
 
-def run_program(description: str, body: Callable[[Table, argparse.Namespace, Path], None], add: Callable = lambda parser: None) -> None:
+def run_program(
+    description: str, body: Callable[[Table, argparse.Namespace, Path], None], add: Callable = lambda parser: None
+) -> None:
     """Options, a temporary folder (kept with --keep), the table and the exit code of a program of accidents."""
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="the form of the everyday tests")
@@ -124,7 +134,9 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def command(options: list[str], *, processes: int = 1, where: str = "none", launcher: tuple[str, ...] = ()) -> list[str]:
+def command(
+    options: list[str], *, processes: int = 1, where: str = "none", launcher: tuple[str, ...] = ()
+) -> list[str]:
     """The words that start a run: under torchrun where it has several processes."""
     program = [STOPPING, where, *options] if where != "none" else [str(ROOT / "main.py"), *options]
     if processes == 1:
@@ -143,7 +155,9 @@ class Started:
         folder.mkdir(parents=True, exist_ok=True)
         self.out, self.err = folder / "stdout", folder / "stderr"
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
-            self.process = subprocess.Popen(line, stdout=out, stderr=err, env=environment() | env, cwd=ROOT, start_new_session=True)
+            self.process = subprocess.Popen(
+                line, stdout=out, stderr=err, env=environment() | env, cwd=ROOT, start_new_session=True
+            )
 
     def stdout(self) -> str:
         return self.out.read_text(errors="replace")
@@ -158,7 +172,9 @@ class Started:
             if self.process.poll() is not None:
                 return False
             if time.monotonic() > end:
-                raise TimeoutError(f"nothing happened for {seconds} s: {self.stdout()[-200:]!r} {self.stderr()[-300:]!r}")
+                raise TimeoutError(
+                    f"nothing happened for {seconds} s: {self.stdout()[-200:]!r} {self.stderr()[-300:]!r}"
+                )
             time.sleep(0.002)
         return True
 
@@ -167,7 +183,9 @@ class Started:
             return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise TimeoutError(f"it did not end in {seconds} s: {self.stdout()[-200:]!r} {self.stderr()[-300:]!r}") from None
+            raise TimeoutError(
+                f"it did not end in {seconds} s: {self.stdout()[-200:]!r} {self.stderr()[-300:]!r}"
+            ) from None
 
     def family(self) -> list[int]:
         """The program and all processes that descend from it."""
@@ -188,7 +206,9 @@ def descendants(pid: int) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, IndexError, ValueError):
-                parents.setdefault(int((entry / "stat").read_text().rpartition(")")[2].split()[1]), []).append(int(entry.name))
+                parents.setdefault(int((entry / "stat").read_text().rpartition(")")[2].split()[1]), []).append(
+                    int(entry.name)
+                )
     found, queue = [], [pid]
     while queue:
         children = parents.get(queue.pop(), [])
@@ -202,7 +222,10 @@ def ranks(pid: int) -> dict[int, int]:
     found = {}
     for child in descendants(pid):
         with contextlib.suppress(OSError):
-            env = dict(part.partition("=")[::2] for part in Path(f"/proc/{child}/environ").read_text(errors="replace").split("\0"))
+            env = dict(
+                part.partition("=")[::2]
+                for part in Path(f"/proc/{child}/environ").read_text(errors="replace").split("\0")
+            )
             line = Path(f"/proc/{child}/cmdline").read_text().split("\0")
             parent = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
             if "RANK" in env and parent == pid and any(word.endswith(("main.py", "stopping.py")) for word in line[:4]):
@@ -226,7 +249,9 @@ def result(folder: Path) -> tuple[str, list[dict]]:
     import checkpoint
 
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    return digest(checkpoint.load(folder / "checkpoint.pth")), [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return digest(checkpoint.load(folder / "checkpoint.pth")), [
+        {k: v for k, v in line.items() if k not in TIMES} for line in lines
+    ]
 
 
 def status(folder: Path) -> dict:

@@ -1,7 +1,8 @@
 """Single flipped bits and truncations of a checkpoint: python tests/faults/corrupt.py
 
-Each damaged file must be refused with one line, or hold exactly what the undamaged one holds (a flipped bit of padding). Half of the flips
-fall anywhere, half into the small part that is not tensors: pickles, headers, the zip's directory.
+Each damaged file must be refused with one line, or hold exactly what the undamaged one holds (a flipped bit of
+padding). Half of the flips fall anywhere, half into the small part that is not tensors: pickles, headers, the zip's
+directory.
 """
 
 import random
@@ -32,7 +33,10 @@ def training_state(base: Path) -> Path:
 def structure(path: Path) -> list[range]:
     """The bytes of a zip that are no tensor's."""
     with zipfile.ZipFile(path) as archive:
-        data = sorted((record for record in archive.infolist() if "/data/" in record.filename), key=lambda record: record.header_offset)
+        data = sorted(
+            (record for record in archive.infolist() if "/data/" in record.filename),
+            key=lambda record: record.header_offset,
+        )
     content = path.read_bytes()
     starts = []
     for record in data:  # the header in front of the bytes ends with a name and padding, whose lengths it gives
@@ -48,7 +52,8 @@ def structure(path: Path) -> list[range]:
 def same(a: dict, b: dict) -> bool:
     first, second = dict(checkpoint.leaves(a)), dict(checkpoint.leaves(b))
     return first.keys() == second.keys() and all(
-        torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name] for name, value in first.items()
+        torch.equal(value, second[name]) if isinstance(value, torch.Tensor) else value == second[name]
+        for name, value in first.items()
     )
 
 
@@ -88,11 +93,23 @@ def body(table, args, base: Path) -> None:
         data = make_data(base / "data", train=4, val=2)
         for length in (len(content) // 2,) if args.short else (0, 100, len(content) // 2, len(content) - 1):
             damaged.write_bytes(content[:length])
-            line = [sys.executable, str(ROOT / "main.py"), "--eval", "--resume", str(damaged), "--model", "alt_gvt_demo"]
+            line = [
+                sys.executable,
+                str(ROOT / "main.py"),
+                "--eval",
+                "--resume",
+                str(damaged),
+                "--model",
+                "alt_gvt_demo",
+            ]
             line += ["--input-size", "32", "--device", "cpu", "--data-path", str(data)]
             done = subprocess.run(line, capture_output=True, text=True, env=environment())
             one = len(error_lines(done.stderr)) == len(done.stderr.strip().splitlines()) == 1
-            row.check(complain(done.returncode == 2 and one, f"{length} bytes: exit {done.returncode}, {done.stderr[-200:]!r}"))
+            row.check(
+                complain(
+                    done.returncode == 2 and one, f"{length} bytes: exit {done.returncode}, {done.stderr[-200:]!r}"
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """A disk that is full, a limit on file sizes, a read-only disk, errors of the disk: python tests/faults/disk.py
 
-A run is continued where it cannot save. It must end with one line and exit code 1 or 2; the checkpoints that were there must keep their
-bytes, and no unfinished file may be left. Real file systems where mounting is allowed (root), and strace's injection where it is there.
+A run is continued where it cannot save. It must end with one line and exit code 1 or 2; the checkpoints that were there
+must keep their bytes, and no unfinished file may be left. Real file systems where mounting is allowed (root), and
+strace's injection where it is there.
 """
 
 import resource
@@ -16,10 +17,14 @@ from syscalls import have_strace
 
 
 def can_mount() -> bool:
-    return shutil.which("unshare") is not None and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    return (
+        shutil.which("unshare") is not None
+        and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
+    )
 
 
-# Inside a mount namespace of its own: {mount} changes the folder, then the run; what is left is listed before the mount goes away.
+# Inside a mount namespace of its own: {mount} changes the folder, then the run; what is left is listed before the mount
+# goes away.
 INSIDE = """
 set -e
 {mount}
@@ -45,7 +50,9 @@ class Case:
     def line(self, folder: Path, epochs: int = 3) -> list[str]:
         return [*command(words(self.data, folder, epochs=epochs)), "--resume-changed"]
 
-    def run(self, folder: Path, *, epochs: int = 3, before: Callable | None = None, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    def run(
+        self, folder: Path, *, epochs: int = 3, before: Callable | None = None, prefix: tuple[str, ...] = ()
+    ) -> subprocess.CompletedProcess:
         line = [*prefix, *self.line(folder, epochs)]
         return subprocess.run(line, capture_output=True, text=True, env=environment(), cwd=ROOT, preexec_fn=before)
 
@@ -80,11 +87,15 @@ def mounted(row: Row, case: Case, what: str, mount: str) -> None:
     folder = case.fresh()
     run = " ".join(f"'{word}'" for word in case.line(folder))
     script = INSIDE.format(mount=mount.format(folder=folder, copy=case.prepared), folder=folder, run=run)
-    done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, env=environment(), cwd=ROOT)
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, env=environment(), cwd=ROOT
+    )
     found = dict(line.partition(" ")[::2] for line in done.stdout.splitlines()[-3:])
     if "CODE" not in found:
         return row.lost(f"{what}: {done.stderr[-300:]}")
-    problem = complain(found["BYTES"] == "same", "a checkpoint has other bytes") + complain(found["LEFT"] == "0", "an unfinished file is left")
+    problem = complain(found["BYTES"] == "same", "a checkpoint has other bytes") + complain(
+        found["LEFT"] == "0", "an unfinished file is left"
+    )
     judge(row, what, int(found["CODE"]), done.stderr, problem)
 
 
@@ -109,7 +120,10 @@ def body(table, args, base: Path) -> None:
             mounted(row, case, "read-only", "mount --bind {folder} {folder} && mount -o remount,bind,ro {folder}")
     if have_strace():
         with table.row("errors of the disk while saving", "strace's injection") as row:
-            cases = {"no space, at a sync": "fsync:error=ENOSPC:when=4+", "input or output error, at a sync": "fsync:error=EIO:when=4+"}
+            cases = {
+                "no space, at a sync": "fsync:error=ENOSPC:when=4+",
+                "input or output error, at a sync": "fsync:error=EIO:when=4+",
+            }
             cases |= {"quota, at a rename": "rename:error=EDQUOT:when=4+"}
             for what, inject in list(cases.items())[: 1 if args.short else None]:
                 plain(row, case, what, prefix=("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"inject={inject}"))
@@ -126,7 +140,9 @@ def body(table, args, base: Path) -> None:
                     line = [sys.executable, str(HERE / "one_save.py"), str(folder), "error", code, "at", str(at)]
                     done = subprocess.run(line, capture_output=True, text=True, env=environment())
                     after = contents(folder)
-                    problem = complain({name: after.get(name) for name in before} == before, "a checkpoint has other bytes")
+                    problem = complain(
+                        {name: after.get(name) for name in before} == before, "a checkpoint has other bytes"
+                    )
                     problem += complain(not any(name.endswith(".tmp") for name in after), "an unfinished file is left")
                     judge(row, f"{code} from call {at} on", done.returncode, done.stderr, problem)
 

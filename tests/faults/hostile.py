@@ -1,7 +1,7 @@
 """Checkpoints that were made to do harm: python tests/faults/hostile.py
 
-Each is read as --resume, --finetune, --eval and the tools read files. No code of it may run (a marker file must not appear), memory must stay
-within 300 MB of what the process had, and the answer is one line and exit code 2.
+Each is read as --resume, --finetune, --eval and the tools read files. No code of it may run (a marker file must not
+appear), memory must stay within 300 MB of what the process had, and the answer is one line and exit code 2.
 """
 
 import argparse
@@ -54,7 +54,9 @@ def as_torch(value: object, path: Path, **how: object) -> None:
     torch.save(value, path, **how)
 
 
-def with_pickle(path: Path, pickled: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> None:
+def with_pickle(
+    path: Path, pickled: bytes, records: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
+) -> None:
     """A file as torch.save makes it, around a pickle of one's own."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -63,7 +65,9 @@ def with_pickle(path: Path, pickled: bytes, records: dict[str, bytes] | None = N
 
 
 def tensor_pickle(size: str, stride: str, *, numel: int, key: str = "0", copies: int = 1) -> bytes:
-    """Protocol 2, by hand: a dictionary of `copies` tensors of a shape and stride over one storage that claims `numel` floats."""
+    """Protocol 2, by hand: a dictionary of `copies` tensors of a shape and stride over one storage that claims `numel`
+    floats.
+    """
 
     def text(value: str) -> bytes:
         return b"X" + struct.pack("<I", len(value)) + value.encode()
@@ -74,7 +78,15 @@ def tensor_pickle(size: str, stride: str, *, numel: int, key: str = "0", copies:
     def numbers(values: str) -> bytes:
         return b"(" + b"".join(number(int(part)) for part in values.split()) + b"t"
 
-    one = b"ctorch._utils\n_rebuild_tensor_v2\n((" + text("storage") + b"ctorch\nFloatStorage\n" + text(key) + text("cpu") + number(numel) + b"tQ"
+    one = (
+        b"ctorch._utils\n_rebuild_tensor_v2\n(("
+        + text("storage")
+        + b"ctorch\nFloatStorage\n"
+        + text(key)
+        + text("cpu")
+        + number(numel)
+        + b"tQ"
+    )
     one += number(0) + numbers(size) + numbers(stride) + b"\x89" + b"ccollections\nOrderedDict\n)R" + b"tR"
     return b"\x80\x02}(" + b"".join(text(f"w{i}") + one for i in range(copies)) + b"u."
 
@@ -113,7 +125,12 @@ def make(folder: Path, marker: Path) -> dict[str, Callable[[Path], None]]:
             first = archive.getinfo("archive/data/0")
             for number in range(1, 4000):
                 copy = zipfile.ZipInfo(f"archive/data/{number}")
-                copy.header_offset, copy.CRC, copy.file_size, copy.compress_size = first.header_offset, first.CRC, 2**20, 2**20
+                copy.header_offset, copy.CRC, copy.file_size, copy.compress_size = (
+                    first.header_offset,
+                    first.CRC,
+                    2**20,
+                    2**20,
+                )
                 archive.filelist.append(copy)
                 archive.NameToInfo[copy.filename] = copy
             archive._didModify = True
@@ -141,10 +158,14 @@ def make(folder: Path, marker: Path) -> dict[str, Callable[[Path], None]]:
     return {
         "os.system": zipped({"model": Call(os.system, touch)}),
         "os.system in the older format": legacy({"model": Call(os.system, touch)}),
-        "os.system as the optimizer": zipped({"model": good, "optimizer": Call(os.system, touch), "lr_scheduler": {}, "epoch": 1}),
+        "os.system as the optimizer": zipped(
+            {"model": good, "optimizer": Call(os.system, touch), "lr_scheduler": {}, "epoch": 1}
+        ),
         "os.system as the average": zipped({"model": good, "model_ema": Call(os.system, touch)}),
         "os.system in meta": zipped({"state_dict": good, "meta": {"config": Call(os.system, touch)}}),
-        "subprocess in args": zipped({"model": good, "args": argparse.Namespace(model=Call(subprocess.call, ["touch", str(marker)]))}),
+        "subprocess in args": zipped(
+            {"model": good, "args": argparse.Namespace(model=Call(subprocess.call, ["touch", str(marker)]))}
+        ),
         "eval": zipped({"model": Call(eval, f"__import__('os').system({touch!r})")}),
         "exec": zipped({"model": Call(exec, f"open({str(marker)!r}, 'w')")}),
         "a chain of getattr": zipped({"model": Call(chain.__reduce__()[0], *chain.__reduce__()[1])}),
@@ -153,13 +174,19 @@ def make(folder: Path, marker: Path) -> dict[str, Callable[[Path], None]]:
         "pickle protocol 4": lambda path: with_pickle(path, pickle.dumps({"model": Call(os.system, touch)}, 4)),
         "names by INST": lambda path: with_pickle(path, f"(S'{touch}'\nios\nsystem\n.".encode()),
         "TorchScript": torchscript,
-        "a compressed bomb of 1 GB": lambda path: with_pickle(path, pickle.dumps({}, 2), {"data/0": bytes(GB)}, zipfile.ZIP_DEFLATED),
+        "a compressed bomb of 1 GB": lambda path: with_pickle(
+            path, pickle.dumps({}, 2), {"data/0": bytes(GB)}, zipfile.ZIP_DEFLATED
+        ),
         "4,000 records in the same bytes": overlapping,
         "a bytearray of 10 GB": zipped({"model": Call(bytearray, 10 * GB)}),
         "five million lists": lambda path: with_pickle(path, long_list),
         "lists of lists, 2 to the 200": lambda path: with_pickle(path, bomb_of_references(200)),
-        "a tensor of 4 TB in 4 bytes": lambda path: with_pickle(path, tensor_pickle("1000000 1000000", "0 0", numel=1), {"data/0": bytes(4)}),
-        "a storage larger than its record": lambda path: with_pickle(path, tensor_pickle("300000000", "1", numel=300_000_000), {"data/0": bytes(4)}),
+        "a tensor of 4 TB in 4 bytes": lambda path: with_pickle(
+            path, tensor_pickle("1000000 1000000", "0 0", numel=1), {"data/0": bytes(4)}
+        ),
+        "a storage larger than its record": lambda path: with_pickle(
+            path, tensor_pickle("300000000", "1", numel=300_000_000), {"data/0": bytes(4)}
+        ),
         "10,000 tensors of one storage": lambda path: with_pickle(
             path, tensor_pickle("1000000", "1", numel=10**6, copies=10_000), {"data/0": bytes(4 * 10**6)}
         ),
@@ -193,7 +220,11 @@ def in_child(path: Path, work: Callable[[Path], None]) -> tuple[str, float, floa
             work(path)
             answer = "it was taken"
         except UserError as error:
-            answer = "refused" if "\n" not in str(error) and len(str(error)) < 400 else f"refused in {len(str(error))} characters"
+            answer = (
+                "refused"
+                if "\n" not in str(error) and len(str(error)) < 400
+                else f"refused in {len(str(error))} characters"
+            )
         except BaseException as error:
             answer = f"it raised {error!r}"[:200]
         os.write(write, f"{peak_mb() - before:.0f} {answer}".encode())
@@ -236,10 +267,22 @@ def body(table, args, base: Path) -> None:
             )
             marker.unlink(missing_ok=True)
         row.notes = f"{len(cases)} files; memory grew by {largest:.0f} MB at most, the slowest took {slowest:.1f} s"
-    with table.row("hostile files through the programs", "main.py --eval, --resume, --finetune; tools/convert.py; an https cache") as row:
+    with table.row(
+        "hostile files through the programs", "main.py --eval, --resume, --finetune; tools/convert.py; an https cache"
+    ) as row:
         data, cache = make_data(base / "data", train=4, val=2), base / "hub"
         (cache / "hub" / "checkpoints").mkdir(parents=True)
-        plain = [str(ROOT / "main.py"), "--model", "alt_gvt_demo", "--input-size", "32", "--device", "cpu", "--data-path", str(data)]
+        plain = [
+            str(ROOT / "main.py"),
+            "--model",
+            "alt_gvt_demo",
+            "--input-size",
+            "32",
+            "--device",
+            "cpu",
+            "--data-path",
+            str(data),
+        ]
         train = [*plain, "--batch-size", "2", "--epochs", "1", "--output_dir", str(base / "run"), "--num_workers", "0"]
         url = "https://localhost:1/cached.pth"
         ways = {
@@ -250,7 +293,11 @@ def body(table, args, base: Path) -> None:
             "convert.py": [str(ROOT / "tools" / "convert.py"), str(path), str(base / "out.pth"), "--to", "timm"],
         }
         for way, line in list(ways.items())[: 2 if args.short else None]:
-            for what in ("os.system",) if args.short else ("os.system", "os.system in the older format", "os.system as the optimizer"):
+            for what in (
+                ("os.system",)
+                if args.short
+                else ("os.system", "os.system in the older format", "os.system as the optimizer")
+            ):
                 cases[what](path)
                 cases[what](cache / "hub" / "checkpoints" / "cached.pth")
                 env = environment() | {"TORCH_HOME": str(cache)}
@@ -258,10 +305,13 @@ def body(table, args, base: Path) -> None:
                 said = done.stderr.strip()
                 row.check(
                     complain(
-                        done.returncode == 2 and ": error: " in said and "\n" not in said, f"{way}, {what}: exit {done.returncode} {said[-200:]!r}"
+                        done.returncode == 2 and ": error: " in said and "\n" not in said,
+                        f"{way}, {what}: exit {done.returncode} {said[-200:]!r}",
                     ),
                     complain(not marker.exists(), f"{way}, {what}: its code ran"),
-                    complain(not (base / "run").exists() and not (base / "out.pth").exists(), f"{way}, {what}: it left files"),
+                    complain(
+                        not (base / "run").exists() and not (base / "out.pth").exists(), f"{way}, {what}: it left files"
+                    ),
                 )
 
 

@@ -1,7 +1,9 @@
-"""kill -9 of a whole run, and signals that ask it to end, at seeded random moments; each time it is continued: python tests/faults/kill.py
+"""kill -9 of a whole run, and signals that ask it to end, at seeded random moments; each time it is continued: python
+tests/faults/kill.py
 
-In the end the state and the log must be those of a run that nobody stopped. 200 updates, saved every 5, on 2 processes and on 4.
-Some kills are aimed: inside a save (its unfinished file must be left in the folder), and inside an evaluation.
+In the end the state and the log must be those of a run that nobody stopped. 200 updates, saved every 5, on 2 processes
+and on 4. Some kills are aimed: inside a save (its unfinished file must be left in the folder), and inside an
+evaluation.
 """
 
 import os
@@ -58,7 +60,9 @@ class Killer:
             if code != 0:
                 return f"it did not continue (exit {code}): {run.stderr()[-300:]}"
         state, log = result(self.folder())
-        same = complain(state == self.expected[0], "other bits than the run that nobody stopped") + complain(log == self.expected[1], "another log")
+        same = complain(state == self.expected[0], "other bits than the run that nobody stopped") + complain(
+            log == self.expected[1], "another log"
+        )
         return same + complain(not list(self.folder().glob(".*.tmp")), "an unfinished file is left")
 
     def strike(self, kind: str) -> bool:
@@ -86,10 +90,16 @@ class Killer:
         return True
 
 
-def kills(row: Row, base: Path, *, processes: int, total: int, saves: int, evaluations: int, epochs: int, seed: int) -> None:
+def kills(
+    row: Row, base: Path, *, processes: int, total: int, saves: int, evaluations: int, epochs: int, seed: int
+) -> None:
     killer = Killer(base, processes=processes, epochs=epochs, seed=seed)
     least = {"inside a save": saves, "in an evaluation": evaluations, "anywhere": 0}
-    plan = [*["inside a save"] * saves, *["in an evaluation"] * evaluations, *["anywhere"] * (total - saves - evaluations)]
+    plan = [
+        *["inside a save"] * saves,
+        *["in an evaluation"] * evaluations,
+        *["anywhere"] * (total - saves - evaluations),
+    ]
     killer.random.shuffle(plan)
     done, problems = 0, []
     while plan:
@@ -117,7 +127,9 @@ def signals(row: Row, base: Path, *, total: int, epochs: int, seed: int) -> None
     launcher = ("--signals-to-handle=SIGTERM,SIGINT,SIGUSR1",)  # the launcher passes on those only
     while number < total:
         name = ("SIGTERM", "SIGUSR1")[number // 2 % 2]
-        run = Started(command(words(killer.data, killer.folder(), **killer.options), processes=2, launcher=launcher), base / "out")
+        run = Started(
+            command(words(killer.data, killer.folder(), **killer.options), processes=2, launcher=launcher), base / "out"
+        )
         if not run.wait_for(lambda run=run: stepping(run) or killer.finished()) or killer.finished():
             run.wait()
             row.check(killer.compare())
@@ -133,9 +145,17 @@ def signals(row: Row, base: Path, *, total: int, epochs: int, seed: int) -> None
         number, slowest = number + 1, max(slowest, took)
         said = re.findall(r"main.py: stopped: stopped by .* after (\d+ epochs and \d+ updates)", run.stderr())
         row.check(
-            complain(code == 1 and status(killer.folder())["state"] == "preempted", f"{name}: exit {code}, {status(killer.folder())}"),
-            complain(len(said) == 2 and len(set(said)) == 1, f"{name}: the processes said {said}: {run.stderr()[-300:]}"),
-            complain(run.stderr().count("exitcode  : 143") >= 1 or target == run.process.pid, f"{name}: {run.stderr()[-300:]}"),
+            complain(
+                code == 1 and status(killer.folder())["state"] == "preempted",
+                f"{name}: exit {code}, {status(killer.folder())}",
+            ),
+            complain(
+                len(said) == 2 and len(set(said)) == 1, f"{name}: the processes said {said}: {run.stderr()[-300:]}"
+            ),
+            complain(
+                run.stderr().count("exitcode  : 143") >= 1 or target == run.process.pid,
+                f"{name}: {run.stderr()[-300:]}",
+            ),
             complain(took < 20, f"{name}: it took {took:.0f} s"),
         )
     row.check(killer.compare())
@@ -149,9 +169,13 @@ def body(table, args, base: Path) -> None:
         with table.row("SIGTERM and SIGUSR1, 2 processes", "to the launcher and to one process") as row:
             signals(row, base, total=2, epochs=2, seed=args.seed)
         return
-    with table.row("kill -9 of the run, 2 processes, 200 updates", "SIGKILL to the launcher and all its processes") as row:
+    with table.row(
+        "kill -9 of the run, 2 processes, 200 updates", "SIGKILL to the launcher and all its processes"
+    ) as row:
         kills(row, base, processes=2, total=20, saves=5, evaluations=2, epochs=10, seed=args.seed)
-    with table.row("kill -9 of the run, 4 processes, 200 updates", "SIGKILL to the launcher and all its processes") as row:
+    with table.row(
+        "kill -9 of the run, 4 processes, 200 updates", "SIGKILL to the launcher and all its processes"
+    ) as row:
         kills(row, base, processes=4, total=5, saves=1, evaluations=1, epochs=10, seed=args.seed)
     with table.row("SIGTERM and SIGUSR1, 2 processes, 200 updates", "to the launcher and to one process") as row:
         signals(row, base, total=10, epochs=10, seed=args.seed)

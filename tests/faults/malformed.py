@@ -1,7 +1,8 @@
 """Malformed command lines and values: python tests/faults/malformed.py
 
-Each must end with exit code 2 and one line of at most 300 characters, without a traceback, and leave the output folder as it was. Drawn by
-hypothesis: a valid command line of a training or an evaluation, into which one wrong value, or a combination that cannot be, is put.
+Each must end with exit code 2 and one line of at most 300 characters, without a traceback, and leave the output folder
+as it was. Drawn by hypothesis: a valid command line of a training or an evaluation, into which one wrong value, or a
+combination that cannot be, is put.
 """
 
 import contextlib
@@ -17,10 +18,47 @@ from hypothesis import strategies as st
 import main
 import options
 
-INTEGERS = ("--batch-size", "--epochs", "--input-size", "--grad-accum-steps", "--recount", "--checkpoint-hist", "--world_size")
-COUNTS = ("--warmup-epochs", "--cooldown-epochs", "--patience-epochs", "--start_epoch", "--num_workers", "--checkpoint-interval", "--loader-timeout")
-SHARES = ("--drop", "--drop-path", "--reprob", "--mixup-prob", "--mixup-switch-prob", "--hflip", "--smoothing", "--model-ema-decay", "--momentum")
-AMOUNTS = ("--lr", "--warmup-lr", "--min-lr", "--clip-grad", "--weight-decay", "--mixup", "--cutmix", "--color-jitter", "--decay-rate", "--opt-eps")
+INTEGERS = (
+    "--batch-size",
+    "--epochs",
+    "--input-size",
+    "--grad-accum-steps",
+    "--recount",
+    "--checkpoint-hist",
+    "--world_size",
+)
+COUNTS = (
+    "--warmup-epochs",
+    "--cooldown-epochs",
+    "--patience-epochs",
+    "--start_epoch",
+    "--num_workers",
+    "--checkpoint-interval",
+    "--loader-timeout",
+)
+SHARES = (
+    "--drop",
+    "--drop-path",
+    "--reprob",
+    "--mixup-prob",
+    "--mixup-switch-prob",
+    "--hflip",
+    "--smoothing",
+    "--model-ema-decay",
+    "--momentum",
+)
+AMOUNTS = (
+    "--lr",
+    "--warmup-lr",
+    "--min-lr",
+    "--clip-grad",
+    "--weight-decay",
+    "--mixup",
+    "--cutmix",
+    "--color-jitter",
+    "--decay-rate",
+    "--opt-eps",
+)
 CHOICES = ("--data-set", "--remode", "--mixup-mode", "--train-interpolation", "--amp-dtype", "--inat-category")
 NAMES = ("--model", "--opt", "--sched", "--device", "--torchcompile", "--aa")
 FILES = ("--resume", "--finetune", "--data-path")
@@ -29,7 +67,9 @@ LETTERS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_siz
 WORDS = LETTERS.filter(lambda text: not text.startswith("-"))
 # No name of a model, an optimizer, a schedule, a device or a policy begins so.
 NONSENSE = WORDS.map(lambda text: "zq" + text)
-NOT_NUMBERS = st.one_of(NONSENSE, st.sampled_from(["", "nan", "inf", "-inf", "1e400", "0x10", "1,5", "--", "1 2", "\u221e"]))
+NOT_NUMBERS = st.one_of(
+    NONSENSE, st.sampled_from(["", "nan", "inf", "-inf", "1e400", "0x10", "1,5", "--", "1 2", "\u221e"])
+)
 NOT_INTEGERS = st.one_of(NOT_NUMBERS, st.floats(0.1, 0.9).map(str), st.integers(2**62, 10**100).map(str))
 
 
@@ -81,7 +121,12 @@ BAD = st.one_of(
     one_wrong(NAMES, NONSENSE),
     one_wrong(
         FILES,
-        st.one_of(NONSENSE, st.sampled_from(["/", "/dev/null", "/proc/self/mem", "https://", "https://localhost:1/a.pth", "x" * 300, "x/" * 2500])),
+        st.one_of(
+            NONSENSE,
+            st.sampled_from(
+                ["/", "/dev/null", "/proc/self/mem", "https://", "https://localhost:1/a.pth", "x" * 300, "x/" * 2500]
+            ),
+        ),
     ),
     one_wrong(("--seed",), NOT_INTEGERS),
     LETTERS.map(lambda text: ["--" + "z" + text]),
@@ -96,7 +141,20 @@ def body(table, args, base: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "note.txt").write_text("mine")
     before = contents(folder)
-    valid = ["--model", "alt_gvt_demo", "--input-size", "32", "--batch-size", "4", "--epochs", "2", "--num_workers", "0", "--device", "cpu"]
+    valid = [
+        "--model",
+        "alt_gvt_demo",
+        "--input-size",
+        "32",
+        "--batch-size",
+        "4",
+        "--epochs",
+        "2",
+        "--num_workers",
+        "0",
+        "--device",
+        "cpu",
+    ]
     valid += ["--data-path", str(data), "--output_dir", str(folder)]
 
     free = dict(phases=[Phase.generate], suppress_health_check=list(HealthCheck))
@@ -134,8 +192,20 @@ def body(table, args, base: Path) -> None:
     if args.short:
         return
     with table.row("malformed command lines and values", "as programs") as row:
-        for words in (["--lr", "nan"], ["--batch-size", "3"], ["--opt", "zq"], ["--resume", "/dev/null"], ["--data-path", "/nowhere"], ["--eval"]):
-            done = subprocess.run([sys.executable, str(ROOT / "main.py"), *valid, *words], capture_output=True, text=True, env=environment())
+        for words in (
+            ["--lr", "nan"],
+            ["--batch-size", "3"],
+            ["--opt", "zq"],
+            ["--resume", "/dev/null"],
+            ["--data-path", "/nowhere"],
+            ["--eval"],
+        ):
+            done = subprocess.run(
+                [sys.executable, str(ROOT / "main.py"), *valid, *words],
+                capture_output=True,
+                text=True,
+                env=environment(),
+            )
             row.check(*problems(words, done.returncode, done.stderr))
 
 

@@ -1,7 +1,9 @@
-"""One save as a run does it, for programs that interrupt it: python tests/faults/one_save.py FOLDER [at N | error CODE at N].
+"""One save as a run does it, for programs that interrupt it: python tests/faults/one_save.py FOLDER [at N | error CODE
+at N].
 
-FOLDER holds checkpoint.pth of 3 whole epochs and an earlier one; the save writes that of 4 and prunes. "at N": SIGKILL before the Nth call
-that changes a file, from inside the process (where there is no strace); with an error's name, that error instead.
+FOLDER holds checkpoint.pth of 3 whole epochs and an earlier one; the save writes that of 4 and prunes. "at N": SIGKILL
+before the Nth call that changes a file, from inside the process (where there is no strace); with an error's name, that
+error instead.
 """
 
 import errno
@@ -60,7 +62,9 @@ def interrupt(at: int, code: str = "") -> None:
 
     recorder, unlink = lifecycle._Recorder.__init__, os.unlink
     lifecycle._Recorder.__init__ = lambda self, file: recorder(self, Watched(file))
-    os.fsync, os.replace, os.link, os.unlink = (watched(function) for function in (os.fsync, os.replace, os.link, unlink))
+    os.fsync, os.replace, os.link, os.unlink = (
+        watched(function) for function in (os.fsync, os.replace, os.link, unlink)
+    )
     Path.unlink = lambda self, missing_ok=False: os.unlink(self) if self.exists() or not missing_ok else None
 
 

@@ -1,7 +1,8 @@
 """main.py with an accident at a given place: python tests/faults/stopping.py WHERE[@RANK] main.py's options ...
 
-WHERE is update:E:U (after update U of epoch E), evaluation:E (after its first batch), save:N (while save number N of CHECKPOINT is being
-written), or none. HOW, in the environment variable ACCIDENT, is a signal's name (SIGTERM if not given). RANK is the process that has it (0).
+WHERE is update:E:U (after update U of epoch E), evaluation:E (after its first batch), save:N (while save number N of
+CHECKPOINT is being written), or none. HOW, in the environment variable ACCIDENT, is a signal's name (SIGTERM if not
+given). RANK is the process that has it (0).
 """
 
 import os

@@ -1,7 +1,7 @@
 """SIGKILL at every write, fsync, rename, link and unlink of one save: python tests/faults/syscalls.py
 
-Afterwards the newest checkpoint that can be read must be whole, and not older than the last complete one. Through strace where it is
-there; else from inside the process.
+Afterwards the newest checkpoint that can be read must be whole, and not older than the last complete one. Through
+strace where it is there; else from inside the process.
 """
 
 import re
@@ -48,7 +48,9 @@ def attempt(prepared: Path, folder: Path, line: list[str], options: list[str]) -
 
 
 def check(row: Row, prepared: Path, folder: Path, line: list[str], options: list[str], what: str) -> bool:
-    """One interrupted save. False where it was not interrupted: there are no more calls, and the save must have gone well."""
+    """One interrupted save. False where it was not interrupted: there are no more calls, and the save must have gone
+    well.
+    """
     code, said = attempt(prepared, folder, line, options)
     killed, newest = code in (137, -9), newest_whole(folder)
     if not killed and options:

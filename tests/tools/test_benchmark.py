@@ -1,4 +1,6 @@
-"""tools/benchmark.py: equal outputs before a clock starts, ratios of rounds, floors by hand, records, and refusals in one line."""
+"""tools/benchmark.py: equal outputs before a clock starts, ratios of rounds, floors by hand, records, and refusals in
+one line.
+"""
 
 import argparse
 import csv
@@ -18,7 +20,20 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-TINY = ["--models", "alt_gvt_demo", "--batch-size", "2", "--size", "64", "--repeats", "3", "--warmup", "1", "--device", "cpu"]
+TINY = [
+    "--models",
+    "alt_gvt_demo",
+    "--batch-size",
+    "2",
+    "--size",
+    "64",
+    "--repeats",
+    "3",
+    "--warmup",
+    "1",
+    "--device",
+    "cpu",
+]
 EAGER = [*TINY, "--modes", "eager", "--no-memory"]
 
 
@@ -28,7 +43,9 @@ def case(task="inference", dtype="float32", *, model="alt_gvt_demo", batch=2, si
 
 def runners(which: tool.Case) -> dict:
     libraries = ("ours", tool.PEER[which.task])
-    return {(library, "eager"): tool.Runner(which, tool.build(which, library, CPU), "eager", CPU) for library in libraries}
+    return {
+        (library, "eager"): tool.Runner(which, tool.build(which, library, CPU), "eager", CPU) for library in libraries
+    }
 
 
 # ---------------------------------------------------------------- equal outputs
@@ -59,7 +76,9 @@ def test_other_outputs_are_refused_before_anything_is_timed(task, library, monke
     monkeypatch.setattr(tool, "in_turns", lambda *args, **kwargs: pytest.fail("timed"))
     assert tool.run([*EAGER, "--tasks", task]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"benchmark.py: error: other outputs ({library} eager, alt_gvt_demo {task} float32 2 x 64 x 64): off by ")
+    assert error.startswith(
+        f"benchmark.py: error: other outputs ({library} eager, alt_gvt_demo {task} float32 2 x 64 x 64): off by "
+    )
     assert error.endswith("nothing was timed")
 
 
@@ -94,7 +113,11 @@ def test_ratios_are_medians_of_the_rounds_ratios():
     }
     found = {(each["ours"], each["library"], each["mode"]): each["median"] for each in tool.ratios(times)}
     # 3/1, 4/2, 4/4; compiled 2, 0.5, 1; ours at its best, compiled, against timm eager 3, 4, 4
-    assert found == {("eager", "timm", "eager"): 2.0, ("compiled", "timm", "compiled"): 1.0, ("compiled", "timm", "eager"): 4.0}
+    assert found == {
+        ("eager", "timm", "eager"): 2.0,
+        ("compiled", "timm", "compiled"): 1.0,
+        ("compiled", "timm", "eager"): 4.0,
+    }
 
 
 def test_in_turns_runs_each_in_every_round():
@@ -138,7 +161,9 @@ def test_floors_are_those_of_count_and_grow():
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_shares_of_attention_by_hand(size):
-    """Twice the multiply-adds of projections, sub-sampling and the products q k^T and softmax(...) v, block by block."""
+    """Twice the multiply-adds of projections, sub-sampling and the products q k^T and softmax(...) v, block by
+    block.
+    """
     v, found = tool.gvt.VARIANTS["alt_gvt_demo"], {"LSA": 0, "GSA": 0}
     for k, (C, r, depth) in enumerate(zip(v.dims, v.sr_ratios, v.depths)):
         side = size // 4 // 2**k
@@ -180,7 +205,12 @@ def test_results(tmp_path, capsys, small_limits):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"command", "commit", "torch", "timm", "threads", "hardware", "started"} <= set(results["environment"])
     assert results["settings"]["repeats"] == 3
-    assert [(each["task"], each["batch"]) for each in results["cases"]] == [("inference", 1), ("inference", 2), ("training", 1), ("training", 2)]
+    assert [(each["task"], each["batch"]) for each in results["cases"]] == [
+        ("inference", 1),
+        ("inference", 2),
+        ("training", 1),
+        ("training", 2),
+    ]
     for each in results["cases"]:
         rounds = {row["library"]: row["rounds_s"] for row in each["rows"]}
         assert list(rounds) == ["ours", "timm", "pvt_v2_b0"] and all(len(spent) == 3 for spent in rounds.values())
@@ -207,7 +237,9 @@ def test_json_and_a_bound(capsys, small_limits):
     assert tool.run([*EAGER, "--json", "--least", "1000"]) == 1
     out, error = capsys.readouterr()
     assert json.loads(out)["cases"][0]["model"] == "alt_gvt_demo"
-    assert error.splitlines()[-1].startswith("benchmark.py: too slow (--least 1000): alt_gvt_demo inference float32 eager: ")
+    assert error.splitlines()[-1].startswith(
+        "benchmark.py: too slow (--least 1000): alt_gvt_demo inference float32 eager: "
+    )
     assert tool.run([*EAGER, "--json", "--least", "0.001"]) == 0
 
 
@@ -222,7 +254,10 @@ def test_a_profile(capsys, small_limits):
 def test_points_of_accuracy_and_speed():
     """Each network that is known once, in each mode, beside others only; of the first batch alone."""
     top1 = tool.published_top1()
-    assert top1["alt_gvt_small"] == ("Twins-SVT-Small", 81.7) and top1["swin_tiny_patch4_window7_224"] == ("Swin-T", 81.3)
+    assert top1["alt_gvt_small"] == ("Twins-SVT-Small", 81.7) and top1["swin_tiny_patch4_window7_224"] == (
+        "Swin-T",
+        81.3,
+    )
     row = dict(mode="eager", pictures_per_s=9.0)
     rows = [row | dict(library=library) for library in ("ours", "timm", "swin_tiny_patch4_window7_224", "resnet18")]
     cases = [dict(model="alt_gvt_small", task="inference", size=224, batch=batch, rows=rows) for batch in (8, 1)]
@@ -236,11 +271,22 @@ def test_points_of_accuracy_and_speed():
 
 
 def test_lines_against_the_side():
-    """Times, what would be linear in pixels, and attention's shares: the sides in order, a kind of attention that a model lacks left out."""
+    """Times, what would be linear in pixels, and attention's shares: the sides in order, a kind of attention that a
+    model lacks left out.
+    """
 
     def case(size, ms, gsa):
-        rows = [dict(library=library, mode="eager", pictures_per_s=1000 / (times * ms)) for library, times in (("ours", 1), ("mmseg", 2))]
-        return dict(model="alt_gvt_demo", batch=1, size=size, rows=rows, floor=dict(shares_of_operations={"LSA": 0.0, "GSA": gsa}))
+        rows = [
+            dict(library=library, mode="eager", pictures_per_s=1000 / (times * ms))
+            for library, times in (("ours", 1), ("mmseg", 2))
+        ]
+        return dict(
+            model="alt_gvt_demo",
+            batch=1,
+            size=size,
+            rows=rows,
+            floor=dict(shares_of_operations={"LSA": 0.0, "GSA": gsa}),
+        )
 
     groups = tool.series([case(64, 12.0, 0.5), case(32, 2.0, 0.25)], "size")
     axis = Figure().subplots()
@@ -253,7 +299,9 @@ def test_lines_against_the_side():
     }
     axis = Figure().subplots()
     tool.draw_shares(axis, groups)
-    assert [(line.get_label(), *zip(*line.get_data())) for line in axis.lines] == [("alt_gvt_demo, GSA", (32, 25.0), (64, 50.0))]
+    assert [(line.get_label(), *zip(*line.get_data())) for line in axis.lines] == [
+        ("alt_gvt_demo, GSA", (32, 25.0), (64, 50.0))
+    ]
 
 
 def test_recomputing_is_measured_beside_ours(capsys, small_limits):
@@ -268,7 +316,20 @@ def test_recomputing_is_measured_beside_ours(capsys, small_limits):
 @pytest.mark.slow
 def test_a_dense_backbone(capsys, small_limits):
     pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
-    words = ["--models", "pcpvt_small_v0", "--tasks", "features", "--batch-size", "1", "--size", "64", "--repeats", "1", "--warmup", "0"]
+    words = [
+        "--models",
+        "pcpvt_small_v0",
+        "--tasks",
+        "features",
+        "--batch-size",
+        "1",
+        "--size",
+        "64",
+        "--repeats",
+        "1",
+        "--warmup",
+        "0",
+    ]
     assert tool.run([*words, "--modes", "eager", "--no-memory", "--json", "--device", "cpu"]) == 0
     assert [row["library"] for row in json.loads(capsys.readouterr().out)["cases"][0]["rows"]] == ["ours", "mmseg"]
 
@@ -280,7 +341,9 @@ def test_compiled(capsys, small_limits):
     (found,) = json.loads(capsys.readouterr().out)["cases"]
     names = [(row["library"], row["mode"]) for row in found["rows"]]
     assert names == [(library, mode) for mode in ("eager", "compiled") for library in ("ours", "timm")]
-    assert {("eager", "eager"), ("compiled", "compiled")} <= {(ratio["ours"], ratio["mode"]) for ratio in found["ratios"]}
+    assert {("eager", "eager"), ("compiled", "compiled")} <= {
+        (ratio["ours"], ratio["mode"]) for ratio in found["ratios"]
+    }
 
 
 @pytest.mark.slow
@@ -300,7 +363,10 @@ def test_as_a_script_from_elsewhere(tmp_path):
 WRONG = {
     "unknown model": (["--models", "alt_gvt_tiny"], "alt_gvt_tiny"),
     "unknown peer": (["--peers", "no_such_net"], "unknown model (--peers no_such_net)"),
-    "float16 on a CPU": (["--device", "cpu", "--dtype", "float16"], "float16 is for GPUs (--dtype float16, --device cpu): take bfloat16"),
+    "float16 on a CPU": (
+        ["--device", "cpu", "--dtype", "float16"],
+        "float16 is for GPUs (--dtype float16, --device cpu): take bfloat16",
+    ),
     "nothing to recompute": (["--recompute"], "nothing is recomputed without a backward pass (--recompute)"),
     "graphs on a CPU": (["--device", "cpu", "--modes", "graphs"], "CUDA graphs without CUDA"),
     "small": (["--size", "31"], "31 is below 32"),
@@ -336,7 +402,10 @@ def test_no_bfloat16_on_a_gpu_is_one_line(monkeypatch):
 def test_without_mmsegmentation_features_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("dense.libraries.importlib.util.find_spec", lambda name: None)
     assert tool.run(["--tasks", "features"]) == 2
-    assert capsys.readouterr().err == "benchmark.py: error: segmentation needs mmcv, which is not installed: run make dense\n"
+    assert (
+        capsys.readouterr().err
+        == "benchmark.py: error: segmentation needs mmcv, which is not installed: run make dense\n"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, small_limits):

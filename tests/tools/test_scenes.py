@@ -1,4 +1,6 @@
-"""tools/scenes.py: the same digits in ADE20K's and in COCO's format, by the seed, and val's digits apart from train's."""
+"""tools/scenes.py: the same digits in ADE20K's and in COCO's format, by the seed, and val's digits apart from
+train's.
+"""
 
 import json
 
@@ -33,7 +35,10 @@ def test_both_formats_say_the_same(folders, part):
     assert len({each["id"] for each in record["annotations"]}) == len(record["annotations"])
     for picture in record["images"]:
         labels = np.array(Image.open(ade / "annotations" / scenes.ADE[part] / picture["file_name"]))
-        pixels = [np.array(Image.open(folder / picture["file_name"])) for folder in (ade / "images" / scenes.ADE[part], coco / scenes.COCO[part])]
+        pixels = [
+            np.array(Image.open(folder / picture["file_name"]))
+            for folder in (ade / "images" / scenes.ADE[part], coco / scenes.COCO[part])
+        ]
         assert np.array_equal(*pixels) and pixels[0].shape == (picture["height"], picture["width"], 3)
         expected = np.ones_like(labels)  # background
         found = [each for each in record["annotations"] if each["image_id"] == picture["id"]]

@@ -1,4 +1,5 @@
-"""Mask R-CNN on alt_gvt_demo: digits on photographs, from what `make demo` learnt. `make demo-dense` runs it in about three minutes.
+"""Mask R-CNN on alt_gvt_demo: digits on photographs, from what `make demo` learnt. `make demo-dense` runs it in about
+three minutes.
 
 python train.py configs/small/mask_rcnn_alt_gvt_demo_digits.py
 """
@@ -36,7 +37,9 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file="data/digits/annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 auto_scale_lr = dict(base_batch_size=8)
-optim_wrapper = dict(type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.01), clip_grad=dict(max_norm=10.0))
+optim_wrapper = dict(
+    type="OptimWrapper", optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.01), clip_grad=dict(max_norm=10.0)
+)
 param_scheduler = poly(iterations=300, warmup=20)
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=300, val_interval=300)
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=300), logger=dict(interval=20, log_metric_by_epoch=False))

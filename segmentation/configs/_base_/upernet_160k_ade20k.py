@@ -1,14 +1,16 @@
 """UPerNet on ADE20K, 160k iterations, as Swin trains it: 8 GPUs x 2 images.
 
-Drop path is 0.2 and, for SVT-L, 0.3: that is what the published backbones had. The configs of PCPVT-B and PCPVT-L wrote 0.3, which no
-backbone read; --cfg-options model.backbone.drop_path_rate=0.3 does what they say.
+Drop path is 0.2 and, for SVT-L, 0.3: that is what the published backbones had. The configs of PCPVT-B and PCPVT-L wrote
+0.3, which no backbone read; --cfg-options model.backbone.drop_path_rate=0.3 does what they say.
 """
 
 _base_ = ["./models/upernet.py", "./datasets/ade20k.py", "./runtime.py"]
 from dense.models import poly
 
 train_dataloader = dict(batch_size=2)
-auto_scale_lr = dict(enable=False, base_batch_size=16)  # GPUs x images of the recipe: another number is said when a training starts
+auto_scale_lr = dict(
+    enable=False, base_batch_size=16
+)  # GPUs x images of the recipe: another number is said when a training starts
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),

@@ -1,4 +1,5 @@
-"""Semantic FPN on alt_gvt_demo: digits on photographs, from what `make demo` learnt. `make demo-dense` runs it in two to three minutes.
+"""Semantic FPN on alt_gvt_demo: digits on photographs, from what `make demo` learnt. `make demo-dense` runs it in two
+to three minutes.
 
 python train.py configs/small/fpn_alt_gvt_demo_digits.py
 """
@@ -12,7 +13,9 @@ head = dict(
     in_channels=[64, 64, 64, 64],
     channels=64,
     num_classes=11,
-    loss_decode=dict(class_weight=[0.1] + [1.0] * 10),  # nine pixels of ten are background, which would be a good guess everywhere
+    loss_decode=dict(
+        class_weight=[0.1] + [1.0] * 10
+    ),  # nine pixels of ten are background, which would be a good guess everywhere
 )
 model = dict(**part, decode_head=head, data_preprocessor=dict(size=(128, 128)))
 colours = [[40 * k % 256, 85 * k % 256, 150 * k % 256] for k in range(11)]
@@ -25,8 +28,12 @@ scenes = dict(
     reduce_zero_label=True,
     pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
 )
-train_dataloader = endless(8, 1, **scenes, data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"))
-val_dataloader = one_by_one(1, **scenes, data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"))
+train_dataloader = endless(
+    8, 1, **scenes, data_prefix=dict(img_path="images/training", seg_map_path="annotations/training")
+)
+val_dataloader = one_by_one(
+    1, **scenes, data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation")
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator

@@ -36,5 +36,7 @@ val_dataloader = dict(
     ),
 )
 test_dataloader = val_dataloader
-val_evaluator = dict(type="CocoMetric", ann_file=data_root + "annotations/instances_val2017.json", metric=["bbox"], format_only=False)
+val_evaluator = dict(
+    type="CocoMetric", ann_file=data_root + "annotations/instances_val2017.json", metric=["bbox"], format_only=False
+)
 test_evaluator = val_evaluator

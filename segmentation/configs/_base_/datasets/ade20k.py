@@ -1,4 +1,6 @@
-"""ADE20K: 150 classes, crops of 512 x 512 from pictures of a random size, whole pictures with a short side of 512 for scores."""
+"""ADE20K: 150 classes, crops of 512 x 512 from pictures of a random size, whole pictures with a short side of 512 for
+scores.
+"""
 
 _base_ = []  # without it, mmengine takes a file with imports for a config of its other kind
 from dense.models import crops, endless, one_by_one, whole
@@ -12,7 +14,12 @@ train_dataloader = endless(
     data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
     pipeline=crops(scale, ratio_range=(0.5, 2.0), side=512),
 )
-val_dataloader = one_by_one(4, **ade20k, data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"), pipeline=whole(scale))
+val_dataloader = one_by_one(
+    4,
+    **ade20k,
+    data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
+    pipeline=whole(scale),
+)
 test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
@@ -24,8 +31,14 @@ tta_pipeline = [
     dict(
         type="TestTimeAug",
         transforms=[
-            [dict(type="Resize", scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True) for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)],
-            [dict(type="RandomFlip", prob=0.0, direction="horizontal"), dict(type="RandomFlip", prob=1.0, direction="horizontal")],
+            [
+                dict(type="Resize", scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
+                for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+            ],
+            [
+                dict(type="RandomFlip", prob=0.0, direction="horizontal"),
+                dict(type="RandomFlip", prob=1.0, direction="horizontal"),
+            ],
             [dict(type="LoadAnnotations")],
             [dict(type="PackSegInputs")],
         ],

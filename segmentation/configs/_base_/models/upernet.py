@@ -1,6 +1,7 @@
 """UPerNet on four maps, with an auxiliary head on the third."""
 
-# Heads: batch statistics over all GPUs. The loss is the mean over all pixels of a crop, also those without a label, as in mmseg 0.12.
+# Heads: batch statistics over all GPUs. The loss is the mean over all pixels of a crop, also those without a label, as
+# in mmseg 0.12.
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 model = dict(
     type="TwinsSegmentor",
