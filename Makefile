@@ -37,9 +37,9 @@ help:
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt
+$(INSTALLED): requirements.txt requirements-dev.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv
-	$(PIP) --requirement requirements.txt
+	$(PIP) --requirement requirements.txt --requirement requirements-dev.txt
 	touch $@
 
 # First what builds, at its pinned versions, then the rest: without isolation, because the build imports the torch that is here.
@@ -51,10 +51,10 @@ $(DENSE): requirements-dense.txt $(INSTALLED)
 	touch $@
 
 demo: install
-	$(RUN) tools/digits.py $(DIGITS)
+	$(RUN) -m tools.digits $(DIGITS)
 	$(RUN) main.py $(DEMO_MODEL) $(DEMO_TRAINING) --output_dir $(DEMO) --overwrite
 	$(RUN) main.py $(DEMO_MODEL) --eval --resume $(DEMO)/checkpoint_best.pth
-	$(RUN) tools/picture.py $(DEMO) --data-path $(DIGITS) --output $(DEMO)/demo.png
+	$(RUN) -m tools.picture $(DEMO) --data-path $(DIGITS) --output $(DEMO)/demo.png
 	@echo
 	@echo "pictures and labels  $(DIGITS)/{train,val}/CLASS/*.png"
 	@echo "weights              $(DEMO)/checkpoint_best.pth"
@@ -65,7 +65,7 @@ demo: install
 
 demo-dense: dense
 	test -f $(DEMO)/checkpoint_best.pth || $(MAKE) demo
-	$(RUN) tools/scenes.py --ade segmentation/data/digits --coco detection/data/digits
+	$(RUN) -m tools.scenes --ade segmentation/data/digits --coco detection/data/digits
 	cd segmentation && $(call learn,configs/small/fpn_alt_gvt_demo_digits.py,segmentor,mIoU)
 	cd detection && $(call learn,configs/small/mask_rcnn_alt_gvt_demo_digits.py,detector,bbox segm --show-score-thr 0.5)
 	@echo
@@ -85,10 +85,10 @@ faults: install
 
 # A bound far below what is measured, so that it fails only where something broke.
 bench: install
-	$(RUN) tools/benchmark.py --models alt_gvt_small pcpvt_small_v0 --tasks inference training --modes eager --dtype float32 bfloat16 \
+	$(RUN) -m tools.benchmark --models alt_gvt_small pcpvt_small_v0 --tasks inference training --modes eager --dtype float32 bfloat16 \
 		--batch-size 4 --repeats 9 --warmup 2 --no-memory --least 0.9
 
 lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) tools/readme_tables.py --check
+	$(RUN) -m tools.readme_tables --check

@@ -3,7 +3,7 @@
 A data set's items are (picture, class index); its `classes` are the names of the classes in the order of their indices.
 """
 
-import torchvision_cpu  # noqa: F401  before timm, see there
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 import contextlib
@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-import augment
-from lifecycle import loading_process, time_limit
-from utils import UserError
+from training import augment
+from training.errors import UserError
+from training.processes import loading_process, time_limit
 
 SMALL = 32  # pixels: up to this size, pictures are shifted instead of cropped and resized, as published for CIFAR
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import MetricLogger, NonFiniteError, all_reduce_sum, get_world_size, say
+from training.errors import NonFiniteError
+from utils import MetricLogger, all_reduce_sum, get_world_size, say
 
 
 class LateValues:

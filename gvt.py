@@ -12,7 +12,7 @@ Shapes: B pictures; a map of H x W tokens, kept as (B, H, W, C); N queries, M ke
 w tokens.
 """
 
-import torchvision_cpu  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 import itertools
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-import products
-from products import linear, linear_gelu
-from window_attention import attend_in_windows, why_not
+from gvt_ops import onednn
+from gvt_ops.onednn import linear, linear_gelu
+from gvt_ops.window_attention import attend_in_windows, why_not
 
 PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
 SMALLEST = 32  # pixels: below it, the last stage has no token
@@ -100,7 +100,7 @@ def rows_at_once(q: Tensor, k: Tensor) -> int:
     """Of the batch, in one call of fused attention."""
     if q.is_cuda:
         return MOST_ROWS
-    return products.rows_at_once(q, k) if products.attention_refusal(q, k) is None else q.shape[0]
+    return onednn.rows_at_once(q, k) if onednn.attention_refusal(q, k) is None else q.shape[0]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.Dropout, fused: bool) -> Tensor:
@@ -118,8 +118,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, dropout=dropout, fused=True).to(q.dtype)
     rate = dropout.p if dropout.training else 0.0
-    if fused and not rate and products.attention_refusal(q, k) is None:
-        return products.attention(q, k, v, mask)
+    if fused and not rate and onednn.attention_refusal(q, k) is None:
+        return onednn.attention(q, k, v, mask)
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -137,7 +137,7 @@ def watched(*modules: nn.Module) -> bool:
 
 
 class Linear(nn.Linear):
-    """nn.Linear by the faster of a CPU's libraries: see products.py."""
+    """nn.Linear by the faster of a CPU's libraries: see gvt_ops/onednn.py."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -243,7 +243,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         ours = type(self.fc1) is Linear and type(self.act) is nn.GELU
-        if ours and not watched(*self.children()) and (rows := products.rows_of_mlp(x, self.fc1.weight)):
+        if ours and not watched(*self.children()) and (rows := onednn.rows_of_mlp(x, self.fc1.weight)):
             parts = [self.forward(part) for part in x.flatten(0, -2).split(rows)]
             return torch.cat(parts).unflatten(0, x.shape[:-1])
         if ours and not watched(self.fc1, self.act):

@@ -1,6 +1,6 @@
 """The training loss."""
 
-import torchvision_cpu  # noqa: F401  before timm, see there
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy

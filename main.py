@@ -5,20 +5,19 @@ python main.py --help lists the options; README.md has a command for each model 
 
 import sys
 
-import lifecycle
-import options
+from training import errors, files, launcher, options
 
 if (
     __name__ == "__main__"
 ):  # before torch is imported, so that --help, a wrong option and a folder in use are answered at once
     ARGS, WRITTEN = options.parse_args(sys.argv[1:])
-    if lifecycle.launched():
-        lifecycle.end_with_launcher()
-    elif not (ARGS.eval or ARGS.throughout) and (taken_by := lifecycle.owner(ARGS.output_dir or ARGS.model)):
-        print(f"main.py: error: {lifecycle.in_use(ARGS.output_dir or ARGS.model, taken_by)}", file=sys.stderr)
+    if launcher.launched():
+        launcher.end_with_launcher()
+    elif not (ARGS.eval or ARGS.throughout) and (taken_by := files.owner(ARGS.output_dir or ARGS.model)):
+        print(f"main.py: error: {files.in_use(ARGS.output_dir or ARGS.model, taken_by)}", file=sys.stderr)
         sys.exit(2)
 
-import torchvision_cpu  # noqa: F401  before timm, see there
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 import argparse
@@ -42,16 +41,16 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import checkpoint
 import datasets
 import gvt
-import resume
 import utils
 from engine import evaluate, train_one_epoch
-from lifecycle import BEST, CHECKPOINT, LOG
 from losses import build_criterion
 from samplers import RASampler, ShuffleSampler, eval_indices
-from utils import NonFiniteError, Preempted, UserError, say
+from training import checkpoint, processes, resume, run_folder
+from training.errors import NonFiniteError, Preempted, UserError
+from training.files import BEST, CHECKPOINT, LOG
+from utils import say
 
 # The global batches that the published logs were made with (from their learning rates).
 RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024) | {
@@ -74,6 +73,7 @@ def main(args: argparse.Namespace, written: set[str]) -> None:
     device = utils.init_device(
         args.device, written="device" in written, dist_url=args.dist_url, timeout=args.dist_timeout
     )
+    processes.meet_peers()
     with utils.process_group():
         for name, reason in options.without_effect(args, written).items():
             utils.warn(f"--{name.replace('_', '-')} has no effect ({reason})")
@@ -288,8 +288,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace, written: set[str], device: torch.device):
         self.args, self.device, self.folder = args, device, output_dir(args)
-        self.signals = lifecycle.StopSignals()
-        self.status = lifecycle.Status(self.folder, utils.in_main_process(lifecycle.now))
+        self.signals = processes.StopSignals()
+        self.status = run_folder.Status(self.folder, utils.in_main_process(run_folder.now))
         rank, world = utils.get_rank(), utils.get_world_size()
         utils.seed_everything(args.seed + rank)
         transform = datasets.InBytes(datasets.build_transform(True, args), fast_augment=args.fast_augment)
@@ -460,9 +460,9 @@ class Run:
             checkpoint.save(
                 self.folder / CHECKPOINT,
                 state,
-                keep_as=self.folder / lifecycle.earlier_name(*self.kept) if another else None,
+                keep_as=self.folder / files.earlier_name(*self.kept) if another else None,
             )
-            lifecycle.prune(self.folder, self.args.checkpoint_hist, place)
+            files.prune(self.folder, self.args.checkpoint_hist, place)
 
         if not self.written(write):
             return False
@@ -485,7 +485,7 @@ class Run:
         """The newest checkpoint of the folder that can be read; broken ones are named and left as they are. "" for an
         empty folder.
         """
-        found = lifecycle.candidates(self.folder)
+        found = files.candidates(self.folder)
         for path in found:
             try:
                 payload = checkpoint.load(path)
@@ -765,7 +765,7 @@ class Run:
 
     def write(self, name: str, text: str) -> None:
         try:
-            lifecycle.write_text(self.folder / name, text)
+            files.write_text(self.folder / name, text)
         except OSError as error:
             raise UserError(
                 f"cannot write ({self.folder / name}): {error.strerror}; make room and continue with --resume auto"
@@ -778,15 +778,15 @@ class Run:
     def make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = lifecycle.Lock(self.folder)
+            self.lock = files.Lock(self.folder)
             if self.lock.taken_by is None:
-                lifecycle.remove_unfinished(self.folder)
+                files.remove_unfinished(self.folder)
         except OSError as error:
             raise UserError(f"cannot make the folder (--output_dir {self.folder}): {error.strerror}") from error
         if self.lock.taken_by is not None:
-            raise UserError(lifecycle.in_use(self.folder, self.lock.taken_by))
+            raise UserError(files.in_use(self.folder, self.lock.taken_by))
         if self.args.overwrite and not self.inside:
-            for path in [*(self.folder / name for name in RUN_FILES), *lifecycle.earlier(self.folder)]:
+            for path in [*(self.folder / name for name in RUN_FILES), *files.earlier(self.folder)]:
                 path.unlink(missing_ok=True)
         records = {
             "args.json": vars(self.args),
@@ -812,7 +812,7 @@ class Run:
             raise
         except BaseException as error:
             _, reason = explain(error) or (1, repr(error))
-            status.fail(reason, echo=isinstance(error, RuntimeError) and utils.is_lost_process(error))
+            status.fail(reason, echo=isinstance(error, RuntimeError) and processes.is_lost_process(error))
             raise
         finally:
             if first:
@@ -845,21 +845,21 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 def explain(error: BaseException) -> tuple[int, str] | None:
     """The exit code and the line of an error that is not ours to mend, or None."""
     if isinstance(error, Preempted):
-        return lifecycle.PREEMPTED, str(error)
+        return errors.PREEMPTED, str(error)
     if isinstance(error, (UserError, NonFiniteError)):
-        return 2 if isinstance(error, UserError) else 1, utils.one_line(error)
-    if isinstance(error, RuntimeError) and utils.is_lost_process(error):
+        return 2 if isinstance(error, UserError) else 1, errors.one_line(error)
+    if isinstance(error, RuntimeError) and processes.is_lost_process(error):
         return (
             1,
-            f"no answer from another process of this run ({utils.lost_processes()}): stopped too, continue with "
+            f"no answer from another process of this run ({processes.lost_processes()}): stopped too, continue with "
             "--resume auto",
         )
-    if (loading := next(filter(utils.is_loading_error, chain(error)), None)) is not None:
-        reason = utils.one_line(loading)
+    if (loading := next(filter(processes.is_loading_error, chain(error)), None)) is not None:
+        reason = errors.one_line(loading)
         return (
             1,
-            f"data loading failed ({reason[:120]} [{utils.loading_processes()}]): look for lack of memory or a stuck "
-            "disk, then --resume auto",
+            f"data loading failed ({reason[:120]} [{processes.loading_processes()}]): look for lack of memory or a "
+            "stuck disk, then --resume auto",
         )
     return None
 
@@ -876,8 +876,8 @@ def run(args: argparse.Namespace, written: set[str]) -> int:
         if known is None or os.environ.get("TWINS_DEBUG") == "1":
             raise
         code, line = known
-        utils.end_stopped_processes()
-        utils.print_error(line, kind="stopped" if code == lifecycle.PREEMPTED else "error")
+        processes.end_stopped_processes()
+        errors.print_error(line, kind="stopped" if code == errors.PREEMPTED else "error")
         return code
 
 

@@ -3,16 +3,12 @@
 import contextlib
 import ctypes
 import datetime
-import difflib
-import multiprocessing
 import os
 import platform
 import random
 import re
 import resource
 import shlex
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,40 +22,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lifecycle import identity, process_state
+from training.errors import UserError, print_error
 
 ROOT = Path(__file__).resolve().parent
-LONGEST_LINE = 300  # characters
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
-PEERS: list[tuple[str, int, str]] = []  # `identity` of each process of the run
-
-
-class UserError(Exception):
-    """Something the user can put right, as one line: WHAT (WHERE): WHAT TO DO. Exit code 2."""
-
-
-class NonFiniteError(Exception):
-    """A loss or gradient that is not finite, at a step of the epoch. Exit code 1."""
-
-    def __init__(self, message: str, step: int):
-        super().__init__(message)
-        self.step = step
-
-
-class Preempted(Exception):
-    """A signal asked the run to end, and its state is saved. Exit code 143."""
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error, also of one that a data-loading worker sent with its traceback around it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
-
-
-def did_you_mean(path: Path, pattern: str = "*") -> str:
-    """The names most like a missing file's among those in its folder, as a question. Empty: there is none like it."""
-    near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=2, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 # ---------------------------------------------------------------- processes
@@ -81,22 +47,6 @@ def say(*words: object) -> None:
     """Print, in one process of a run."""
     if is_main_process():
         print(*words, flush=True)
-
-
-def print_error(message: str, kind: str = "error") -> None:
-    """One line on the error stream, not longer than a screen can hold unless TWINS_DEBUG is set."""
-    line = f"main.py: {kind}: {' '.join(message.split())}"
-    short = len(line) <= LONGEST_LINE or os.environ.get("TWINS_DEBUG") == "1"
-    print(line if short else line[: LONGEST_LINE - 3] + "...", file=sys.stderr, flush=True)
-
-
-def exit_code(program: str, main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """A tool's: what main gives, and after an error of the user's, which is one line, 2."""
-    try:
-        return main(argv) or 0
-    except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2
 
 
 def warn(message: str) -> None:
@@ -184,54 +134,9 @@ def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: 
         except (ValueError, RuntimeError) as error:  # no such address, or a process that does not come
             reason = str(error).strip().splitlines()[0][:120]
             raise UserError(f"the processes did not meet (--dist_url {dist_url}): {reason}") from error
-        PEERS[:] = all_gather(identity())
     if kind == "cpu" and not written:
         say("device: cpu (no CUDA device found)")
     return device
-
-
-def is_lost_process(error: RuntimeError) -> bool:
-    """Whether the error is only the echo of another process that ended or is stuck."""
-    text = str(error).lower()
-    return get_world_size() > 1 and (
-        isinstance(error, dist.DistError) or "gloo" in text or "closed by peer" in text or "timed out waiting" in text
-    )
-
-
-def peers_of_this_machine() -> dict[int, tuple[int, str]]:
-    """rank -> (pid, state) of the run's processes here."""
-    here = socket.gethostname()
-    return {rank: (pid, process_state(pid, started)) for rank, (host, pid, started) in enumerate(PEERS) if host == here}
-
-
-def lost_processes() -> str:
-    """Which processes of this machine ended or are stopped, in words."""
-    time.sleep(0.5)  # for the process table to know
-    lost = [
-        f"process {rank} (pid {pid}) is {state}"
-        for rank, (pid, state) in peers_of_this_machine().items()
-        if state != "alive"
-    ]
-    return ", ".join(lost) or "none of this machine has ended: look for one that hangs, or at the other machines"
-
-
-def end_stopped_processes() -> None:
-    """Kill those of the run's processes here that are stopped: the run is over, and the launcher would wait half a
-    minute for them.
-    """
-    for pid, state in peers_of_this_machine().values():
-        if state == "stopped":
-            os.kill(pid, signal.SIGKILL)
-
-
-def is_loading_error(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
-
-
-def loading_processes() -> str:
-    """The data-loading processes that this one has, or has just had, in words."""
-    states = [f"pid {child.pid} is {process_state(child.pid)}" for child in multiprocessing.active_children()]
-    return ", ".join(states) or "none is left"
 
 
 def leave(code: int) -> NoReturn:
@@ -436,11 +341,18 @@ def git_commit() -> str:
         return ""
 
 
+def command_line() -> str:
+    """The command that started this process, as one would type it: `python FILE ...` or `python -m MODULE ...`."""
+    spec = sys.modules["__main__"].__spec__
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+    return shlex.join(["python", *program, *sys.argv[1:]])
+
+
 def environment(device: torch.device, seed: int) -> dict:
     """What a run was made with: command, commit, versions, machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command_line(),
         "commit": git_commit(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

@@ -18,7 +18,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, Registry
 from torch import Tensor, nn
 
-import checkpoint
+from training import checkpoint
 
 STAGES = (0, 1, 2, 3)
 PARTS = ("patch_embeds", "pos_drops", "blocks", "pos_block")  # lists with an entry for each stage

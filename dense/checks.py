@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from torch import nn
 
 from dense.pictures import reason
-from utils import UserError, did_you_mean
+from training.errors import UserError, did_you_mean
 
 PATHS = {  # of a data set's config: what it names, below data_root
     "ann_file": "annotations",

@@ -13,15 +13,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from options import Parser
+from training.options import Parser
 
 # isort: split
 import torch
 import torch.distributed
 
-import lifecycle
 from dense import libraries
-from utils import UserError, environment, is_main_process, keep_freed_memory, one_line, process_group
+from training import files
+from training.errors import UserError, one_line
+from utils import environment, is_main_process, keep_freed_memory, process_group
 
 METRICS = {
     "mmseg": ["mIoU", "mDice", "mFscore"],
@@ -160,7 +161,7 @@ def start(args, cfg, payload: dict):
     if is_main_process():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         record = environment(device, runner.seed) | libraries.versions(cfg.default_scope)
-        lifecycle.write_text(Path(runner.log_dir) / "environment.json", json.dumps(record, indent=1) + "\n")
+        files.write_text(Path(runner.log_dir) / "environment.json", json.dumps(record, indent=1) + "\n")
     return runner
 
 
@@ -199,8 +200,8 @@ def run_training(args, library: str) -> None:
             "a new one"
         )
     libraries.load(library)
-    import checkpoint
     from dense.checks import check_batch, check_data, check_pretrained
+    from training import checkpoint
 
     cfg = configure(args, library)
     if args.no_validate:
@@ -236,8 +237,8 @@ def seed_of(payload: dict, source: str) -> int | None:
 
 def run_test(args, library: str) -> None:
     libraries.load(library)
-    import checkpoint
     from dense.checks import check_data
+    from training import checkpoint
 
     cfg = configure(args, library)
     for part in ("train", "val"):

@@ -12,7 +12,7 @@ from mmseg.registry import METRICS, TRANSFORMS
 from PIL import Image
 
 from dense.pictures import reason
-from utils import UserError
+from training.errors import UserError
 
 
 @TRANSFORMS.register_module(name="LoadAnnotations", force=True)

@@ -2,7 +2,7 @@
 ends here.
 """
 
-import torchvision_cpu  # noqa: F401  before the libraries: they import timm, which imports torchvision
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 import contextlib
@@ -12,7 +12,7 @@ import io
 import warnings
 from collections.abc import Iterator
 
-from utils import UserError
+from training.errors import UserError
 
 TASKS = {"mmseg": "segmentation", "mmdet": "detection"}
 PARTS = (

@@ -9,7 +9,7 @@ import mmcv.image.geometric
 import numpy as np
 from mmengine.dataset import BaseDataset
 
-from utils import UserError
+from training.errors import UserError
 
 _scale_size, _imflip = mmcv.image.geometric._scale_size, mmcv.imflip
 

@@ -20,11 +20,11 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import checkpoint
 from dense.libraries import quiet
 from dense.pictures import CheckedPictures, reason
 from dense.randomness import StepRandomness, place_pictures
-from utils import UserError
+from training import checkpoint
+from training.errors import UserError
 
 # What whole published checkpoints hold and no model here has: the classifier and the final norm of their backbones.
 UNUSED = ("backbone.head.", "backbone.norm.")

@@ -25,7 +25,6 @@ import gvt  # noqa: F401  first: it lets torchvision be imported, and registers 
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
-sys.path.insert(0, str(ROOT / "tools"))
 
 torch.set_num_threads(2)
 

@@ -14,9 +14,9 @@ from timm.data import ImageNetInfo, auto_augment
 from torchvision import transforms
 
 import datasets
-import options
 from samplers import RASampler, ShuffleSampler
-from utils import UserError
+from training import options
+from training.errors import UserError
 
 
 def arguments(*words):
@@ -338,7 +338,7 @@ def test_an_unreadable_picture_is_named_and_never_replaced(tmp_path, content, wo
     loader = datasets.build_loader(
         dataset, range(len(dataset)), batch_size=2, workers=workers, pin_memory=False, drop_last=False
     )
-    from utils import one_line
+    from training.errors import one_line
 
     with pytest.raises(UserError) as caught:
         list(loader)

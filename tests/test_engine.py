@@ -16,8 +16,8 @@ from torch import nn
 
 import engine
 import main
-import options
 from losses import build_criterion
+from training import options
 
 CPU = torch.device("cpu")
 OFF = torch.amp.GradScaler("cpu", enabled=False)

@@ -4,17 +4,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from checkpoint_hash import digest
 from conftest import log_lines
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
-import checkpoint
 import engine
 import main
-import options
-from window_attention import attend_in_windows
+from gvt_ops.window_attention import attend_in_windows
+from tools.checkpoint_hash import digest
+from training import checkpoint, options
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -8,68 +8,104 @@ import sys
 import pytest
 from conftest import ROOT
 
-# What each file may import of ours. main.py alone knows all the others, and nobody imports it.
+# What each file may import of ours, from the ground up: a file imports only files that stand above it here. Files of
+# training that need the standard library alone lie below utils, for main.py asks them before torch is imported.
 ARROWS = {
-    "torchvision_cpu": set(),
-    "products": set(),
-    "window_kernel": set(),
-    "window_attention": {"window_kernel"},
-    "gvt": {"torchvision_cpu", "products", "window_attention"},
-    "options": set(),
-    "lifecycle": set(),
-    "utils": {"lifecycle"},
+    "gvt_ops/torchvision_cpu": set(),
+    "gvt_ops/window_kernel": set(),
+    "gvt_ops/window_attention": {"gvt_ops/window_kernel"},
+    "gvt_ops/onednn": set(),
+    "gvt_ops/__init__": {"gvt_ops/torchvision_cpu"},
+    "gvt": {"gvt_ops/__init__", "gvt_ops/onednn", "gvt_ops/window_attention"},
+    "training/__init__": set(),
+    "training/errors": set(),
+    "training/options": set(),
+    "training/files": set(),
+    "training/launcher": {"training/errors"},
+    "utils": {"training/errors"},
     "samplers": set(),
-    "losses": {"torchvision_cpu"},
-    "augment": set(),  # what a device does to pictures: beside datasets, which draws in loading processes what is to be done
-    "datasets": {"torchvision_cpu", "augment", "lifecycle", "utils"},
-    "engine": {"utils"},
-    "formats": {"gvt", "utils"},
-    "checkpoint": {"formats", "lifecycle", "utils"},
-    "resume": {"checkpoint", "utils"},
-    "main": {
-        *("torchvision_cpu", "gvt", "options", "lifecycle", "utils", "samplers", "losses"),
-        *("datasets", "engine", "checkpoint", "resume"),
-    },
+    "losses": {"gvt_ops/__init__"},
+    "engine": {"training/errors", "utils"},
+    "training/run_folder": {"training/files"},
+    "training/processes": {"training/launcher", "utils"},
+    "training/augment": set(),  # beside datasets, which draws in loading processes what a device is to do
+    "training/formats": {"gvt", "training/errors"},
+    "training/checkpoint": {"training/errors", "training/files", "training/formats"},
+    "training/resume": {"training/checkpoint", "training/errors", "utils"},
+    "datasets": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes"},
     "dense/__init__": set(),
-    "dense/libraries": {"torchvision_cpu", "utils"},
+    "dense/libraries": {"gvt_ops/__init__", "training/errors"},
     "dense/models": {"gvt"},
-    "dense/backbone": {"gvt", "checkpoint"},
+    "dense/backbone": {"gvt", "training/checkpoint"},
     "dense/segmentor": {"gvt"},
     "dense/randomness": {"utils"},
-    "dense/pictures": {"utils"},
-    "dense/labels": {"utils"},
-    "dense/runner": {"checkpoint", "utils"},
-    "dense/checks": {"utils"},
-    "dense/cli": {"checkpoint", "lifecycle", "options", "utils"},
+    "dense/pictures": {"training/errors"},
+    "dense/labels": {"dense/pictures", "training/errors"},
+    "dense/checks": {"dense/pictures", "training/errors"},
+    "dense/runner": {"dense/libraries", "dense/pictures", "dense/randomness", "training/checkpoint", "training/errors"},
+    "dense/cli": {
+        *("dense/checks", "dense/libraries", "dense/pictures", "dense/runner"),
+        *("training/checkpoint", "training/errors", "training/files", "training/options", "utils"),
+    },
+    "main": {
+        *("gvt", "gvt_ops/__init__", "utils", "samplers", "losses", "datasets", "engine"),
+        *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
+        *("training/resume", "training/run_folder"),
+    },
 }
+FOLDERS = ("gvt_ops", "training", "dense")
 OPENMMLAB = {"mmcv", "mmengine", "mmseg", "mmdet"}
+BEFORE_TORCH = [f"training/{name}" for name in ("__init__", "errors", "options", "files", "launcher")]
 
 
-def tree(name):
-    return ast.parse((ROOT / f"{name}.py").read_text())
-
-
-def imported(name):
-    for node in ast.walk(tree(name)):
+def imports(path):
+    """The modules that a file imports, with dots, from anywhere in it; names that are no modules are left away."""
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            inner = [alias.name for alias in node.names if (ROOT / node.module / f"{alias.name}.py").is_file()]
+            yield from [f"{node.module}.{name}" for name in inner] or [node.module]
+
+
+def ours(path):
+    """Those of ARROWS among them; a package by its __init__."""
+    for name in imports(path):
+        name = name.replace(".", "/")
+        yield from {name, f"{name}/__init__"} & ARROWS.keys()
+
+
+def outside(path):
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def test_the_top_level_has_the_files_that_were_ordered_and_no_others():
+    names = {"main", "gvt", "engine", "datasets", "samplers", "losses", "utils"}
+    assert {path.stem for path in ROOT.glob("*.py")} == names
 
 
 def test_every_file_is_listed():
-    files = {
-        str(path.relative_to(ROOT).with_suffix(""))
-        for folder in (".", "dense")
-        for path in (ROOT / folder).glob("*.py")
-    }
-    assert files == set(ARROWS)
+    files = {path.relative_to(ROOT) for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("*.py")}
+    assert {str(path.with_suffix("")) for path in files} == set(ARROWS)
 
 
 @pytest.mark.parametrize("name", ARROWS)
 def test_imports_point_one_way(name):
-    assert set(imported(name)) & {arrow.split("/")[0] for arrow in ARROWS} - {"dense"} == ARROWS[name]
-    assert name.startswith("dense/") or not set(imported(name)) & {"dense", *OPENMMLAB}
+    found, order = set(ours(ROOT / f"{name}.py")), list(ARROWS)
+    assert found == ARROWS[name]
+    assert all(order.index(each) < order.index(name) for each in found)
+    assert name.startswith("dense/") or not outside(ROOT / f"{name}.py") & OPENMMLAB
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_nothing_is_above_the_tools_and_main(path):
+    """Tools import main no more than others do."""
+    assert "main" not in outside(path)
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_nobody_imports_a_tool_or_a_task(name):
+    assert not outside(ROOT / f"{name}.py") & {"tools", "segmentation", "detection", "tests"}
 
 
 @pytest.mark.parametrize("folder", ["segmentation", "detection"])
@@ -77,12 +113,13 @@ def test_no_file_of_a_task_hides_one_of_ours(folder):
     """A script's own folder is the first in which Python looks for modules: a second gvt.py there would be taken for
     the model.
     """
-    assert not {path.stem for path in (ROOT / folder).glob("*.py")} & set(ARROWS)
+    assert not {path.stem for path in (ROOT / folder).glob("*.py")} & {name.split("/")[0] for name in ARROWS}
 
 
-@pytest.mark.parametrize("name", ["options", "lifecycle"])
+@pytest.mark.parametrize("name", BEFORE_TORCH)
 def test_what_main_asks_first_needs_the_standard_library_only(name):
-    assert set(imported(name)) <= sys.stdlib_module_names
+    assert outside(ROOT / f"{name}.py") <= sys.stdlib_module_names | {"training"}
+    assert set(ours(ROOT / f"{name}.py")) <= set(BEFORE_TORCH)
 
 
 def calls(path):
@@ -91,7 +128,7 @@ def calls(path):
             yield ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
 
 
-SOURCES = [path for folder in (".", "dense", "tools") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = [path for folder in (".", *FOLDERS, "tools") for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
@@ -113,10 +150,13 @@ def test_the_shim_comes_before_timm_and_torchvision(path):
             modules += [alias.name.split(".")[0] for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             modules.append(node.module.split(".")[0])
-    shim = min(modules.index(name) if name in modules else len(modules) for name in ("torchvision_cpu", "gvt"))
+    shim = min(modules.index(name) if name in modules else len(modules) for name in ("gvt_ops", "gvt"))
     assert not {"timm", "torchvision"} & set(modules[:shim])
 
 
-@pytest.mark.parametrize("name", sorted(ARROWS.keys() - {"main", "utils", "dense/libraries", "dense/cli"}))
+PRINTS = {"main", "utils", "dense/libraries", "dense/cli", "training/errors"}
+
+
+@pytest.mark.parametrize("name", sorted(ARROWS.keys() - PRINTS))
 def test_modules_do_not_print(name):
     assert "print" not in [function for function, _ in calls(ROOT / f"{name}.py")]

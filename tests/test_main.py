@@ -11,10 +11,9 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, launch, log_lines, make_pictures, run_main
 
-import checkpoint
 import main
-import options
 from samplers import ShuffleSampler
+from training import checkpoint, options
 
 RESULT = re.compile(r"^\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})$", re.M)
 ACCURACY = re.compile(r"^Accuracy of the network on the 101 test images: \d+\.\d%$", re.M)

@@ -6,8 +6,9 @@ import shlex
 import pytest
 from conftest import ROOT
 
-import options
+from training import options
 
+FOLDERS = (".", "tests", "tests/dense", "tests/gvt_ops", "tests/training", "segmentation")  # where names may be meant
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(
     {
@@ -40,10 +41,10 @@ def test_the_published_commands_are_there_word_for_word():
 
 
 def test_files_and_tests_that_are_named_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`(tools/\w+\.py|\w+\.py)`", README):
-        assert any((ROOT / folder / path).exists() for folder in (".", "tests", "tests/dense", "segmentation")), path
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`((?:\w+/)?\w+\.py)`", README):
+        assert any((ROOT / folder / path).exists() for folder in FOLDERS), path
     for file, name in re.findall(r"(test_\w+\.py)::(test_\w+)", README):
-        path = next(path for path in (ROOT / "tests" / file, ROOT / "tests" / "dense" / file) if path.exists())
+        path = next(path for folder in FOLDERS if (path := ROOT / folder / file).exists())
         assert f"def {name}" in path.read_text(), name
 
 

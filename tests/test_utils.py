@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import utils
+from training.errors import UserError, one_line
 
 
 @pytest.mark.parametrize(
@@ -69,14 +70,14 @@ def test_a_device_that_is_not_there_is_an_error_only_if_written(monkeypatch, cap
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(utils.UserError, match="no CUDA device"):
+    with pytest.raises(UserError, match="no CUDA device"):
         utils.init_device("cuda", written=True)
     assert utils.init_device("cuda", written=False) == torch.device("cpu")
     assert capsys.readouterr().out.splitlines() == ["Not using distributed mode", "device: cpu (no CUDA device found)"]
 
 
 def test_random_states_survive_a_file(tmp_path):
-    import checkpoint
+    from training import checkpoint
 
     random.gauss(0, 1), np.random.randn()  # both keep a second normal number for the next call
     checkpoint.save(tmp_path / "s.pth", {"states": utils.all_gather(utils.get_random_state())})
@@ -112,9 +113,9 @@ def test_lines_of_a_loop(capsys):
 
 
 def test_a_workers_error_is_one_line():
-    message = 'Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File "x.py"\nutils.UserError: cannot read (a: b.png): no\n'
-    assert utils.one_line(utils.UserError(message)) == "cannot read (a: b.png): no"
-    assert utils.one_line(utils.UserError("plain")) == "plain"
+    message = 'Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File "x.py"\ntraining.errors.UserError: cannot read (a: b.png): no\n'
+    assert one_line(UserError(message)) == "cannot read (a: b.png): no"
+    assert one_line(UserError("plain")) == "plain"
 
 
 def test_environment_names_the_commit_and_versions():

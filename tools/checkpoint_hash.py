@@ -8,16 +8,13 @@ files' own bytes say less: they also hold paths and times.
 import hashlib
 import sys
 from collections.abc import Mapping
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
 
-import checkpoint
-from options import Parser
-from utils import UserError
+from training import checkpoint
+from training.errors import UserError
+from training.options import Parser
 
 PARTS = ("model", "model_ema", "optimizer", "scaler", "random_states")
 

@@ -1,4 +1,4 @@
-"""Weights from one library's file into another's: python tools/convert.py IN OUT --to FORMAT [--no-head] [--ema]
+"""Weights from one library's file into another's: python -m tools.convert IN OUT --to FORMAT [--no-head] [--ema]
 [--report FILE].
 
 IN is a file or https address of weights or of a training: published, timm, mmsegmentation, mmpretrain, or ours. FORMAT:
@@ -21,8 +21,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import gvt
 
 # isort: split
@@ -31,11 +29,10 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor
 
-import checkpoint
-import formats
-from lifecycle import write_text
-from options import Parser
-from utils import UserError, one_line
+from training import checkpoint, formats
+from training.errors import UserError, one_line
+from training.files import write_text
+from training.options import Parser
 
 
 def read(source: str, *, ema: bool) -> tuple[dict[str, Tensor], str, list[str]]:

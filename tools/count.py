@@ -1,4 +1,4 @@
-"""Parameters and FLOPs: python tools/count.py [--model NAME ...] [--input-size 224] [--json], or --dense [NAME ...]
+"""Parameters and FLOPs: python -m tools.count [--model NAME ...] [--input-size 224] [--json], or --dense [NAME ...]
 [--json | --csv FILE].
 
 FLOPs are what papers call so: multiply-adds, in 1e9 (G), of convolutions and matrix products, for one picture. Norms,
@@ -23,8 +23,6 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import gvt
 
 # isort: split
@@ -32,10 +30,10 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-import lifecycle
 from dense import libraries
-from options import Parser
-from utils import exit_code
+from training import files
+from training.errors import exit_code
+from training.options import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOPS_OF_A_G = 2e9  # FlopCounterMode takes a multiply-add for two operations
@@ -169,7 +167,7 @@ def main(argv: list[str]) -> None:
     else:
         counts = {name: count_dense(name) for name in args.dense or DENSE}
     if args.csv:
-        lifecycle.write_text(args.csv, as_csv(counts))
+        files.write_text(args.csv, as_csv(counts))
     if args.json:
         return print(json.dumps(counts, indent=1))
     published = published_flops() if args.dense is not None else {}

@@ -1,4 +1,4 @@
-"""Lay out scikit-learn's handwritten digits as an ImageNet-style folder: python tools/digits.py FOLDER [--size 32]
+"""Lay out scikit-learn's handwritten digits as an ImageNet-style folder: python -m tools.digits FOLDER [--size 32]
 [--seed 0].
 
 1,797 real pictures of 8 x 8, which come with scikit-learn, enlarged to PNG files FOLDER/{train,val}/DIGIT/NUMBER.png.

@@ -1,4 +1,4 @@
-"""Measure what feeds a training: python tools/feeding.py --data-path FOLDER [--gpu-rate N] [--loop] [--output FOLDER].
+"""Measure what feeds a training: python -m tools.feeding --data-path FOLDER [--gpu-rate N] [--loop] [--output FOLDER].
 
 How many pictures a second one core reads and augments, step by step, in the ways that lead to the same batches: the
 published pipeline as it is written, in float32 in the loading process, and ours, in bytes until the device, with
@@ -27,25 +27,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import gvt  # noqa: F401
 
 # isort: split
-import records
 import timm
 import torch
 import torch.nn.functional as F
-from count import side
 from PIL import Image
-from records import csv_text, environment, progress, quartiles
 from torch import nn
 
 import datasets
 import engine
-import options
-from options import Parser, above_zero, count, positive
-from utils import UserError, exit_code, keep_freed_memory
+from tools import records
+from tools.count import side
+from tools.records import csv_text, environment, progress, quartiles
+from training import options
+from training.errors import UserError, exit_code
+from training.options import Parser, above_zero, count, positive
+from utils import keep_freed_memory
 
 PUBLISHED, BYTES, FAST = "float32 as published", "bytes until the device", "--fast-augment"
 FEW = 0.04  # of the values of --fast-augment may be others than the published

@@ -1,14 +1,12 @@
 """Draw a run: curves of its log.txt beside val pictures with label and prediction.
 
-python tools/picture.py RUN_FOLDER --data-path FOLDER [--pictures 24] [--output RUN_FOLDER/run.png]
+python -m tools.picture RUN_FOLDER --data-path FOLDER [--pictures 24] [--output RUN_FOLDER/run.png]
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gvt  # noqa: F401  registers the models, and comes before timm
 
@@ -18,9 +16,9 @@ import numpy as np
 import timm
 import torch
 
-import checkpoint
 import datasets
-from utils import UserError, exit_code
+from training import checkpoint
+from training.errors import UserError, exit_code
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

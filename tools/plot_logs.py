@@ -1,4 +1,4 @@
-"""Draw logs over the published ones: python tools/plot_logs.py [LOG ...] [-o curves.png] [--published NAME ... |
+"""Draw logs over the published ones: python -m tools.plot_logs [LOG ...] [-o curves.png] [--published NAME ... |
 --no-published].
 
 A LOG is a log.txt of main.py, or the folder of a run. Without any, the published runs are drawn alone. With some, the
@@ -13,14 +13,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from options import Parser
+from training.options import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = ROOT / "logs" / "published" / "classification.csv"

@@ -1,10 +1,10 @@
-"""Write the tables of README files from the models and from logs/: python tools/readme_tables.py [--check] [--readme
+"""Write the tables of README files from the models and from logs/: python -m tools.readme_tables [--check] [--readme
 FILE ...].
 
 What stands between two lines such as these is replaced; after `speed` may come folders of logs/benchmarks, otherwise it
 has all of them:
 
-    <!-- table: classification (python tools/readme_tables.py) -->
+    <!-- table: classification (python -m tools.readme_tables) -->
     <!-- end table -->
 
 --check writes nothing, and ends with 1 where a table is not what would be written.
@@ -18,21 +18,18 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from count import count, dense_model
-from plot_logs import KEYS, LogError, published_logs, read_log
-
 import gvt
-import lifecycle
-from options import Parser, get_parser
-from utils import UserError
+from tools.count import count, dense_model
+from tools.plot_logs import KEYS, LogError, published_logs, read_log
+from training import files
+from training.errors import UserError
+from training.options import Parser, get_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs"
 GPUS = 8  # of the published commands
 READMES = ROOT / "README.md", LOGS / "benchmarks" / "README.md"
-START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python tools/readme_tables\.py\) -->")
+START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
 
@@ -352,7 +349,7 @@ def find_tables(lines: list[str], source: Path) -> list[tuple[str, int, int]]:
             match = START.fullmatch(line)
             if not match or match[1].split()[0] not in TABLES:
                 raise UserError(
-                    f"unknown table ({where}): expected <!-- table: NAME (python tools/readme_tables.py) --> of "
+                    f"unknown table ({where}): expected <!-- table: NAME (python -m tools.readme_tables) --> of "
                     f"{', '.join(TABLES)}"
                 )
             opened = match[1], index + 1
@@ -398,12 +395,12 @@ def update(readme: Path, *, check: bool) -> int:
     lines, changed = fill(text.split("\n"), readme)
     if check and changed:
         print(
-            f"readme_tables.py: out of date ({readme}, {', '.join(changed)}): run python tools/readme_tables.py",
+            f"readme_tables.py: out of date ({readme}, {', '.join(changed)}): run python -m tools.readme_tables",
             file=sys.stderr,
         )
         return 1
     if changed:
-        lifecycle.write_text(readme, "\n".join(lines))
+        files.write_text(readme, "\n".join(lines))
     print(f"{readme}: {'wrote ' + ', '.join(changed) if changed else 'tables are up to date'}")
     return 0
 

@@ -8,13 +8,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-import lifecycle
 import utils
-from utils import UserError
+from training import files
+from training.errors import UserError
 
 
 def progress(text: str) -> None:
@@ -54,9 +52,9 @@ def write(folder: Path, name: str, results: dict, table: str, shown: str = "") -
     """FOLDER/name.json, FOLDER/name.csv, and FOLDER/table.txt where there is something to be read."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lifecycle.write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
-        lifecycle.write_text(folder / f"{name}.csv", table)
+        files.write_text(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
+        files.write_text(folder / f"{name}.csv", table)
         if shown:
-            lifecycle.write_text(folder / "table.txt", shown + "\n")
+            files.write_text(folder / "table.txt", shown + "\n")
     except OSError as error:
         raise UserError(f"cannot write (--output {folder}): {error.strerror}") from error

@@ -1,7 +1,7 @@
 """What more processes cost: projected for clusters, measured on this machine.
 
-python tools/scaling.py --step-ms MS --batch-size N [--model NAME] [--gpus 8 64 512] ...
-python tools/scaling.py --measure 1 2 4 [--model NAME] [--batch-size N] [--input-size S] [--output FOLDER]
+python -m tools.scaling --step-ms MS --batch-size N [--model NAME] [--gpus 8 64 512] ...
+python -m tools.scaling --measure 1 2 4 [--model NAME] [--batch-size N] [--input-size S] [--output FOLDER]
 
 The projection's formula is in `exchange` and `Projection`; docs/scaling.md explains it. --measure trains on random
 pictures on one machine (a GPU a process, or one thread a process): weak scaling keeps the pictures of a process, strong
@@ -17,20 +17,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import gvt
 
 # isort: split
-import records
 import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from records import csv_text, environment
 
-from options import Parser
-from utils import UserError, exit_code
+from tools import records
+from tools.records import csv_text, environment
+from training.errors import UserError, exit_code
+from training.options import Parser
 
 BUCKET = 25 * 2**20  # bytes that DistributedDataParallel exchanges at once
 BACKWARD = 2 / 3  # of a step: what the exchange can hide behind

@@ -1,4 +1,4 @@
-"""Digits on photographs, for small segmentors and detectors: python tools/scenes.py --ade FOLDER --coco FOLDER [--seed
+"""Digits on photographs, for small segmentors and detectors: python -m tools.scenes --ade FOLDER --coco FOLDER [--seed
 0].
 
 scikit-learn's handwritten digits, enlarged, tinted and pasted without overlap on pieces of its two sample photographs.
@@ -12,9 +12,10 @@ import json
 from pathlib import Path
 
 import numpy as np
-from digits import parts
 from PIL import Image
 from sklearn.datasets import load_sample_images
+
+from tools.digits import parts
 
 SIDE = 128  # of a picture, in pixels
 DIGIT = (28, 44)  # smallest and largest side of a digit

@@ -12,11 +12,11 @@ import timm
 import torch
 from conftest import golden, golden_pictures, golden_weights, relative
 
-import checkpoint
 from dense import libraries
 from dense.backbone import PUBLISHED, TwinsBackbone, published_drop_path
 from gvt import MODEL_NAMES, VARIANTS
-from utils import UserError
+from training import checkpoint
+from training.errors import UserError
 
 PAPER = [name for name in VARIANTS if name != "alt_gvt_demo"]
 CLASSIFICATION = {key: name for name, key in MODEL_NAMES.items()}

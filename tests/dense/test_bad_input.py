@@ -25,9 +25,9 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 from toys import DETECTOR, ROOT, SEGMENTOR, STRANGE, ade_toy, annotations, coco_toy, give_picture, noise, run, write
 
-import checkpoint
 from dense import cli, libraries
-from utils import UserError
+from training import checkpoint
+from training.errors import UserError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # of mmdetection's masks

@@ -13,9 +13,9 @@ import timm
 import torch
 from toys import DETECTOR, ROOT, SEGMENTOR, ade_toy, coco_toy, run, write
 
-import checkpoint
 from dense import cli, libraries
-from utils import UserError
+from training import checkpoint
+from training.errors import UserError
 
 FOLDERS = {"mmseg": "segmentation", "mmdet": "detection"}
 

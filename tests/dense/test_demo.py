@@ -10,13 +10,13 @@ import pytest
 
 pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
 
-import scenes
 import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from toys import ROOT, run
 
 from dense import libraries
+from tools import scenes
 
 SMALL = [
     path for task in ("segmentation", "detection") for path in sorted((ROOT / task / "configs" / "small").glob("*.py"))

@@ -8,10 +8,11 @@ import pytest
 
 pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
 
-import count as tool
 from conftest import ROOT
-from readme_tables import by_config
 from test_configs import PARAMETERS, TABLE
+
+from tools import count as tool
+from tools.readme_tables import by_config
 
 COUNTS = {line.split(",")[0]: line for line in (ROOT / "logs" / "dense_counts.csv").read_text().splitlines()}
 EVERYDAY = {"fpn_pcpvt_s", "upernet_alt_gvt_s", "retinanet_alt_gvt_s", "mask_rcnn_pcpvt_s"}

@@ -8,10 +8,10 @@ import torch
 from conftest import golden_pictures, golden_weights
 from torch import nn
 
-import formats
 from dense import libraries
 from dense.backbone import TwinsBackbone
 from gvt import VARIANTS
+from training import formats
 
 libraries.load("mmseg")
 

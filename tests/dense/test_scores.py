@@ -23,8 +23,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from toys import DETECTOR, ROOT, SEGMENTOR, ade_toy, coco_toy, run, write
 
-import checkpoint
 from dense import libraries
+from training import checkpoint
 
 pytestmark = [
     pytest.mark.slow,

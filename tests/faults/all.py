@@ -14,8 +14,8 @@ from common import HERE, ROOT, environment
 from syscalls import have_strace
 from torch import device
 
-import lifecycle
 import utils
+from training import files
 
 PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck")
 
@@ -62,7 +62,7 @@ def main() -> int:
                 failed.append(program)
             rows += json.loads(result.read_text()) if result.exists() else []
     args.output.mkdir(parents=True, exist_ok=True)
-    lifecycle.write_text(args.output / "README.md", table(rows, record, (time.perf_counter() - start) / 60))
+    files.write_text(args.output / "README.md", table(rows, record, (time.perf_counter() - start) / 60))
     print(f"{args.output / 'README.md'}: {'all survived' if not failed else 'LOST in ' + ', '.join(failed)}")
     return 1 if failed else 0
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 STOPPING = str(HERE / "stopping.py")
 TIMES = ("time", "data_time", "images_per_s", "max_memory_mb")
@@ -234,7 +234,7 @@ def ranks(pid: int) -> dict[int, int]:
 
 
 def alive(pid: int) -> bool:
-    from lifecycle import process_state
+    from training.processes import process_state
 
     return process_state(pid) != "gone"
 
@@ -244,9 +244,8 @@ def alive(pid: int) -> bool:
 
 def result(folder: Path) -> tuple[str, list[dict]]:
     """A finished run: the digest of its state, and its log without times and memory."""
-    from checkpoint_hash import digest
-
-    import checkpoint
+    from tools.checkpoint_hash import digest
+    from training import checkpoint
 
     lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
     return digest(checkpoint.load(folder / "checkpoint.pth")), [

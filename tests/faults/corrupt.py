@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from common import ROOT, command, complain, environment, error_lines, make_data, run_program, words
 
-import checkpoint
-from utils import UserError
+from training import checkpoint
+from training.errors import UserError
 
 
 def training_state(base: Path) -> Path:

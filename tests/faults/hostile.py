@@ -28,9 +28,8 @@ import torch
 from one_save import payload
 from torch import nn
 
-import checkpoint
-import resume
-from utils import UserError
+from training import checkpoint, resume
+from training.errors import UserError
 
 MOST_MB, MOST_S = 300, 20
 GB = 2**30
@@ -268,7 +267,7 @@ def body(table, args, base: Path) -> None:
             marker.unlink(missing_ok=True)
         row.notes = f"{len(cases)} files; memory grew by {largest:.0f} MB at most, the slowest took {slowest:.1f} s"
     with table.row(
-        "hostile files through the programs", "main.py --eval, --resume, --finetune; tools/convert.py; an https cache"
+        "hostile files through the programs", "main.py --eval, --resume, --finetune; tools.convert; an https cache"
     ) as row:
         data, cache = make_data(base / "data", train=4, val=2), base / "hub"
         (cache / "hub" / "checkpoints").mkdir(parents=True)
@@ -290,7 +289,7 @@ def body(table, args, base: Path) -> None:
             "--resume": [*train, "--resume", str(path)],
             "--finetune": [*train, "--finetune", str(path)],
             "a cached address": [*plain, "--eval", "--resume", url],
-            "convert.py": [str(ROOT / "tools" / "convert.py"), str(path), str(base / "out.pth"), "--to", "timm"],
+            "convert.py": ["-m", "tools.convert", str(path), str(base / "out.pth"), "--to", "timm"],
         }
         for way, line in list(ways.items())[: 2 if args.short else None]:
             for what in (
@@ -301,7 +300,7 @@ def body(table, args, base: Path) -> None:
                 cases[what](path)
                 cases[what](cache / "hub" / "checkpoints" / "cached.pth")
                 env = environment() | {"TORCH_HOME": str(cache)}
-                done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=env)
+                done = subprocess.run([sys.executable, *line], capture_output=True, text=True, env=env, cwd=ROOT)
                 said = done.stderr.strip()
                 row.check(
                     complain(

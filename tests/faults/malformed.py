@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import main
-import options
+from training import options
 
 INTEGERS = (
     "--batch-size",

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import common  # noqa: F401  the project's path
 
-import checkpoint
-import lifecycle
-from lifecycle import CHECKPOINT
-from utils import UserError, print_error
+from training import checkpoint, files
+from training.errors import UserError, print_error
+from training.files import CHECKPOINT
 
 PAYLOAD_MB = 3
 
@@ -32,13 +31,13 @@ def payload(epoch: int) -> dict:
 
 def prepare(folder: Path) -> None:
     folder.mkdir(parents=True)
-    checkpoint.save(folder / lifecycle.earlier_name(2, 0), payload(2))
+    checkpoint.save(folder / files.earlier_name(2, 0), payload(2))
     checkpoint.save(folder / CHECKPOINT, payload(3))
 
 
 def save(folder: Path) -> None:
-    checkpoint.save(folder / CHECKPOINT, payload(4), keep_as=folder / lifecycle.earlier_name(3, 0))
-    lifecycle.prune(folder, 2, (4, 0))
+    checkpoint.save(folder / CHECKPOINT, payload(4), keep_as=folder / files.earlier_name(3, 0))
+    files.prune(folder, 2, (4, 0))
 
 
 def interrupt(at: int, code: str = "") -> None:
@@ -60,8 +59,8 @@ def interrupt(at: int, code: str = "") -> None:
         def __init__(self, file):
             self.write, self.flush = watched(file.write), file.flush
 
-    recorder, unlink = lifecycle._Recorder.__init__, os.unlink
-    lifecycle._Recorder.__init__ = lambda self, file: recorder(self, Watched(file))
+    recorder, unlink = files._Recorder.__init__, os.unlink
+    files._Recorder.__init__ = lambda self, file: recorder(self, Watched(file))
     os.fsync, os.replace, os.link, os.unlink = (
         watched(function) for function in (os.fsync, os.replace, os.link, unlink)
     )

@@ -14,15 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 where, options_given = sys.argv[1], sys.argv[2:]
 sys.argv[0:2] = ["main.py"]  # as the record of the command has it
 
-import lifecycle
+from training import launcher
 
-if lifecycle.launched():
-    lifecycle.end_with_launcher()
+if launcher.launched():
+    launcher.end_with_launcher()
 
-import checkpoint
 import main
-import options
 import utils
+from training import checkpoint, options
 
 place, _, rank = where.partition("@")
 kind, *numbers = place.split(":")

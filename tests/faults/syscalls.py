@@ -13,9 +13,8 @@ from pathlib import Path
 
 from common import HERE, Row, complain, environment, run_program
 
-import checkpoint
-import lifecycle
-from utils import UserError
+from training import checkpoint, files
+from training.errors import UserError
 
 ONE_SAVE = str(HERE / "one_save.py")
 CALLS = "write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
@@ -30,7 +29,7 @@ def have_strace() -> bool:
 
 def newest_whole(folder: Path) -> int:
     """The epoch of the checkpoint that a run would continue from; -1 for none."""
-    for path in lifecycle.candidates(folder):
+    for path in files.candidates(folder):
         try:
             payload = checkpoint.load(path)
         except UserError:

@@ -5,18 +5,20 @@ one line.
 import argparse
 import csv
 import json
+import os
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-import benchmark as tool
 import pytest
 import torch
-from count import count as count_of
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
+
+from tools import benchmark as tool
+from tools.count import count as count_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -354,9 +356,10 @@ def test_memory(capsys, small_limits):
 
 
 @pytest.mark.slow
-def test_as_a_script_from_elsewhere(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *EAGER, "--threads", "1", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+def test_as_a_module_from_elsewhere(tmp_path):
+    command = [sys.executable, "-m", "tools.benchmark", *EAGER, "--threads", "1", "--json"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=env)
     assert json.loads(done.stdout)["environment"]["threads"] == 1
 
 

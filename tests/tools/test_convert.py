@@ -8,17 +8,16 @@ import resource
 import subprocess
 import sys
 
-import convert as tool
 import pytest
 import safetensors.torch
 import timm
 import torch
 from conftest import ROOT, golden_weights
 
-import checkpoint
-import formats
 import gvt
-from utils import UserError
+from tools import convert as tool
+from training import checkpoint, formats
+from training.errors import UserError
 
 HEAD = ["head.weight", "head.bias"]
 
@@ -125,7 +124,7 @@ def test_a_hub_folder_opens_in_timm(files, tmp_path, key):
 PLAIN_TIMM = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import torchvision_cpu
+from gvt_ops import torchvision_cpu
 import timm
 assert "gvt" not in sys.modules
 print(type(timm.create_model("local-dir:" + sys.argv[2], pretrained=True)).__module__)
@@ -269,10 +268,11 @@ def test_debug_raises(wrong, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_as_a_script_from_elsewhere(wrong, tmp_path):
+def test_as_a_module_from_elsewhere(wrong, tmp_path):
     command = [
         sys.executable,
-        str(ROOT / "tools" / "convert.py"),
+        "-m",
+        "tools.convert",
         str(wrong / "demo.pth"),
         "x.pth",
         "--to",
@@ -280,7 +280,7 @@ def test_as_a_script_from_elsewhere(wrong, tmp_path):
         "--report",
         "x.json",
     ]
-    env = os.environ | {"PYTHONWARNINGS": "error::UserWarning"}
+    env = os.environ | {"PYTHONWARNINGS": "error::UserWarning", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.pth"]

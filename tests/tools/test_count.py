@@ -3,14 +3,15 @@
 import csv
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import count as tool
 import pytest
 
 import gvt
+from tools import count as tool
 
 ROOT = Path(__file__).resolve().parents[2]
 counted = functools.cache(tool.count)
@@ -160,17 +161,19 @@ def test_without_the_libraries_dense_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_json_as_a_script_from_elsewhere(tmp_path):
+def test_json_as_a_module_from_elsewhere(tmp_path):
     command = [
         sys.executable,
-        str(ROOT / "tools" / "count.py"),
+        "-m",
+        "tools.count",
         "--model",
         "alt_gvt_demo",
         "--input-size",
         "32",
         "--json",
     ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=env)
     found = json.loads(done.stdout)
     assert found == {"alt_gvt_demo": counted("alt_gvt_demo", 32)}
     assert found["alt_gvt_demo"]["params"] == 2_736_040

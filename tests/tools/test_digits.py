@@ -1,8 +1,9 @@
 """The demo's data set."""
 
-import digits
 import numpy as np
 from PIL import Image
+
+from tools import digits
 
 
 def pictures(folder):

@@ -5,10 +5,11 @@ timed.
 import copy
 import json
 
-import feeding  # first: it lets torchvision be imported
 import pytest
 import timm
 import torch
+
+from tools import feeding  # first: it lets torchvision be imported
 
 
 def test_a_run(toy, tmp_path, capsys):

@@ -2,14 +2,14 @@
 
 import sys
 
-import picture
 import pytest
 from conftest import SMALL_RUN
 from PIL import Image
 
 import main
-import options
-from utils import UserError
+from tools import picture
+from training import options
+from training.errors import UserError
 
 
 def test_curves_and_predictions(toy, tmp_path, monkeypatch, capsys):

@@ -4,9 +4,10 @@ line.
 
 import json
 
-import plot_logs
 import pytest
 from PIL import Image
+
+from tools import plot_logs
 
 # First epoch, epochs, best Acc@1 and its epoch, last Acc@1 of each published run.
 PUBLISHED = {

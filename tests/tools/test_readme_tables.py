@@ -5,13 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-import readme_tables
 
 import gvt
 import main
+from tools import readme_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-BEGIN = "<!-- table: {} (python tools/readme_tables.py) -->"
+BEGIN = "<!-- table: {} (python -m tools.readme_tables) -->"
 END = "<!-- end table -->"
 counted = functools.cache(readme_tables.count)
 
@@ -224,7 +224,7 @@ def make_benchmark(logs: Path) -> None:
         torch="2.13.0",
         timm="1.0.31",
         started="2026-11-24T10:00:00",
-        command="python tools/benchmark.py",
+        command="python -m tools.benchmark",
     )
     results = dict(
         environment=environment,
@@ -240,7 +240,7 @@ def test_speed(tmp_path):
     make_benchmark(tmp_path)
     found = readme_tables.speed(logs=tmp_path)
     assert found == readme_tables.speed("a_cpu", logs=tmp_path)
-    assert found[1] == "A CPU, 2 threads, torch 2.13.0, timm 1.0.31, 2026-11-24, 30 rounds. `python tools/benchmark.py`"
+    assert found[1] == "A CPU, 2 threads, torch 2.13.0, timm 1.0.31, 2026-11-24, 30 rounds. `python -m tools.benchmark`"
     assert (
         found[3]
         == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | Share of product rate |"
@@ -349,7 +349,7 @@ def test_check_notices_a_changed_figure(name, digit, other, tmp_path, capsys, no
     path.write_text(changed)
     assert readme_tables.run(["--readme", str(path), "--check"]) == 1
     out, error = capsys.readouterr()
-    assert (out, error) == ("", f"readme_tables.py: out of date ({path}, {name}): run python tools/readme_tables.py\n")
+    assert (out, error) == ("", f"readme_tables.py: out of date ({path}, {name}): run python -m tools.readme_tables\n")
     assert path.read_text() == changed
 
 

@@ -4,10 +4,10 @@ import csv
 import json
 
 import pytest
-import scaling
-from scaling import Machine, Projection, exchange
 
-from utils import UserError
+from tools import scaling
+from tools.scaling import Machine, Projection, exchange
+from training.errors import UserError
 
 MB = 2**20
 

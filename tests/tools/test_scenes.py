@@ -6,9 +6,10 @@ import json
 
 import numpy as np
 import pytest
-import scenes
-from digits import parts
 from PIL import Image
+
+from tools import scenes
+from tools.digits import parts
 
 COUNTS = {"train": 12, "val": 5}
 

@@ -9,9 +9,9 @@ import timm
 import torch
 from conftest import golden_weights
 
-import formats
 import gvt
-from utils import UserError
+from training import formats
+from training.errors import UserError
 
 VARIANTS = gvt.VARIANTS
 PAPER = [key for key, variant in VARIANTS.items() if variant.timm]

@@ -15,11 +15,11 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import gvt
-import products
+from gvt_ops import onednn
 
 SHAPES = [((2, 5, 6, 64), 256), ((3, 49, 96), 32), ((7, 64), 64), ((1, 64), 5)]
 serves = pytest.mark.skipif(
-    products.refusal(torch.zeros(1, 1), torch.zeros(1, 1)) is not None, reason="no oneDNN with AVX-512 on this machine"
+    onednn.refusal(torch.zeros(1, 1), torch.zeros(1, 1)) is not None, reason="no oneDNN with AVX-512 on this machine"
 )
 
 
@@ -43,11 +43,11 @@ def doubled(*tensors):
 @pytest.mark.parametrize("function", ["linear", "linear_gelu"])
 def test_as_near_to_the_exact_result_as_torch(function, shape, out, dtype, bias):
     given = tensors(shape, out, dtype, bias)
-    own = getattr(products, function)
+    own = getattr(onednn, function)
     with torch.no_grad():
         result = own(*given)
         exact = own(*doubled(*given))
-        with products.by_torch_alone():
+        with onednn.by_torch_alone():
             plain = own(*given)
     assert result.shape == plain.shape == (*shape[:-1], out) and result.dtype == dtype and result.is_contiguous()
     assert error(result, exact) <= 2 * error(plain, exact)
@@ -58,7 +58,7 @@ def test_as_near_to_the_exact_result_as_torch(function, shape, out, dtype, bias)
 def test_gradients_are_as_near_too(shape, out, bias):
     given = [x.requires_grad_() for x in tensors(shape, out, bias=bias) if x is not None]
     grad = torch.randn(*shape[:-1], out)
-    found = torch.autograd.grad(products.linear(*given), given, grad)
+    found = torch.autograd.grad(onednn.linear(*given), given, grad)
     plain = torch.autograd.grad(F.linear(*given), given, grad)
     precise = doubled(*given)
     exact = torch.autograd.grad(F.linear(*precise), precise, grad.double())
@@ -70,7 +70,7 @@ def test_gradients_are_as_near_too(shape, out, bias):
 def test_second_derivatives():
     given = [x.requires_grad_() for x in tensors((3, 8), 5)]
     second = []
-    for function in (products.linear, F.linear):
+    for function in (onednn.linear, F.linear):
         (first,) = torch.autograd.grad(function(*given).square().sum(), given[1], create_graph=True)
         second.append(torch.autograd.grad(first.square().sum(), given[1])[0])
     assert torch.allclose(*second, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_derivatives_of_torch_func_and_of_forward_mode():
         yield torch.autograd.grad(mlp(given), given, torch.ones(2, 3, 4), is_grads_batched=True)[0]
 
     found = list(derivatives())
-    with products.by_torch_alone():
+    with onednn.by_torch_alone():
         for ours, plain in zip(found, derivatives(), strict=True):
             assert plain.any() and torch.allclose(ours, plain, atol=1e-6)
 
@@ -99,7 +99,7 @@ def test_derivatives_of_torch_func_and_of_forward_mode():
 @pytest.mark.parametrize("grad", [True, False])
 def test_operations_are_counted(grad):
     mlp, x, counts = gvt.Mlp(8, 16, drop=0.0), torch.randn(3, 5, 8), []
-    for way in (contextlib.nullcontext, products.by_torch_alone):
+    for way in (contextlib.nullcontext, onednn.by_torch_alone):
         with way(), FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
             result = mlp(x).sum()
             if grad:
@@ -110,7 +110,7 @@ def test_operations_are_counted(grad):
 
 def test_what_does_not_fit_is_said_by_torch():
     x, weight, bias = tensors((3, 8), 5)
-    for function in (products.linear, products.linear_gelu):
+    for function in (onednn.linear, onednn.linear_gelu):
         with torch.no_grad(), pytest.raises(RuntimeError, match="cannot be multiplied"):
             function(x[:, :7], weight, bias)
         with torch.no_grad(), pytest.raises(RuntimeError, match="bias|same dtype|expand|size"):
@@ -123,14 +123,14 @@ def test_one_row_and_none(shape):
         torch.randn(shape, requires_grad=True),
         *(each.requires_grad_() for each in tensors((1, 8), 5)[1:]),
     )
-    result = products.linear(x, weight, bias)
+    result = onednn.linear(x, weight, bias)
     result.sum().backward()
     assert result.shape == (*shape[:-1], 5) and x.grad.shape == shape and weight.grad.shape == (5, 8)
 
 
 def test_only_the_gradients_that_are_asked_for():
     x, weight, bias = tensors((3, 8), 5)
-    (grad,) = torch.autograd.grad(products.linear(x, weight, bias.requires_grad_()).sum(), [bias])
+    (grad,) = torch.autograd.grad(onednn.linear(x, weight, bias.requires_grad_()).sum(), [bias])
     assert torch.equal(grad, torch.full((5,), 3.0))
 
 
@@ -138,8 +138,8 @@ def test_only_the_gradients_that_are_asked_for():
 def test_rows_that_do_not_lie_one_behind_the_other():
     x, weight, bias = tensors((4, 32, 6), 5)
     x, weight = x.transpose(1, 2), tensors((1, 32), 5)[1]
-    assert products.refusal(x, weight) is None
-    assert torch.allclose(products.linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5)
+    assert onednn.refusal(x, weight) is None
+    assert torch.allclose(onednn.linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5)
 
 
 @serves
@@ -148,7 +148,7 @@ def test_compiled_without_a_break(grad):
     given = tensors((2, 7, 16), 24)
     if grad:
         given = [x.requires_grad_() for x in given]
-    compiled = torch.compile(products.linear, fullgraph=True, dynamic=False, backend="aot_eager")
+    compiled = torch.compile(onednn.linear, fullgraph=True, dynamic=False, backend="aot_eager")
     assert torch.allclose(compiled(*given), F.linear(*given), atol=1e-5)
 
 
@@ -171,19 +171,19 @@ def test_what_is_refused_says_why(of_x, of_weight, part):
         torch.zeros(2, 3, **of_x),
         torch.zeros(4, 3, **({"device": of_x.get("device", "cpu"), "dtype": of_x.get("dtype")} | of_weight)),
     )
-    assert part in products.refusal(x, weight)
+    assert part in onednn.refusal(x, weight)
 
 
 @serves
 def test_off_and_under_autocast():
     x, weight, _ = tensors((2, 3), 4)
-    assert products.refusal(x, weight) is None
-    with products.by_torch_alone():
-        assert "is off" in products.refusal(x, weight)
+    assert onednn.refusal(x, weight) is None
+    with onednn.by_torch_alone():
+        assert "is off" in onednn.refusal(x, weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert "autocast" in products.refusal(x, weight)
-        assert products.linear(x, weight).dtype == torch.bfloat16
-    assert products.refusal(x, weight) is None
+        assert "autocast" in onednn.refusal(x, weight)
+        assert onednn.linear(x, weight).dtype == torch.bfloat16
+    assert onednn.refusal(x, weight) is None
 
 
 def queries_keys_values(batch, heads, queries, keys, dtype=torch.bfloat16):
@@ -203,7 +203,7 @@ def test_attention_in_bfloat16(batch, heads, queries, keys, masked):
     mask = mask | (torch.arange(keys) == 0) if masked else None  # each query has a key
     attend = functools.partial(gvt.attend, mask=mask, dropout=nn.Dropout(0.1).eval())
     with torch.no_grad():
-        assert products.attention_refusal(*given[:2]) is None
+        assert onednn.attention_refusal(*given[:2]) is None
         result = attend(*given, fused=True)
         exact = attend(*doubled(*given), fused=True)
         plain = attend(*given, fused=False)
@@ -217,17 +217,17 @@ def test_one_mask_for_all_rows(monkeypatch):
     attend = functools.partial(gvt.attend, q, k, v, mask[:1], dropout=nn.Dropout(0.0), fused=True)
     with torch.no_grad():
         whole = attend()
-        monkeypatch.setattr(products, "MOST_WEIGHTS", 4 * 2 * 49 * 49)
-        assert products.rows_at_once(q, k) == 4
+        monkeypatch.setattr(onednn, "MOST_WEIGHTS", 4 * 2 * 49 * 49)
+        assert onednn.rows_at_once(q, k) == 4
         assert torch.equal(attend(), whole)
 
 
 @serves
 def test_attention_that_is_refused_says_why():
     q, k, v, _ = queries_keys_values(1, 1, 2, 257)
-    assert "257 keys" in products.attention_refusal(q, k)
-    assert "torch.float32" in products.attention_refusal(q.float(), k.float())
-    assert "gradients" in products.attention_refusal(q.requires_grad_(), k[:, :, :9])
+    assert "257 keys" in onednn.attention_refusal(q, k)
+    assert "torch.float32" in onednn.attention_refusal(q.float(), k.float())
+    assert "gradients" in onednn.attention_refusal(q.requires_grad_(), k[:, :, :9])
     torch.manual_seed(0)
     with torch.no_grad():  # dropout of weights, where nothing asks for gradients
         dropped = gvt.attend(q, k[:, :, :9], v[:, :, :9], None, dropout=nn.Dropout(0.9), fused=True)
@@ -273,13 +273,13 @@ def test_other_ways_to_watch_the_mlp_are_honoured():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_mlp_takes_many_rows_in_parts(dtype, monkeypatch):
     mlp, x, sizes = gvt.Mlp(8, 16, drop=0.0).eval().to(dtype), torch.randn(3, 5, 7, 8).to(dtype), []
-    own = products.linear_gelu
+    own = onednn.linear_gelu
     monkeypatch.setattr(
         gvt, "linear_gelu", lambda x, *rest, **options: sizes.append(len(x)) or own(x, *rest, **options)
     )
     with torch.no_grad():
         whole = mlp(x)
-        monkeypatch.setattr(products, "MOST_HIDDEN", 50 * 16 * x.element_size())
+        monkeypatch.setattr(onednn, "MOST_HIDDEN", 50 * 16 * x.element_size())
         parts = mlp(x)
     assert sizes == [3, 50, 50, 5]
     assert parts.shape == whole.shape and torch.allclose(

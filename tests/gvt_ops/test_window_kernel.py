@@ -1,4 +1,4 @@
-"""The kernels of window attention: equal to plain PyTorch, forward and backward, on a GPU or (test_window_attention.py)
+"""The kernels of window attention: equal to plain PyTorch, forward and backward, on a GPU or (test_gvt_ops/window_attention.py)
 in Triton's interpreter.
 """
 
@@ -14,12 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gvt
-from window_attention import attend_in_windows, attend_in_windows_backward, reference
+from gvt_ops.window_attention import attend_in_windows, attend_in_windows_backward, reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip(
-        "no CUDA device: test_window_attention.py runs this file in Triton's interpreter", allow_module_level=True
+        "no CUDA device: test_gvt_ops/window_attention.py runs this file in Triton's interpreter",
+        allow_module_level=True,
     )
 
 DEVICE = "cpu" if INTERPRETED else "cuda"

@@ -1,29 +1,18 @@
-"""What surrounds a run: files written whole, one owner of its folder, the checkpoints it keeps, signals, and what
-became of it.
+"""The files of a run's folder: written whole, listed, pruned, and the folder owned by one process at a time.
 
-Needs the standard library only, so that main.py can ask before torch is imported.
+Needs the standard library only: main.py asks before torch is imported.
 """
 
-import contextlib
-import ctypes
-import datetime
 import fcntl
-import json
 import os
 import re
-import signal
 import socket
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 CHECKPOINT, BEST, LOG, STATUS, LOCK = "checkpoint.pth", "checkpoint_best.pth", "log.txt", "status.json", ".lock"
 EARLIER = re.compile(r"checkpoint-\d{4,}-\d{6,}\.pth")  # what --checkpoint-hist keeps beside the newest
-PREEMPTED = 128 + signal.SIGTERM  # the exit code of a run that a signal ended, its state saved
-LAST_SECONDS = 4.0  # that a process without its launcher has for saving
 
 
 # ---------------------------------------------------------------- files written whole
@@ -147,7 +136,7 @@ def prune(folder: Path, keep: int, place: tuple[int, int]) -> None:
 # ---------------------------------------------------------------- one owner
 
 
-def _me() -> str:
+def this_process() -> str:
     return f"process {os.getpid()} on {socket.gethostname()}"
 
 
@@ -190,7 +179,7 @@ class Lock:
         self.taken_by = None
         if _lock(self.file):
             self.file.truncate(0)
-            self.file.write(_me() + "\n")
+            self.file.write(this_process() + "\n")
             self.file.flush()
         else:
             self.file.seek(0)
@@ -199,153 +188,3 @@ class Lock:
 
     def release(self) -> None:
         self.file.close()
-
-
-# ---------------------------------------------------------------- what became of a run
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-class Status:
-    """status.json: {"state": running | finished | preempted | failed, "reason", "epoch", "updates", "by", "started",
-    "time"}.
-
-    A failure is written by the process that had it; those that only notice that another one is gone leave its reason as
-    it is.
-    """
-
-    def __init__(self, folder: Path, started: str):
-        self.path, self.started, self.place = Path(folder) / STATUS, started, {"epoch": -1, "updates": 0}
-
-    def write(self, state: str, reason: str = "") -> None:
-        record = {"state": state, "reason": reason, **self.place, "by": _me(), "started": self.started, "time": now()}
-        with contextlib.suppress(OSError):  # a full disk has an error of its own, which comes first
-            write_text(self.path, json.dumps(record, indent=1) + "\n")
-
-    def fail(self, reason: str, *, echo: bool = False) -> None:
-        if not (echo and self.told()):
-            self.write("failed", reason)
-
-    def told(self) -> bool:
-        """Whether this run's failure has been written already."""
-        try:
-            record = json.loads(self.path.read_text())
-            return record["state"] == "failed" and record["started"] == self.started
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
-
-
-# ---------------------------------------------------------------- signals
-
-
-class StopSignals:
-    """Notes SIGTERM and SIGUSR1 while it is entered: `received` is the signal's name, or None. The run ends at its next
-    safe point.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self):
-        self.received = None
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _frame) -> None:
-        self.received = signal.Signals(number).name
-
-
-def die_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends (Linux; elsewhere nothing)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun) started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def end_with_launcher() -> None:
-    """End soon after the launcher does: a SIGTERM at once, so that the state is saved, and some seconds later the end
-    in any case.
-
-    torchrun's processes outlive it otherwise, and go on writing into the run's folder.
-    """
-    parent = os.getppid()
-    die_with_parent(signal.SIGTERM)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
-        time.sleep(LAST_SECONDS)
-        os._exit(PREEMPTED)
-
-    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raise `error` in the main thread where the body takes longer, also in the middle of a system call. 0, or another
-    thread: no limit.
-    """
-    if not seconds or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def over(_number, _frame) -> None:
-        raise error
-
-    handler, (left, _) = signal.signal(signal.SIGALRM, over), signal.setitimer(signal.ITIMER_REAL, seconds)
-    start = time.monotonic()
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - start), 1e-3) if left else 0)
-        signal.signal(signal.SIGALRM, handler)
-
-
-def loading_process(_index: int) -> None:
-    """What a data-loading process does first: a group of its own, away from the launcher's signals, and no life without
-    the trainer.
-    """
-    os.setpgid(0, 0)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = (
-        lambda *_: None
-    )  # of the thread that hands over memory, where the trainer breaks off: the trainer has its own line
-    die_with_parent(signal.SIGKILL)
-
-
-def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; empty where there is no such process, or no such file system."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def identity() -> tuple[str, int, str]:
-    """This process among all that the machines of a run ever have: host, pid, and when it was started, in the kernel's
-    ticks.
-    """
-    return socket.gethostname(), os.getpid(), "".join(_stat(os.getpid())[19:20])
-
-
-def process_state(pid: int, started: str = "") -> str:
-    """ "stopped", "gone" or "alive", as this machine's process table has it. started: as in `identity`, for another one
-    may have its pid.
-    """
-    fields = _stat(pid)
-    if not fields or (started and fields[19] != started):
-        return "gone" if sys.platform == "linux" else "alive"
-    return {"T": "stopped", "t": "stopped", "Z": "gone", "X": "gone"}.get(fields[0], "alive")

@@ -13,8 +13,8 @@ from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gvt
-import window_attention
-from window_attention import attend_in_windows, reference, why_not
+from gvt_ops import window_attention
+from gvt_ops.window_attention import attend_in_windows, reference, why_not
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -23,7 +23,7 @@ def test_the_kernel_in_tritons_interpreter(chosen):
     needs a GPU.
     """
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "tests/test_window_kernel.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", chosen, "tests/gvt_ops/test_window_kernel.py"]
     settings = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=settings)
     assert result.returncode == 0 and "skipped" not in result.stdout, result.stdout + result.stderr
@@ -81,16 +81,14 @@ def test_dropout_of_weights_matters_in_training_only(monkeypatch):
 
 def test_without_triton_all_but_the_kernel_works():
     """CPU builds of torch bring none."""
-    program = "import sys; sys.modules['triton'] = None; import gvt, torch, window_attention as w; x = torch.randn(1, 7, 7, 8); "
+    program = "import sys; sys.modules['triton'] = None; import gvt, torch, gvt_ops.window_attention as w; x = torch.randn(1, 7, 7, 8); "
     program += "print(gvt.LocalAttention(8, 2, window=7)(x).shape, w.why_not(x, heads=2, window=7, dropout=0.0))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "torch.Size([1, 7, 7, 8]) Triton is not installed\n", result.stderr
 
 
 def test_the_switch():
-    program = (
-        "import torch, window_attention as w; print(w.why_not(torch.zeros(1, 7, 7, 8), heads=2, window=7, dropout=0.0))"
-    )
+    program = "import torch, gvt_ops.window_attention as w; print(w.why_not(torch.zeros(1, 7, 7, 8), heads=2, window=7, dropout=0.0))"
     command = dict(args=[sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     result = subprocess.run(**command, env=os.environ | {"TWINS_WINDOW_KERNEL": "0"})
     assert result.stdout == "TWINS_WINDOW_KERNEL=0 is set\n", result.stderr
@@ -131,7 +129,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(case, pass_, tmp_path, m
     counts on.
     """
     triton = pytest.importorskip("triton")
-    import window_kernel
+    from gvt_ops import window_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (capability, dtype, window, D), kernel = case, getattr(window_kernel, pass_)

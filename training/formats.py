@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gvt import VARIANTS, Twins
-from utils import UserError
+from training.errors import UserError
 
 FORMATS = ("published", "timm", "mmseg", "mmpretrain", "safetensors", "hub")
 

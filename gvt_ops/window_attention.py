@@ -94,7 +94,7 @@ def attend_in_windows(qkv: Tensor, heads: int, window: int) -> Tensor:
 
     qkv holds [3, heads, D] for each token. In its dtype, with sums in float32.
     """
-    import window_kernel
+    from gvt_ops import window_kernel
 
     out = like(qkv, qkv.shape[-1] // 3)
     window_kernel.launch(window_kernel.forward, qkv.contiguous(), out, heads=heads, window=window)
@@ -104,7 +104,7 @@ def attend_in_windows(qkv: Tensor, heads: int, window: int) -> Tensor:
 @torch.library.custom_op("twins::attend_in_windows_backward", mutates_args=())
 def attend_in_windows_backward(grad: Tensor, qkv: Tensor, heads: int, window: int) -> Tensor:
     """The gradient of qkv, as qkv is laid out."""
-    import window_kernel
+    from gvt_ops import window_kernel
 
     grad_qkv = like(qkv, qkv.shape[-1])
     window_kernel.launch(

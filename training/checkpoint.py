@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import formats
-from lifecycle import atomic_write, write_text
-from utils import UserError, did_you_mean
+from training import formats
+from training.errors import UserError, did_you_mean
+from training.files import atomic_write, write_text
 
 WRAPPERS = (
     "model",

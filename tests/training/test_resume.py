@@ -13,14 +13,11 @@ import time
 
 import pytest
 import torch
-from checkpoint_hash import digest
 from conftest import ROOT, SMALL_RUN, launch, log_lines
 
-import checkpoint
-import lifecycle
 import main
-import options
-import resume
+from tools.checkpoint_hash import digest
+from training import checkpoint, files, options, resume
 
 STOPPING = str(ROOT / "tests" / "faults" / "stopping.py")
 TIMES = ("time", "data_time", "images_per_s", "max_memory_mb")
@@ -232,7 +229,7 @@ def test_a_branch_that_was_left_is_not_taken_up_again(whole, toy, tmp_path, monk
     monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: True)
     changed = ["--resume-changed", "--lr", "1e-3", "--checkpoint-hist", 3]
     assert here(*words(toy, folder, "--resume", folder / "checkpoint-0001-000002.pth", *changed)) == 143
-    assert [path.name for path in lifecycle.earlier(folder)] == ["checkpoint-0001-000002.pth"]
+    assert [path.name for path in files.earlier(folder)] == ["checkpoint-0001-000002.pth"]
     assert checkpoint.load(folder / "checkpoint.pth")["epoch"] == 0
 
 
@@ -245,7 +242,7 @@ def test_overwriting_with_a_checkpoint_from_elsewhere_leaves_nothing_of_the_run_
     assert here(*words(toy, folder, "--resume", whole / "checkpoint.pth", "--overwrite")) == 0
     assert (
         not (folder / "checkpoint_best.pth").exists()
-        and not lifecycle.earlier(folder)
+        and not files.earlier(folder)
         and not (folder / "log.txt").exists()
     )
 
@@ -289,7 +286,7 @@ def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path,
     ]
     expected = {f"checkpoint-{place}.pth" for place in places[len(places) - keep + 1 :]}
     assert {path.name for path in tmp_path.glob("checkpoint-*.pth")} == expected
-    for path in lifecycle.candidates(tmp_path):
+    for path in files.candidates(tmp_path):
         checkpoint.load(path)
 
 
@@ -565,7 +562,7 @@ def test_a_second_run_in_a_folder_is_refused(toy, tmp_path):
     finally:
         first.send_signal(signal.SIGTERM)
         assert first.wait(60) == 143
-    assert status(tmp_path)["state"] == "preempted" and lifecycle.owner(tmp_path) is None
+    assert status(tmp_path)["state"] == "preempted" and files.owner(tmp_path) is None
 
 
 def test_status_of_a_failure_has_its_reason(toy, tmp_path, capsys):

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-from utils import UserError, warn
+from training import checkpoint
+from training.errors import UserError
+from utils import warn
 
 # What may change between the parts of a run: where things are, how fast they go, what is kept. The batch counts through
 # the global batch.

@@ -9,11 +9,10 @@ from conftest import make_pictures
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-import augment
 import datasets
-import options
 from samplers import ShuffleSampler
-from utils import UserError
+from training import augment, options
+from training.errors import UserError
 
 HEIGHT, WIDTH, FILL = 44, 57, (124, 116, 104)
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-import options
+from training import options
 
 # Read off the published main.py: 58 options. --model alone differs: its published default, pvt_small, is registered
 # nowhere.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-import torchvision_cpu
+from gvt_ops import torchvision_cpu
 
 
 def python(code: str) -> subprocess.CompletedProcess:

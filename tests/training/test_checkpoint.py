@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from checkpoint_hash import digest
 from torch import nn
 
-import checkpoint
-from utils import UserError
+from tools.checkpoint_hash import digest
+from training import checkpoint
+from training.errors import UserError
 
 
 class Runs:

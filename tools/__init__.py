@@ -1,0 +1,1 @@
+"""Tools for people who train and measure: python -m tools.NAME, from the project's folder."""

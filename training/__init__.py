@@ -1,0 +1,1 @@
+"""What surrounds a run: options, checkpoints, the run's folder and its processes."""
