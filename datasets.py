@@ -1,298 +1,121 @@
-"""Data sets, pictures and their transforms, and the loader.
+"""Data sets, image transforms and loaders.
 
-A data set's items are (picture, class index); its `classes` are the names of the classes in the order of their indices.
+A data set's items are (image, class index); its `classes` are the class names in the order of their indices.
 """
 
 import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
-import contextlib
-import functools
 import hashlib
 import json
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, auto_augment, create_transform
-from timm.data.transforms import RandomResizedCropAndInterpolation
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 
-from training import augment
-from training.errors import UserError
-from training.processes import loading_process, time_limit
+from samplers import RASampler, ShuffleSampler, eval_indices
+from training.batches import SeededDataset, Uint8Transform, build_loader
+from training.errors import UserError, short_reason
+from training.options import Options
+from utils import get_rank, get_world_size, log
 
-SMALL = 32  # pixels: up to this size, pictures are shifted instead of cropped and resized, as published for CIFAR
+SMALL = 32  # pixels: images up to this size are shifted, not cropped and resized, as the official code does for CIFAR
 
 
 # ---------------------------------------------------------------- transforms
 
 
-def posterize_or_black(picture: Image.Image, bits: int, **_) -> Image.Image:
-    """Posterize. timm's increasing strength asks for 0 bits now and then, which is black, and which Pillow refuses from
-    13 on.
-    """
-    return ImageOps.posterize(picture, bits) if bits > 0 else picture.point(lambda value: 0)
+def posterize_or_black(image: Image.Image, bits: int, **_) -> Image.Image:
+    """Posterize, also to 0 bits, which is black: timm's increasing strength asks for it, Pillow 13 refuses it."""
+    return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
 
 
 class FitSquare:
-    """Resize and crop to a square; a picture that has this size already stays as it is."""
+    """Resize and crop to a square; an image of this size stays as it is."""
 
     def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, picture: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         square = (self.size, self.size)
-        return picture if picture.size == square else ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
+        return image if image.size == square else ImageOps.fit(image, square, Image.Resampling.BICUBIC)
 
 
 def build_transform(
-    is_train: bool, args, *, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
+    is_train: bool, args: Options, *, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
 ) -> transforms.Compose:
-    """A picture -> (3, input_size, input_size), normalized. Training: crop, flip, RandAugment, erasing; else resize and
-    centre crop.
+    """Return image -> (3, input_size, input_size), normalized.
+
+    Training: crop, flip, RandAugment, erasing; evaluation: resize and center crop.
     """
-    size = args.input_size
-    if is_train:
-        try:
-            transform = create_transform(
-                size,
-                is_training=True,
-                scale=args.scale,
-                ratio=args.ratio,
-                hflip=args.hflip,
-                color_jitter=args.color_jitter,
-                auto_augment=args.aa or None,
-                interpolation=args.train_interpolation,
-                mean=mean,
-                std=std,
-                re_prob=args.reprob,
-                re_mode=args.remode,
-                re_count=args.recount,
-            )
-        except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(
-                f"no such augmentation (--aa {args.aa}): write one as timm's rand-m9-mstd0.5-inc1 ({error!r})"
-            ) from error
-        if size <= SMALL:
-            transform.transforms[:1] = [FitSquare(size), transforms.RandomCrop(size, padding=4)]
-        for step in transform.transforms:
-            for operation in [
-                *getattr(step, "ops", []),
-                *(op for policy in getattr(step, "policy", []) for op in policy),
-            ]:
-                if getattr(operation, "aug_fn", None) is auto_augment.posterize:
-                    operation.aug_fn = posterize_or_black
-        return transform
+    return train_transform(args, mean, std) if is_train else eval_transform(args, mean, std)
+
+
+def train_transform(args: Options, mean, std) -> transforms.Compose:
+    try:
+        transform = create_transform(
+            args.input_size,
+            is_training=True,
+            scale=args.scale,
+            ratio=args.ratio,
+            hflip=args.hflip,
+            color_jitter=args.color_jitter,
+            auto_augment=args.aa or None,
+            interpolation=args.train_interpolation,
+            mean=mean,
+            std=std,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        advice = f"use a policy of timm, such as rand-m9-mstd0.5-inc1 ({error!r})"
+        raise UserError(f"no such augmentation (--aa {args.aa}): {advice}") from error
+    if args.input_size <= SMALL:
+        transform.transforms[:1] = [FitSquare(args.input_size), transforms.RandomCrop(args.input_size, padding=4)]
+    for step in transform.transforms:
+        policies = [operation for policy in getattr(step, "policy", []) for operation in policy]
+        for operation in [*getattr(step, "ops", []), *policies]:
+            if getattr(operation, "aug_fn", None) is auto_augment.posterize:
+                operation.aug_fn = posterize_or_black
+    return transform
+
+
+def eval_transform(args: Options, mean, std) -> transforms.Compose:
     bicubic = transforms.InterpolationMode.BICUBIC
-    resize = [transforms.Resize(int(size / args.eval_crop_ratio), interpolation=bicubic), transforms.CenterCrop(size)]
-    return transforms.Compose(
-        [*([FitSquare(size)] if size <= SMALL else resize), transforms.ToTensor(), transforms.Normalize(mean, std)]
-    )
-
-
-# ---------------------------------------------------------------- bytes until the device
-
-
-class Erasing:
-    """Stands in for the (3, H, W) picture that timm's random erasing writes on: keeps what it writes, (rows, columns,
-    values).
-    """
-
-    dtype = torch.float32
-
-    def __init__(self, height: int, width: int):
-        self.shape, self.written = torch.Size((3, height, width)), []
-
-    def size(self) -> torch.Size:
-        return self.shape
-
-    def __setitem__(self, where: tuple[slice, slice, slice], values: Tensor) -> None:
-        self.written.append((*where[1:], values))
-
-
-@dataclass
-class Sample:
-    """A picture on its way to the device: bytes (H, W, 3), and what is left to do there, in this order.
-
-    operations: RandAugment's, and the colour it fills with, where they are left; normal: mean and std; erased: what
-    erasing writes.
-    """
-
-    pixels: Tensor
-    operations: tuple[list[augment.Operation], augment.Colour] | None
-    normal: tuple[tuple[float, ...], tuple[float, ...]]
-    erased: list[tuple[slice, slice, Tensor]]
-
-
-class TorchCrop:
-    """timm's random crop and bicubic resize, done by torch in a third of the time: a picture -> (3, H, W) bytes, nearly
-    all the same.
-    """
-
-    def __init__(self, crop: RandomResizedCropAndInterpolation):
-        self.crop = crop
-
-    def __call__(self, picture: Image.Image) -> Tensor:
-        top, left, height, width = self.crop.get_params(picture, self.crop.scale, self.crop.ratio)
-        pixels = as_bytes(picture.crop((left, top, left + width, top + height))).permute(2, 0, 1)
-        # In Pillow's order but for some crops, which matters little: the picture between the passes is rounded, and cut
-        # off at 0 and 255.
-        tall, wide = self.crop.size
-        between = (tall, width) if height > tall and width < wide else (height, wide)
-        for size in (between, self.crop.size):
-            pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
-        return pixels
-
-
-def as_bytes(picture: Image.Image | Tensor) -> Tensor:
-    """A picture, or a tensor (3, H, W) of one -> (H, W, 3)."""
-    return picture.permute(1, 2, 0) if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture))
-
-
-class InBytes:
-    """A pipeline of build_transform up to its first float: a picture -> Sample, with the same random numbers.
-
-    A picture in bytes is a quarter of one in float32, for the memory that loading processes share and for the copy to
-    the device. What is left to do there is Pictures.to's, and gives the same bits. fast_augment leaves RandAugment too,
-    and lets torch resize: both round otherwise.
-    """
-
-    def __init__(self, pipeline: transforms.Compose, *, fast_augment: bool = False):
-        steps = pipeline.transforms
-        at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.ToTensor))
-        self.drawing, normalize, self.erasing = steps[:at], steps[at + 1], steps[at + 2 :]
-        self.normal = tuple(
-            tuple(torch.as_tensor(part, dtype=torch.float32).tolist()) for part in (normalize.mean, normalize.std)
-        )
-        self.drawn = augment.Drawn(self.take_augment()) if fast_augment else None
-        if fast_augment and isinstance(self.drawing[0], RandomResizedCropAndInterpolation):
-            self.drawing[0] = TorchCrop(self.drawing[0])
-
-    def take_augment(self) -> auto_augment.RandAugment:
-        last = self.drawing.pop()
-        reason = (
-            augment.why_not(last) if isinstance(last, auto_augment.RandAugment) else "it does not end with RandAugment"
-        )
-        if reason:
-            raise UserError(
-                f"not on the device (--fast-augment, this --aa): {reason}; write rand-m9-mstd0.5-inc1, or leave "
-                "--fast-augment away"
-            )
-        return last
-
-    def __call__(self, picture: Image.Image) -> Sample:
-        for step in self.drawing:
-            picture = step(picture)
-        operations = (self.drawn(), self.drawn.fill) if self.drawn else None
-        pixels = as_bytes(picture)
-        erased = Erasing(*pixels.shape[:2])
-        for step in self.erasing:
-            step(erased)
-        return Sample(pixels, operations, self.normal, erased.written)
-
-
-@dataclass
-class Pictures:
-    """A batch of samples: bytes (B, H, W, 3); the places that erasing writes on, (number, rows, columns, shape); its
-    values in one row.
-    """
-
-    pixels: Tensor
-    plan: augment.Plan | None
-    normal: tuple[tuple[float, ...], tuple[float, ...]]
-    erased: list[tuple[int, slice, slice, torch.Size]]
-    values: Tensor
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample]) -> "Pictures":
-        found = [(number, *written) for number, sample in enumerate(samples) for written in sample.erased]
-        values = torch.cat([values.flatten() for *_, values in found]) if found else torch.empty(0)
-        places = [(*place, values.shape) for *place, values in found]
-        pixels, plan = default_collate([sample.pixels for sample in samples]), None
-        if samples[0].operations is not None:
-            drawn, fills = zip(*(sample.operations for sample in samples))
-            plan = augment.Plan.of(drawn, fills[0], *pixels.shape[1:3])
-        return cls(pixels, plan, samples[0].normal, places, values)
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def pin_memory(self) -> "Pictures":
-        """What a loader asks for."""
-        plan = self.plan and self.plan.pin_memory()
-        return replace(self, pixels=self.pixels.pin_memory(), plan=plan, values=self.values.pin_memory())
-
-    def to(
-        self,
-        device: torch.device,
-        *,
-        non_blocking: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> Tensor:
-        """-> (B, 3, H, W) in float32 there, augmented where that is left, normalized and erased."""
-        pixels = self.pixels.to(device, non_blocking=non_blocking).permute(0, 3, 1, 2)
-        if self.plan is not None:
-            pixels = pixels.contiguous()
-            self.plan.apply(pixels, non_blocking=non_blocking)
-        white, mean, std = constants(self.normal, device)
-        pictures = pixels.to(torch.float32, memory_format=memory_format).div_(white).sub_(mean).div_(std)
-        if self.erased:
-            values = self.values.to(device, non_blocking=non_blocking).split(
-                [shape.numel() for *_, shape in self.erased]
-            )
-            for (number, rows, columns, shape), part in zip(self.erased, values):
-                pictures[number, :, rows, columns] = part.view(shape)
-        return pictures
-
-
-@functools.cache
-def constants(normal: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """255, mean and std on the device. White is a tensor too, for CUDA divides by a number as it multiplies by its
-    rounded reciprocal.
-    """
-    mean, std = (torch.tensor(part, device=device).view(-1, 1, 1) for part in normal)
-    return torch.full_like(mean, 255.0), mean, std
-
-
-def collate(items: Sequence) -> list:
-    """Items of a data set -> a batch of them; samples become Pictures."""
-    if not (isinstance(items[0], tuple) and isinstance(items[0][0], Sample)):
-        return default_collate(items)
-    samples, labels = zip(*items)
-    return [Pictures.of(samples), default_collate(labels)]
+    resize = transforms.Resize(int(args.input_size / args.eval_crop_ratio), interpolation=bicubic)
+    fit = [resize, transforms.CenterCrop(args.input_size)]
+    if args.input_size <= SMALL:
+        fit = [FitSquare(args.input_size)]
+    return transforms.Compose([*fit, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 # ---------------------------------------------------------------- data sets
 
 
-def read_picture(path: str) -> Image.Image:
-    """A picture in RGB. One that cannot be read is an error with its path, never replaced by another."""
+def read_image(path: str) -> Image.Image:
+    """Return an image in RGB; raise UserError with its path if it cannot be read, never replace it by another."""
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"cannot read a picture ({path}): replace or remove it [{str(error).splitlines()[0]}]"
-        ) from error
+        raise UserError(f"cannot read an image ({path}): replace or remove it [{short_reason(error)}]") from error
 
 
 class Folder(ImageFolder):
-    """root/CLASS/picture. With `classes`, their order gives the indices, and a folder of another name is refused."""
+    """root/CLASS/image. With `classes`, their order gives the indices, and a folder of another name is refused."""
 
     def __init__(self, root: Path, transform: Callable, classes: list[str] | None = None):
         self.wanted = classes
-        super().__init__(str(root), transform=transform, loader=read_picture, allow_empty=True)
+        super().__init__(str(root), transform=transform, loader=read_image, allow_empty=True)
         if not self.samples:
-            raise UserError(f"no pictures ({root}): expected {root.name}/CLASS/* with pictures in PNG, JPEG or WebP")
+            raise UserError(f"no images ({root}): expected {root.name}/CLASS/* with images in PNG, JPEG or WebP")
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         found = class_folders(Path(directory))
@@ -300,16 +123,13 @@ class Folder(ImageFolder):
             return found, {name: index for index, name in enumerate(found)}
         extra = sorted(set(found) - set(self.wanted))
         if extra:
-            raise UserError(
-                f"a class that training does not know ({Path(directory) / extra[0]}): remove it, or add it to train"
-            )
+            where = Path(directory) / extra[0]
+            raise UserError(f"a class that training does not know ({where}): remove it, or add it to train")
         return self.wanted, {name: index for index, name in enumerate(self.wanted)}
 
 
 class INat(Dataset):
-    """iNaturalist 2018 or 2019 from its JSON files; classes are the values of one category over the training
-    pictures.
-    """
+    """iNaturalist 2018 or 2019 from its JSON files; classes are the values of one category over the training images."""
 
     def __init__(self, root: Path, split: str, transform: Callable, *, year: int, category: str):
         self.transform = transform
@@ -330,9 +150,7 @@ class INat(Dataset):
 
     @staticmethod
     def locate(root: Path, name: str) -> Path:
-        """The file as the JSON names it, or without the folder of the super-category, as the published code looked for
-        it.
-        """
+        """Return the file that the JSON names, or without the super-category's folder, as the official code does."""
         parts = Path(name).parts
         flat = root.joinpath(parts[0], *parts[2:])
         return flat if len(parts) > 3 and not (root / name).exists() else root / name
@@ -342,7 +160,7 @@ class INat(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(read_picture(path)), label
+        return self.transform(read_image(path)), label
 
 
 def read_json(path: Path):
@@ -355,26 +173,25 @@ def read_json(path: Path):
 
 
 def class_folders(root: Path) -> list[str]:
-    """The names of the class folders in root, sorted."""
+    """Return the names of the class folders in root, sorted."""
     if not root.is_dir():
-        raise UserError(
-            f"no such data folder ({root}): expected ImageNet's layout, train/CLASS/* and val/CLASS/*, in --data-path"
-        )
+        layout = "ImageNet's layout, train/CLASS/* and val/CLASS/*"
+        raise UserError(f"no such data folder ({root}): expected {layout}, in --data-path")
     found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not found:
-        raise UserError(f"no pictures ({root}): expected a folder for each class in it")
+        raise UserError(f"no images ({root}): expected a folder for each class in it")
     return found
 
 
-def build_dataset(split: str, args, *, transform: Callable, classes: list[str] | None = None) -> Dataset:
-    """The "train" or "val" part of --data-set. classes: those of the training, which val must not go beyond."""
+def build_dataset(split: str, args: Options, *, transform: Callable, classes: list[str] | None = None) -> Dataset:
+    """Return the "train" or "val" part of --data-set. classes: those of training, beyond which val must not go."""
     root = Path(args.data_path)
     if args.data_set == "IMNET":
         dataset = Folder(root / split, transform, classes)
         counts = np.bincount([label for _, label in dataset.samples], minlength=len(dataset.classes))
         empty = [name for name, number in zip(dataset.classes, counts) if not number]
         if empty and classes is None:
-            raise UserError(f"a class without pictures ({root / split / empty[0]}): remove the folder, or fill it")
+            raise UserError(f"a class without images ({root / split / empty[0]}): remove the folder, or fill it")
         dataset.missing = empty
         return dataset
     if args.data_set in ("CIFAR", "CIFAR10"):
@@ -382,25 +199,19 @@ def build_dataset(split: str, args, *, transform: Callable, classes: list[str] |
         try:
             dataset = kind(root, train=split == "train", transform=transform)
         except RuntimeError:
-            name = kind.base_folder
-            raise UserError(
-                f"no {kind.__name__} ({root / name}): unpack {kind.url} there, or write --data-path"
-            ) from None
+            where = root / kind.base_folder
+            raise UserError(f"no {kind.__name__} ({where}): unpack {kind.url} there, or pass --data-path") from None
     else:
         year = 2018 if args.data_set == "INAT" else 2019
         dataset = INat(root, split, transform, year=year, category=args.inat_category)
     if classes is not None and list(dataset.classes) != list(classes):
-        raise UserError(
-            f"other classes than those trained with ({args.data_set} in {root}): {len(dataset.classes)}, not "
-            f"{len(classes)}"
-        )
+        counts = f"{len(dataset.classes)}, not {len(classes)}"
+        raise UserError(f"other classes than those trained with ({args.data_set} in {root}): {counts}")
     return dataset
 
 
 def fingerprint(*parts: Dataset, root: str) -> str:
-    """A short name for which pictures with which labels these data sets hold, wherever `root` is: 16 hexadecimal
-    digits.
-    """
+    """Hash which images with which labels these data sets hold, wherever `root` is: 16 hexadecimal digits."""
     digest, start = hashlib.sha256(), str(Path(root))  # as the data sets write it, however it was spelled
     for part in parts:
         items = part.samples if hasattr(part, "samples") else part.targets
@@ -411,11 +222,10 @@ def fingerprint(*parts: Dataset, root: str) -> str:
 
 
 def match_classes(found: list[str], stored: list[str] | None, head: int) -> list[str]:
-    """The class names of a classifier of `head` outputs, for val folders `found`; `stored`: the names its checkpoint
-    gives, if any.
+    """Return the class names of a classifier of `head` outputs, for val folders `found`.
 
-    Without names, exactly as many folders as outputs are taken in sorted order, and fewer only where they are
-    ImageNet's WordNet ids.
+    stored: the names that its checkpoint holds, if any. Without them, exactly as many folders as outputs are taken in
+    sorted order, and fewer only if they are ImageNet's WordNet ids; else raises UserError.
     """
     if stored is not None:
         return stored
@@ -425,108 +235,46 @@ def match_classes(found: list[str], stored: list[str] | None, head: int) -> list
     if head == len(imagenet) and set(found) <= set(imagenet):
         return imagenet
     known = "more than the classifier has" if len(found) > head else "and the weights do not say which"
-    raise UserError(
-        f"val has {len(found)} classes, the weights {head} ({known}): give val all {head} folders, or weights trained "
-        "here"
-    )
+    advice = f"give val all {head} folders, or weights trained here"
+    raise UserError(f"val has {len(found)} classes, the weights {head} ({known}): {advice}")
 
 
-# ---------------------------------------------------------------- random numbers and the loader
+# ---------------------------------------------------------------- what a run uses
 
 
-def seed_by(key: Sequence[int]) -> None:
-    words = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1:3])
-    torch.default_generator.manual_seed(int(words[3]))
+def build_val_set(args: Options, classes: list[str] | None = None) -> Dataset:
+    return build_dataset("val", args, transform=Uint8Transform(build_transform(False, args)), classes=classes)
 
 
-@contextlib.contextmanager
-def random_numbers(*key: int) -> Iterator[None]:
-    """Random numbers of python, numpy and torch as a function of `key`; in the training process, its own states are put
-    back.
-    """
-    states = None
-    if get_worker_info() is None:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed_by(key)
-    try:
-        yield
-    finally:
-        if states is not None:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+def build_datasets(args: Options) -> tuple[Dataset, Dataset]:
+    """Return the training and validation sets of --data-path, with the classes of the former."""
+    transform = Uint8Transform(build_transform(True, args), fast_augment=args.fast_augment)
+    train_set = build_dataset("train", args, transform=transform)
+    return train_set, build_val_set(args, list(train_set.classes))
 
 
-class Keyed(Dataset):
-    """A training set whose items are asked for as (epoch, position, index): augmentation depends on (seed, epoch,
-    position) alone.
-
-    Not on the index, for repeated augmentation shows a picture more than once; not on workers, processes or restarts.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
-
-    def name(self, index: int) -> str:
-        """A picture's file, or its number in a set that is one file."""
-        return self.dataset.samples[index][0] if hasattr(self.dataset, "samples") else f"number {index}"
-
-    def __getitem__(self, key: tuple[int, int, int]):
-        epoch, position, index = key
-        with random_numbers(self.seed, epoch, position):
-            return self.dataset[index]
+def loader_kwargs(args: Options, device: torch.device) -> dict:
+    pin_memory = args.pin_mem and device.type == "cuda"
+    return dict(workers=args.workers, pin_memory=pin_memory, timeout=args.loader_timeout)
 
 
-class TimedLoader(DataLoader):
-    """A loader whose batches must come within `seconds` where other processes make them.
-
-    DataLoader's own timeout ends at the first sign of a batch: one of a process that stops while it hands over its
-    memory is waited for without end.
-    """
-
-    def __init__(self, *args, seconds: float, **settings):
-        super().__init__(*args, **settings)
-        self.seconds = seconds if self.num_workers else 0
-
-    def __iter__(self) -> Iterator:
-        end, late = object(), RuntimeError(f"DataLoader timed out after {self.seconds:g} seconds")
-        with time_limit(self.seconds, late):  # processes that were there before are waited for already here
-            batches = super().__iter__()
-        while True:
-            with time_limit(self.seconds, late):
-                batch = next(batches, end)
-            if batch is end:
-                return
-            yield batch
+def build_val_loader(args: Options, val_set: Dataset, device: torch.device) -> DataLoader:
+    shares = dict(rank=get_rank(), world=get_world_size()) if args.dist_eval else {}
+    indices = eval_indices(len(val_set), **shares)
+    if missing := getattr(val_set, "missing", []):
+        absent = f"{len(missing)} of {len(val_set.classes)} classes ({', '.join(missing[:3])})"
+        log(f"val has no images of {absent}: scored with the class indices of training")
+    settings = dict(batch_size=args.eval_batch_size, drop_last=False) | loader_kwargs(args, device)
+    return build_loader(val_set, indices, **settings)
 
 
-def build_loader(
-    dataset: Dataset,
-    sampler: Iterable,
-    *,
-    batch_size: int,
-    workers: int,
-    pin_memory: bool,
-    drop_last: bool,
-    timeout: float = 0,
-) -> DataLoader:
-    """Batches of (pictures (B, 3, H, W) or Pictures, labels (B,)). Drawing them leaves the process's own random states
-    alone.
-
-    timeout: seconds without a batch of the workers after which it is an error, 0 for none.
-    """
-    return TimedLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=batch_size,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        drop_last=drop_last,
-        persistent_workers=workers > 0,
-        seconds=timeout,
-        collate_fn=collate,
-        worker_init_fn=loading_process,
-        generator=torch.Generator(),
-    )
+def build_train_loader(args: Options, train_set: Dataset, device: torch.device) -> DataLoader:
+    """Return the loader of a training set; raise UserError if an epoch would have no update."""
+    world, kind = get_world_size(), RASampler if args.repeated_aug else ShuffleSampler
+    sampler = kind(len(train_set), seed=args.seed, rank=get_rank(), world=world)
+    settings = dict(batch_size=args.batch_size, drop_last=True) | loader_kwargs(args, device)
+    loader = build_loader(SeededDataset(train_set, args.seed), sampler, **settings)
+    if len(loader) < args.grad_accum_steps:
+        shares = f"--batch-size {args.batch_size} x {world} processes x --grad-accum-steps {args.grad_accum_steps}"
+        raise UserError(f"global batch larger than the data set ({shares}, {len(train_set)} images): make it smaller")
+    return loader

@@ -1,19 +1,47 @@
-"""One epoch of training, and an exact evaluation."""
+"""One epoch of training, an exact evaluation, and the throughput of inference."""
 
 import contextlib
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.errors import NonFiniteError
-from utils import MetricLogger, all_reduce_sum, get_world_size, say
+from utils import MetricLogger, all_reduce_sum, get_world_size, log
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a training step is computed. An update takes accum_steps batches; clip_grad=0: no limit of the norm."""
+
+    amp_dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+    clip_grad: float = 0.0
+    accum_steps: int = 1
+    mixup: Callable | None = None
+
+
+@dataclass
+class EpochHooks:
+    """What the caller does at fixed points of an epoch, and where the epoch starts.
+
+    wants_to_stop is asked with each batch's number. after_update gets the number of updates of this epoch, a function
+    that returns the epoch's progress, and whether any process wants to stop, which all learn at the same update.
+    progress: what that function returned, to start from there; the loader then has the remaining batches.
+    """
+
+    after_step: Callable[[], None] | None = None
+    wants_to_stop: Callable[[int], bool] = lambda batch: False
+    after_update: Callable[[int, Callable[[], dict], bool], None] | None = None
+    progress: Mapping | None = None
 
 
 class LateValues:
-    """Brings small tensors to the host without making it wait: from a GPU, each is read when the next one is put in."""
+    """Copy small tensors to the host asynchronously: from a GPU, each is read when the next one is put in."""
 
     def __init__(self, read: Callable[[int, list[float]], None]):
         self.read, self.waiting = read, None
@@ -35,11 +63,39 @@ class LateValues:
             self.read(step, copy.tolist())
 
 
+class EpochLog:
+    """The meters of an epoch, which raise NonFiniteError at a step whose loss or gradients are not finite."""
+
+    def __init__(self, epoch: int, progress: Mapping | None):
+        self.epoch, self.stopping = epoch, False
+        self.meters = MetricLogger(lr="{value:.6f}", loss="{median:.4f} ({mean:.4f})")
+        self.start = progress["batches"] if progress else 0
+        if progress:
+            self.meters.load_state_dict(progress["meters"])
+        self.late = LateValues(self.read)
+
+    def read(self, step: int, values: list[float]) -> None:
+        loss, finite, stop = values
+        self.stopping = self.stopping or stop > 0
+        if not finite:
+            what = "the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            advice = "stopped; try a lower --lr or --amp-dtype bfloat16, the last checkpoint is intact"
+            raise NonFiniteError(f"{what} (epoch {self.epoch}, step {step}): {advice}", step)
+        self.meters.update(loss=loss)
+
+    def progress(self, batches: int) -> dict:
+        """Return where the epoch is, with the meters of all steps: nothing is saved after a loss that is not finite."""
+        self.late.flush()
+        return {"batches": batches, "meters": self.meters.state_dict()}
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """An optimizer step that happens only where `finite`, a 0-d tensor on the device, is true."""
-    if (
-        scaler.is_enabled()
-    ):  # a loss that is not finite has poisoned the gradients, and the scaler skips those by itself
+    """Take an optimizer step only if `finite`, a 0-d tensor on the device, is true."""
+    if scaler.is_enabled():  # a loss that is not finite has made the gradients so, and the scaler skips those by itself
         scaler.step(optimizer)
         scaler.update()
     elif getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimizers: decided on the device
@@ -58,93 +114,68 @@ def train_one_epoch(
     device: torch.device,
     epoch: int,
     scaler: torch.amp.GradScaler,
-    *,
-    amp_dtype: torch.dtype = torch.float32,
-    clip_grad: float = 0.0,
-    mixup: Callable | None = None,
-    accum_steps: int = 1,
-    after_step: Callable[[], None] | None = None,
-    after_update: Callable[[int, Callable[[], dict], bool], None] | None = None,
-    wants_to_stop: Callable[[], bool] = lambda: False,
-    progress: Mapping | None = None,
-    memory_format: torch.memory_format = torch.contiguous_format,
+    settings: StepSettings = StepSettings(),  # noqa: B008  frozen
+    hooks: EpochHooks | None = None,
 ) -> dict[str, float]:
-    """Train on the batches of `loader`; an update takes accum_steps of them, and a last partial group is dropped.
+    """Train on the batches of `loader`; a last group of fewer than accum_steps batches is dropped.
 
     Returns the learning rate and loss averaged over the steps and processes, and the loop's times and memory. Raises
-    NonFiniteError in every process at the same step where the loss of any is not finite, or a gradient without a loss
+    NonFiniteError in every process at the same step if the loss of any is not finite, or a gradient without a loss
     scale; the update of that step has no effect, and the host learns of it one step later at most.
-
-    after_update is called with the number of updates of this epoch, a function that gives the epoch's progress, and
-    whether any process wants to stop, which all learn at the same update. progress: what that function gave, to go on
-    from there; `loader` has the rest.
     """
     model.train()
-    log = MetricLogger(lr="{value:.6f}", loss="{median:.4f} ({mean:.4f})")
-    world, start, stopping = get_world_size(), 0, False
-    if progress is not None:
-        start = progress["batches"]
-        log.load_state_dict(progress["meters"])
-
-    def read(step: int, values: list[float]) -> None:
-        nonlocal stopping
-        loss, finite, stop = values
-        stopping = stopping or stop > 0
-        if not finite:
-            what = "the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}"
-            where = f"epoch {epoch}, step {step}"
-            raise NonFiniteError(
-                f"{what} ({where}): stopped; try a lower --lr or --amp-dtype bfloat16, the last checkpoint is intact",
-                step,
-            )
-        log.update(loss=loss)
-
-    late = LateValues(read)
     optimizer.zero_grad()
+    hooks, accum_steps = hooks or EpochHooks(), settings.accum_steps
+    epoch_log = EpochLog(epoch, hooks.progress)
+    meters, start = epoch_log.meters, epoch_log.start
     steps = (start + len(loader)) // accum_steps * accum_steps
     group_finite = torch.ones((), dtype=torch.bool, device=device)  # of all batches of the present update
-    for step, (images, targets) in enumerate(log.log_every(loader, steps, f"Epoch: [{epoch}]", start=start), start):
-        images = images.to(device, non_blocking=True, memory_format=memory_format)
-        targets = targets.to(device, non_blocking=True)
-        if mixup is not None:
-            images, targets = mixup(images, targets)
+    for step, batch in enumerate(meters.log_every(loader, steps, f"Epoch: [{epoch}]", start=start), start):
         updates = (step + 1) % accum_steps == 0
-        # Processes add up their gradients only for the batch that an update follows.
-        with contextlib.nullcontext() if updates or world == 1 else model.no_sync():
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
-                loss = criterion(model(images), targets)
-            # Sums over all processes: of the loss, which is finite where the losses of all are, and of those that want
-            # to stop.
-            stop = torch.full_like(loss.detach(), float(wants_to_stop()))
+        # Processes sum their gradients only for the batch that an update follows.
+        with contextlib.nullcontext() if updates or get_world_size() == 1 else model.no_sync():
+            with autocast(device, settings.amp_dtype):
+                loss = compute_loss(model, criterion, batch, device, settings)
+            # Sums over all processes: of the loss, finite if the losses of all are, and of those that want to stop.
+            stop = torch.full_like(loss.detach(), float(hooks.wants_to_stop(step)))
             total, stop = all_reduce_sum(torch.stack([loss.detach(), stop])).unbind()
             finite = torch.isfinite(total)
             group_finite = group_finite & finite
             poison = torch.where(finite, 1.0, float("nan")).to(loss.dtype)
             scaler.scale(loss * poison / accum_steps).backward()
         if updates:
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad if clip_grad > 0 else math.inf)
-            if (
-                not scaler.is_enabled()
-            ):  # with a loss scale, an overflow of the gradients is skipped and the scale halved
-                finite = finite & torch.isfinite(norm)
-            step_if(group_finite & finite, optimizer, scaler)
+            finite = finite & update(model, optimizer, scaler, settings.clip_grad, group_finite)
             group_finite = torch.ones_like(group_finite)
-            optimizer.zero_grad()
-            if after_step is not None:
-                after_step()
-        log.update(lr=optimizer.param_groups[0]["lr"])
-        late.put(step, torch.stack([total / world, finite.to(total.dtype), stop]))
-        if updates and after_update is not None:
+            if hooks.after_step is not None:
+                hooks.after_step()
+        meters.update(lr=optimizer.param_groups[0]["lr"])
+        epoch_log.late.put(step, torch.stack([total / get_world_size(), finite.to(total.dtype), stop]))
+        if updates and hooks.after_update is not None:
+            done = (step + 1) // accum_steps
+            hooks.after_update(done, lambda batches=step + 1: epoch_log.progress(batches), epoch_log.stopping)
+    epoch_log.late.flush()
+    log("Averaged stats:", meters)
+    return {"lr": meters.meters["lr"].mean, "loss": meters.meters["loss"].mean} | meters.rates()
 
-            def reached(batches: int = step + 1) -> dict:
-                late.flush()  # the meters have this step too, and no state is kept after a loss that is not finite
-                return {"batches": batches, "meters": log.state_dict()}
 
-            after_update((step + 1) // accum_steps, reached, stopping)
-    late.flush()
-    say("Averaged stats:", log)
-    return {"lr": log.meters["lr"].mean, "loss": log.meters["loss"].mean} | log.rates()
+def compute_loss(model: nn.Module, criterion: Callable, batch: tuple, device: torch.device, settings: StepSettings):
+    images, targets = batch
+    images = images.to(device, non_blocking=True, memory_format=settings.memory_format)
+    targets = targets.to(device, non_blocking=True)
+    if settings.mixup is not None:
+        images, targets = settings.mixup(images, targets)
+    return criterion(model(images), targets)
+
+
+def update(model: nn.Module, optimizer, scaler, clip_grad: float, finite: Tensor) -> Tensor:
+    """Clip and apply the gradients if the losses were finite and they are; return whether they are."""
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad if clip_grad > 0 else math.inf)
+    # With a loss scale, an overflow of the gradients is skipped and the scale halved.
+    finite_norm = torch.ones_like(finite) if scaler.is_enabled() else torch.isfinite(norm)
+    step_if(finite & finite_norm, optimizer, scaler)
+    optimizer.zero_grad()
+    return finite_norm
 
 
 @torch.inference_mode()
@@ -159,37 +190,54 @@ def evaluate(
     rounds: int = 0,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, float]:
-    """Top-1 and top-5 in percent and the mean cross entropy over every picture once.
+    """Return top-1 and top-5 in percent and the mean cross entropy over every image once.
 
-    shared: each process has a part of the pictures, and the counts of all are added up. With fewer than five classes,
-    top-5 is over all. between is called after each batch, and where this process has fewer batches than `rounds`, so
-    many times in all.
+    shared: each process has a part of the images, and the counts of all are summed. With fewer than five classes, top-5
+    is over all. between is called after each batch, and if this process has fewer batches than `rounds`, so many times
+    in all.
     """
     model.eval()
-    log = MetricLogger(**dict.fromkeys(("loss", "acc1", "acc5"), "{median:.4f} ({mean:.4f})"))
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # pictures, right, right among five
+    meters = MetricLogger(**dict.fromkeys(("loss", "acc1", "acc5"), "{median:.4f} ({mean:.4f})"))
+    counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, correct, correct among five
     loss_sum = torch.zeros((), dtype=torch.float64)
-    for images, targets in log.log_every(loader, len(loader), "Test:"):
+    for images, targets in meters.log_every(loader, len(loader), "Test:"):
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         targets = targets.to(device, non_blocking=True)
-        with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype != torch.float32):
+        with autocast(device, amp_dtype):
             logits = model(images)
-        losses = F.cross_entropy(
-            logits.double() if logits.dtype == torch.float64 else logits.float(), targets, reduction="none"
-        )
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-        n, loss = len(targets), losses.double().sum().item()
-        right = torch.stack([targets.new_tensor(n), best[:, 0].sum(), best.sum()])
-        counts += right
+        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+        n, correct = len(targets), torch.stack([targets.new_tensor(len(targets)), hits[:, 0].sum(), hits.sum()])
+        counts += correct
         loss_sum += loss
-        log.update(n, loss=loss / n, acc1=100 * right[1].item() / n, acc5=100 * right[2].item() / n)
+        meters.update(n, loss=loss / n, acc1=100 * correct[1].item() / n, acc5=100 * correct[2].item() / n)
         between()
     for _ in range(rounds - len(loader)):
         between()
     if shared:
         all_reduce_sum(counts)
         loss_sum = all_reduce_sum(loss_sum.to(device))
-    total, right1, right5 = counts.tolist()
-    stats = {"loss": loss_sum.item() / total, "acc1": 100 * right1 / total, "acc5": 100 * right5 / total}
-    say(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
-    return stats | {"count": total, "correct1": right1, "correct5": right5}
+    total, correct1, correct5 = counts.tolist()
+    stats = {"loss": loss_sum.item() / total, "acc1": 100 * correct1 / total, "acc5": 100 * correct5 / total}
+    log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+    return stats | {"count": total, "correct1": correct1, "correct5": correct5}
+
+
+@torch.inference_mode()
+def throughput(model: nn.Module, images: Tensor, amp_dtype: torch.dtype) -> None:
+    """Log images per second of inference: the mean of 30 runs on one batch, after 50 runs of warm-up (CPU: 2)."""
+    synchronize = torch.cuda.synchronize if images.is_cuda else lambda: None
+
+    def seconds(runs: int) -> float:
+        synchronize()
+        start = time.perf_counter()
+        for _ in range(runs):
+            with autocast(images.device, amp_dtype):
+                model(images)
+        synchronize()
+        return time.perf_counter() - start
+
+    seconds(50 if images.is_cuda else 2)
+    log("throughput averaged with 30 times")
+    log(f"batch_size {len(images)} throughput {30 * len(images) / seconds(30)}")

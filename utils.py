@@ -1,4 +1,4 @@
-"""Processes, meters, random states and records: what the other files of the classification code share."""
+"""Distributed processes, random states, meters and the record of the environment."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import random
-import re
 import resource
 import shlex
 import subprocess
@@ -22,7 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from training.errors import UserError, print_error
+from training.errors import UserError, print_error, short_reason
+from training.launcher import launcher_variables
 
 ROOT = Path(__file__).resolve().parent
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -43,47 +43,23 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def say(*words: object) -> None:
-    """Print, in one process of a run."""
+def log(*words: object) -> None:
+    """Print in the main process."""
     if is_main_process():
         print(*words, flush=True)
 
 
 def warn(message: str) -> None:
-    """A line on the error stream, in one process of a run."""
+    """Print a warning on the error stream in the main process."""
     if is_main_process():
         print_error(message, kind="warning")
 
 
-def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, from torchrun's variables or Slurm's. None: a single
-    process.
-    """
-    if "RANK" in environ and "WORLD_SIZE" in environ:
-        return {"LOCAL_RANK": "0"} | {k: environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if k in environ}
-    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
-    # A batch script has the variables of its job's first task, but is no task itself unless srun started it.
-    only_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
-    if "SLURM_PROCID" not in environ or int(tasks) == 1 or only_script:
-        return None
-    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes).group()  # rack[1-2]-node[03-07,9],other -> rack1-node03
-    return {
-        "RANK": environ["SLURM_PROCID"],
-        "WORLD_SIZE": tasks,
-        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
-        "MASTER_ADDR": environ.get("MASTER_ADDR", re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)),
-        # The same for all tasks of a job, and another one for the next job on the same node.
-        "MASTER_PORT": environ.get("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)),
-    }
-
-
 def keep_freed_memory() -> None:
-    """On a CPU: let the C library reuse the memory of freed tensors, where it can be told so (glibc), for the rest of
-    the process.
+    """Let glibc reuse the memory of freed tensors on a CPU, for the rest of the process.
 
-    Unless told, it gives each block above 32 MiB back, and takes the next from the kernel anew, page by page. Older
-    ones can be told so of blocks up to 32 MiB only.
+    By default it returns each block above 32 MiB to the kernel and takes the next one page by page. Older versions
+    keep blocks up to 32 MiB only.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
@@ -91,58 +67,60 @@ def keep_freed_memory() -> None:
             mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
-def init_device(name: str, *, written: bool, dist_url: str = "env://", timeout: float = 1800) -> torch.device:
-    """Choose the device, and join the other processes of the run where a launcher started several (NCCL on GPUs, gloo
-    on a CPU).
-    """
+def choose_device(name: str, *, given: bool, local_rank: int | None) -> torch.device:
+    """Return the device of this process; raise UserError if it does not exist. given: whether --device was passed."""
     try:
         kind, index = torch.device(name).type, torch.device(name).index or 0
     except RuntimeError:
-        raise UserError(f"no such device (--device {name}): write cuda or cpu") from None
-    if kind == "cuda" and torch.cuda.is_available() and index >= torch.cuda.device_count():
-        raise UserError(f"no such device (--device {name}): this machine has {torch.cuda.device_count()}")
-    if kind == "cuda" and not torch.cuda.is_available():
-        if written:
-            raise UserError(
-                f"no CUDA device (--device {name}, torch {torch.__version__}): write --device cpu, or leave it away"
-            )
-        kind = "cpu"
+        raise UserError(f"no such device (--device {name}): use cuda or cpu") from None
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available():
+        if given:
+            where = f"--device {name}, torch {torch.__version__}"
+            raise UserError(f"no CUDA device ({where}): pass --device cpu, or omit --device")
+        return torch.device("cpu")
+    if index >= count:
+        raise UserError(f"no such device (--device {name}): this machine has {count}")
+    if local_rank is not None:
+        # Slurm may show each task only its own GPU.
+        index = local_rank % count if "SLURM_LOCALID" in os.environ else local_rank
+    if index >= count:
+        raise UserError(f"process {index} of this machine has no GPU of its own ({count} found): start fewer")
+    return torch.device(kind, index)
+
+
+def init_device(name: str, *, given: bool, dist_url: str = "env://", timeout: float = 1800) -> torch.device:
+    """Choose the device, and join the run's other processes if a launcher started several (NCCL; on a CPU gloo)."""
     variables = launcher_variables(os.environ)
-    if variables is not None:
-        os.environ.update(variables)
-        index = int(variables["LOCAL_RANK"])
-        if kind == "cuda" and "SLURM_LOCALID" in os.environ:
-            index %= torch.cuda.device_count()  # Slurm may show each task only its own GPU
-        if kind == "cuda" and index >= torch.cuda.device_count():
-            raise UserError(
-                f"process {index} of this machine has no GPU of its own ({torch.cuda.device_count()} found): start "
-                "fewer"
-            )
-    device = torch.device(kind, index) if kind == "cuda" else torch.device(kind)
-    if kind == "cuda":
+    os.environ.update(variables or {})
+    device = choose_device(name, given=given, local_rank=int(variables["LOCAL_RANK"]) if variables else None)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         keep_freed_memory()
     if variables is None:
-        say("Not using distributed mode")
+        log("Not using distributed mode")
     else:
-        rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
-        print(f"| distributed init (rank {rank}): {dist_url}", flush=True)
-        where = dict(init_method=dist_url, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
-        try:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo", **where)
-        except (ValueError, RuntimeError) as error:  # no such address, or a process that does not come
-            reason = str(error).strip().splitlines()[0][:120]
-            raise UserError(f"the processes did not meet (--dist_url {dist_url}): {reason}") from error
-    if kind == "cpu" and not written:
-        say("device: cpu (no CUDA device found)")
+        join_processes(variables, "nccl" if device.type == "cuda" else "gloo", dist_url=dist_url, timeout=timeout)
+    if device.type == "cpu" and not given:
+        log("device: cpu (no CUDA device found)")
     return device
 
 
+def join_processes(variables: dict[str, str], backend: str, *, dist_url: str, timeout: float) -> None:
+    rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
+    print(f"| distributed init (rank {rank}): {dist_url}", flush=True)
+    where = dict(init_method=dist_url, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
+    try:
+        dist.init_process_group(backend, **where)
+    except (ValueError, RuntimeError) as error:  # no such address, or a process that does not come
+        raise UserError(f"the processes did not meet (--dist_url {dist_url}): {short_reason(error, 120)}") from error
+
+
 def leave(code: int) -> NoReturn:
-    """End the process. After an error at once: the orderly way waits for data-loading processes, of which one may be
-    stuck; they end too.
-    """
+    """End the process; after an error at once, for the orderly way waits for workers, of which one may be stuck."""
     sys.stdout.flush()
     sys.stderr.flush()
     if code:
@@ -152,9 +130,7 @@ def leave(code: int) -> NoReturn:
 
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Leave the other processes in an orderly way when all went well. After an error they are the launcher's to
-    stop.
-    """
+    """Leave the process group when all went well. After an error the launcher stops the other processes."""
     yield
     if dist.is_initialized():
         dist.barrier()
@@ -162,7 +138,7 @@ def process_group() -> Iterator[None]:
 
 
 def all_gather(value: object) -> list:
-    """A picklable value of each process, in every process."""
+    """Return a picklable value of each process in every process."""
     values = [value] * get_world_size()
     if get_world_size() > 1:
         dist.all_gather_object(values, value)
@@ -170,9 +146,7 @@ def all_gather(value: object) -> list:
 
 
 def in_main_process(work: Callable[[], object]) -> object:
-    """What `work` gives in the first process, in every process; a UserError there is one in all, so that none waits for
-    it.
-    """
+    """Return in every process what `work` returns in the main one; a UserError there is raised in all of them."""
     answer = [None, None]
     if is_main_process():
         try:
@@ -187,12 +161,12 @@ def in_main_process(work: Callable[[], object]) -> object:
 
 
 def any_process(value: bool, device: torch.device) -> bool:
-    """Whether it is true in any process, in every process."""
+    """Return in every process whether `value` is true in any."""
     return bool(all_reduce_sum(torch.tensor(float(value), device=device if get_world_size() > 1 else "cpu")) > 0)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum over all processes, in place; of one process, the same bits."""
+    """Sum over all processes in place; with one process, the same bits."""
     if get_world_size() > 1:
         dist.all_reduce(values)
     return values
@@ -208,7 +182,7 @@ def seed_everything(seed: int) -> None:
 
 
 def get_random_state() -> dict:
-    """This process's random states as tensors and plain values, which torch.load(weights_only=True) takes."""
+    """Return this process's random states as tensors and plain values, for torch.load(weights_only=True)."""
     version, keys, gauss = random.getstate()
     name, numpy_keys, *rest = np.random.get_state()
     state = {
@@ -259,7 +233,7 @@ class Meter:
 
 
 def peak_memory_mb() -> float:
-    """Of the GPU's allocator where CUDA is in use, else of the process."""
+    """Return the peak of the GPU's allocator if CUDA is in use, else of the process, in MiB."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -270,7 +244,7 @@ class MetricLogger:
 
     def __init__(self, **forms: str):
         self.meters = {name: Meter(form) for name, form in forms.items()}
-        self.step_time, self.data_time, self.pictures, self.seconds = Meter("{avg:.4f}"), Meter("{avg:.4f}"), 0, 0.0
+        self.step_time, self.data_time, self.images, self.seconds = Meter("{avg:.4f}"), Meter("{avg:.4f}"), 0, 0.0
 
     def update(self, n: int = 1, **values: float) -> None:
         for name, value in values.items():
@@ -291,8 +265,9 @@ class MetricLogger:
             meter.recent.extend(state[name]["recent"])
 
     def log_every(self, batches: Iterable, steps: int, header: str, every: int = 10, start: int = 0) -> Iterator:
-        """Yield batches number `start` to `steps`, measuring the time for data and for the step. The pictures are the
-        first tensor's.
+        """Yield batches number `start` to `steps`, and measure the time for data and for the step.
+
+        A batch's first tensor has the images.
         """
         begin = end = time.perf_counter()
         width = len(str(steps))
@@ -300,25 +275,22 @@ class MetricLogger:
         for i in range(start, steps):
             batch = next(batches)
             self.data_time.update(time.perf_counter() - end)
-            self.pictures += len(batch[0])
+            self.images += len(batch[0])
             yield batch
             now = time.perf_counter()
             self.step_time.update(now - end)
             end = now
             if i % every == 0 or i == steps - 1:
                 eta = datetime.timedelta(seconds=int(self.step_time.mean * (steps - 1 - i)))
-                say(
-                    f"{header}  [{i:>{width}}/{steps}]  eta: {eta}  {self}  time: {self.step_time}  data: "
-                    f"{self.data_time}"
-                    f"  max mem: {peak_memory_mb():.0f}"
-                )
+                times = f"time: {self.step_time}  data: {self.data_time}  max mem: {peak_memory_mb():.0f}"
+                log(f"{header}  [{i:>{width}}/{steps}]  eta: {eta}  {self}  {times}")
         self.seconds = time.perf_counter() - begin
         total = datetime.timedelta(seconds=int(self.seconds))
-        say(f"{header} Total time: {total} ({self.seconds / max(steps - start, 1):.4f} s / it)")
+        log(f"{header} Total time: {total} ({self.seconds / max(steps - start, 1):.4f} s / it)")
 
     def rates(self) -> dict[str, float]:
-        """Seconds, data seconds, pictures per second of all processes, and peak memory of the last loop."""
-        per_s = self.pictures * get_world_size() / self.seconds if self.seconds else 0.0
+        """Return seconds, data seconds, images per second of all processes, and peak memory of the last loop."""
+        per_s = self.images * get_world_size() / self.seconds if self.seconds else 0.0
         times = {
             "time": round(self.seconds, 3),
             "data_time": round(self.data_time.total, 3),
@@ -331,7 +303,7 @@ class MetricLogger:
 
 
 def git_commit() -> str:
-    """The commit of this code, with a mark if files differ from it; empty outside a checkout."""
+    """Return the commit of this code, with +changes if files differ from it; empty outside a checkout."""
     try:
         run = dict(cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **run).stdout.strip()
@@ -342,14 +314,14 @@ def git_commit() -> str:
 
 
 def command_line() -> str:
-    """The command that started this process, as one would type it: `python FILE ...` or `python -m MODULE ...`."""
+    """Return the command that started this process as one would type it, with `python FILE` or `python -m MODULE`."""
     spec = sys.modules["__main__"].__spec__
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
     return shlex.join(["python", *program, *sys.argv[1:]])
 
 
 def environment(device: torch.device, seed: int) -> dict:
-    """What a run was made with: command, commit, versions, machine."""
+    """Return what a run was made with: command, commit, versions, machine."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "command": command_line(),

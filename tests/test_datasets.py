@@ -15,12 +15,12 @@ from torchvision import transforms
 
 import datasets
 from samplers import RASampler, ShuffleSampler
-from training import options
+from training import batches, options
 from training.errors import UserError
 
 
 def arguments(*words):
-    return options.parse_args([str(word) for word in words])[0]
+    return options.parse_args([str(word) for word in words])
 
 
 def names(pipeline):
@@ -136,7 +136,7 @@ def test_augmentation_of_many_pictures_never_fails(policy):
     pipeline = datasets.build_transform(True, arguments("--input-size", 48, "--aa", policy))
     noise = Image.effect_noise((60, 60), 80).convert("RGB")
     for position in range(1500):
-        with datasets.random_numbers(0, 0, position):
+        with batches.seeded(0, 0, position):
             assert pipeline(noise).isfinite().all()
 
 
@@ -159,15 +159,15 @@ def batches_of(args, is_train, late, *, workers=0, repeated=False):
     on it.
     """
     pipeline = datasets.build_transform(is_train, args)
-    dataset = datasets.build_dataset("train", args, transform=datasets.InBytes(pipeline) if late else pipeline)
+    dataset = datasets.build_dataset("train", args, transform=batches.Uint8Transform(pipeline) if late else pipeline)
     sampler = (RASampler if repeated else ShuffleSampler)(len(dataset), seed=1)
-    loader = datasets.build_loader(
-        datasets.Keyed(dataset, 1), sampler, batch_size=8, workers=workers, pin_memory=False, drop_last=False
+    loader = batches.build_loader(
+        batches.SeededDataset(dataset, 1), sampler, batch_size=8, workers=workers, pin_memory=False, drop_last=False
     )
     for epoch in range(2):
         sampler.set_epoch(epoch)
         for pictures, labels in loader:
-            assert len(pictures) == len(labels) and isinstance(pictures, datasets.Pictures) == late
+            assert len(pictures) == len(labels) and isinstance(pictures, batches.ImageBatch) == late
             yield pictures.to(torch.device("cpu"), memory_format=torch.contiguous_format), labels
 
 
@@ -210,8 +210,10 @@ def test_bytes_do_not_depend_on_workers(workers, toy):
 
 def test_a_batch_in_bytes_is_small_and_keeps_its_layout(toy):
     args = arguments("--data-path", toy, "--input-size", 40, "--reprob", 1)
-    dataset = datasets.build_dataset("train", args, transform=datasets.InBytes(datasets.build_transform(True, args)))
-    batch, _ = datasets.collate([dataset[i] for i in range(8)])
+    dataset = datasets.build_dataset(
+        "train", args, transform=batches.Uint8Transform(datasets.build_transform(True, args))
+    )
+    batch, _ = batches.collate([dataset[i] for i in range(8)])
     assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (8, 40, 40, 3)
     assert (
         len(batch.erased) == 8
@@ -241,7 +243,7 @@ def draws(workers, *, kind=ShuffleSampler, rank=0, world=1, epoch=3, seed=0):
     sampler = kind(12, seed=0, rank=rank, world=world)
     sampler.set_epoch(epoch)
     options = dict(batch_size=3, workers=workers, pin_memory=False, drop_last=True)
-    loader = datasets.build_loader(datasets.Keyed(Draws(), seed), sampler, **options)
+    loader = batches.build_loader(batches.SeededDataset(Draws(), seed), sampler, **options)
     return torch.cat(list(loader))
 
 
@@ -335,21 +337,21 @@ def test_an_unreadable_picture_is_named_and_never_replaced(tmp_path, content, wo
     (tmp_path / "val" / "bee" / "broken.png").write_bytes(content)
     args = arguments("--data-path", tmp_path, "--input-size", 32)
     dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args))
-    loader = datasets.build_loader(
+    loader = batches.build_loader(
         dataset, range(len(dataset)), batch_size=2, workers=workers, pin_memory=False, drop_last=False
     )
-    from training.errors import one_line
+    from training.errors import short_reason
 
     with pytest.raises(UserError) as caught:
         list(loader)
-    assert one_line(caught.value).startswith(f"cannot read a picture ({tmp_path / 'val' / 'bee' / 'broken.png'}): ")
+    assert short_reason(caught.value).startswith(f"cannot read a picture ({tmp_path / 'val' / 'bee' / 'broken.png'}): ")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
 def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new(mode, (9, 7)).save(path)
-    assert datasets.read_picture(str(path)).mode == "RGB"
+    assert datasets.read_image(str(path)).mode == "RGB"
 
 
 # ---------------------------------------------------------------- other data sets

@@ -3,7 +3,6 @@ once.
 """
 
 import csv
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -24,12 +23,12 @@ OFF = torch.amp.GradScaler("cpu", enabled=False)
 
 
 def arguments(*words):
-    return options.parse_args([str(word) for word in words])[0]
+    return options.parse_args([str(word) for word in words])
 
 
 def optimizer_of(args, model, global_batch):
     """The optimizer as main.py builds it."""
-    return main.Run.build_optimizer(SimpleNamespace(args=args, model=model, lr=args.lr * global_batch / 512))
+    return main.build_optimizer(args, model, args.lr * global_batch / 512)
 
 
 # ---------------------------------------------------------------- the published training
@@ -65,7 +64,8 @@ def test_the_published_trajectory(compile_backend):
     for epoch in range(4):
         rates.append(optimizer.param_groups[0]["lr"])
         batches = [(images[i : i + 2], labels[i : i + 2]) for i in (0, 2, 4)]
-        stats = engine.train_one_epoch(trained, watched, batches, optimizer, CPU, epoch, OFF, clip_grad=args.clip_grad)
+        settings = engine.StepSettings(clip_grad=args.clip_grad)
+        stats = engine.train_one_epoch(trained, watched, batches, optimizer, CPU, epoch, OFF, settings)
         assert stats["loss"] == pytest.approx(sum(losses[-3:]) / 3, rel=1e-12) and stats["lr"] == pytest.approx(
             rates[-1], rel=1e-12
         )
@@ -152,8 +152,11 @@ OPTIMIZERS = {
 }
 
 
-def train(model, data, optimizer, *, criterion=F.cross_entropy, scaler=OFF, **settings):
-    return engine.train_one_epoch(model, criterion, data, optimizer, CPU, 0, scaler, **settings)
+def train(model, data, optimizer, *, criterion=F.cross_entropy, scaler=OFF, after_step=None, **settings):
+    hooks = engine.EpochHooks(after_step=after_step)
+    return engine.train_one_epoch(
+        model, criterion, data, optimizer, CPU, 0, scaler, engine.StepSettings(**settings), hooks
+    )
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)

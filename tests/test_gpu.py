@@ -1,5 +1,7 @@
 """What only a GPU can show. Without one, these tests are skipped."""
 
+import signal
+
 import pytest
 import timm
 import torch
@@ -117,7 +119,7 @@ def test_a_run(words, toy, tmp_path, capsys):
         "--warmup-epochs",
         "0",
     ]
-    assert main.run(*options.parse_args([*run, "--data-path", str(toy), "--output_dir", str(tmp_path), *words])) == 0
+    assert main.run(options.parse_args([*run, "--data-path", str(toy), "--output_dir", str(tmp_path), *words])) == 0
     assert [line["epoch"] for line in log_lines(tmp_path)] == [0, 1]
     assert "device cuda" in capsys.readouterr().out
 
@@ -140,11 +142,11 @@ def test_a_stopped_run_ends_with_the_same_bits(words, toy, tmp_path, monkeypatch
     ]
     run = [*run, "--deterministic", "--data-path", str(toy), *words, "--output_dir"]
     for name in ("a", "b"):
-        assert main.run(*options.parse_args([*run, str(tmp_path / name)])) == 0
+        assert main.run(options.parse_args([*run, str(tmp_path / name)])) == 0
     steps = []
-    monkeypatch.setattr(main.Run, "wants_to_stop", lambda self: steps.append(1) or len(steps) == 3)
-    assert main.run(*options.parse_args([*run, str(tmp_path / "c")])) == 143
+    stop = lambda *where: steps.append(1) or (len(steps) == 3 and signal.raise_signal(signal.SIGTERM))  # noqa: E731
+    assert main.run(options.parse_args([*run, str(tmp_path / "c")]), on_poll=stop) == 143
     monkeypatch.undo()
-    assert main.run(*options.parse_args([*run, str(tmp_path / "c"), "--resume", "auto"])) == 0
+    assert main.run(options.parse_args([*run, str(tmp_path / "c"), "--resume", "auto"])) == 0
     found = [digest(checkpoint.load(tmp_path / name / "checkpoint.pth")) for name in "abc"]
     assert found[0] == found[1] == found[2]

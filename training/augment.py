@@ -1,9 +1,8 @@
-"""RandAugment on the device: timm draws in the loading process what it would do to each picture, and here it is done to
-many at once.
+"""RandAugment on the device: timm draws in a worker what it would do to each image, and a batch is transformed here.
 
-So a picture gets the operations and strengths that it would get there, for any number of processes, and differs by
-rounding alone: what bends a picture (rotation, shear, translation) by one grey level at most, in less than one pixel of
-a thousand, all else not at all.
+So an image gets the operations and strengths that it would get there, for any number of processes, and differs by
+rounding alone: geometric operations (rotation, shear, translation) by one gray level at most, in less than one pixel
+of a thousand, all others not at all.
 """
 
 import copy
@@ -18,14 +17,14 @@ from PIL.Image import Resampling
 from torch import Tensor
 
 Operation = tuple[str, float]  # the name of timm's function and its argument, 0.0 where it has none
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
-class Drawn:
-    """timm's RandAugment that only draws. Called, it gives the operations that it would do to a picture, with the same
+class RecordedRandAugment:
+    """timm's RandAugment that only draws: called, it returns the operations that it would do to an image, with the same
     random numbers.
 
-    fill: the colour of what comes in from outside a picture.
+    fill: the color of what comes in from outside an image.
     """
 
     def __init__(self, augment):
@@ -42,31 +41,31 @@ def note(name: str, found: list[Operation], argument: float = 0.0, **_) -> list[
     return [*found, (name, float(argument))]
 
 
-def why_not(augment) -> str:
+def unsupported_reason(augment) -> str | None:
     """Why this RandAugment of timm's cannot be done here, empty if it can."""
     unknown = sorted({op.name for op in augment.ops if op.aug_fn.__name__ not in (OPERATIONS | MATRICES)})
     if unknown:
         return f"it has {', '.join(unknown)}"
     bicubic = all(op.kwargs["resample"] == Resampling.BICUBIC for op in augment.ops)
-    return "" if bicubic else "it bends pictures by another interpolation than bicubic"
+    return None if bicubic else "its geometric operations interpolate otherwise than bicubic"
 
 
 @dataclass
 class Plan:
-    """What is done to a batch: one operation after the other to some of its pictures each.
+    """What is done to a batch: one operation after the other, each to some of its images.
 
-    steps: (name, how many pictures); numbers (N,): theirs in the batch, one step's after the other's; arguments (N, 6):
-    the operation's in the first column, or the matrix of what bends a picture.
+    steps: (name, how many images); numbers (N,): theirs in the batch, one step's after the other's; arguments (N, 6):
+    the operation's in the first column, or the matrix of a geometric one.
     """
 
     steps: list[tuple[str, int]]
     numbers: Tensor
     arguments: Tensor
-    fill: Colour
+    fill: Color
 
     @classmethod
-    def of(cls, drawn: Sequence[Sequence[Operation]], fill: Colour, height: int, width: int) -> "Plan":
-        """From the operations of each picture. Each picture's are done in their order."""
+    def of(cls, drawn: Sequence[Sequence[Operation]], fill: Color, height: int, width: int) -> "Plan":
+        """Make a plan from the operations of each image, which are done in their order."""
         groups = {}
         for number, operations in enumerate(drawn):
             for turn, (name, argument) in enumerate(operations):
@@ -81,19 +80,19 @@ class Plan:
     def pin_memory(self) -> "Plan":
         return replace(self, numbers=self.numbers.pin_memory(), arguments=self.arguments.pin_memory())
 
-    def apply(self, pictures: Tensor, *, non_blocking: bool = False) -> None:
-        """Change pictures (B, 3, H, W) uint8 in place."""
+    def apply(self, images: Tensor, *, non_blocking: bool = False) -> None:
+        """Transform images (B, 3, H, W) uint8 in place."""
         sizes = [size for _, size in self.steps]
-        numbers = self.numbers.to(pictures.device, non_blocking=non_blocking).split(sizes)
-        arguments = self.arguments.to(pictures.device, non_blocking=non_blocking).split(sizes)
+        numbers = self.numbers.to(images.device, non_blocking=non_blocking).split(sizes)
+        arguments = self.arguments.to(images.device, non_blocking=non_blocking).split(sizes)
         for (name, _), some, values in zip(self.steps, numbers, arguments):
-            chosen = pictures[some]
+            chosen = images[some]
             done = (
                 bend(chosen, values, self.fill)
                 if name in MATRICES
                 else OPERATIONS[name](chosen, values[:, 0].view(-1, 1, 1, 1))
             )
-            pictures[some] = done.to(torch.uint8)
+            images[some] = done.to(torch.uint8)
 
 
 # ---------------------------------------------------------------- what changes levels
@@ -143,7 +142,7 @@ def look_up(table: Tensor, x: Tensor) -> Tensor:
     return table.gather(2, x.flatten(2).long()).view(x.shape)
 
 
-def grey(x: Tensor) -> Tensor:
+def gray(x: Tensor) -> Tensor:
     """-> (N, 1, H, W): ITU-R 601 luma, in integers as Pillow has it."""
     red, green, blue = x.int().split(1, dim=1)
     return (19595 * red + 38470 * green + 7471 * blue + 2**15) // 2**16
@@ -159,16 +158,16 @@ def brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def color(x: Tensor, factor: Tensor) -> Tensor:
-    return blend(x, grey(x).float(), factor)
+    return blend(x, gray(x).float(), factor)
 
 
 def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    mean = grey(x).double().mean((1, 2, 3), keepdim=True)
+    mean = gray(x).double().mean((1, 2, 3), keepdim=True)
     return blend(x, (mean + 0.5).floor().float(), factor)
 
 
 def sharpness(x: Tensor, factor: Tensor) -> Tensor:
-    """The smooth picture has each pixel five times and its neighbours once; the border is left as it is."""
+    """The smooth image has each pixel five times and its neighbors once; the border is left as it is."""
     smooth, inside = x.float(), (..., slice(1, -1), slice(1, -1))
     total = F.avg_pool2d(smooth, 3, stride=1, divisor_override=1) + 4 * smooth[inside]
     smooth = smooth.clone()
@@ -186,7 +185,7 @@ OPERATIONS = {
 }
 
 
-# ---------------------------------------------------------------- what bends a picture
+# ---------------------------------------------------------------- geometric operations
 
 
 def rotation(degrees: float, height: int, width: int) -> tuple[float, ...]:
@@ -204,11 +203,11 @@ MATRICES = {
 }
 
 
-def bend(x: Tensor, matrices: Tensor, fill: Colour) -> Tensor:
+def bend(x: Tensor, matrices: Tensor, fill: Color) -> Tensor:
     """Each pixel of x (N, 3, H, W) from where its matrix (N, 6) says, bicubic with a = -1 as Pillow bends."""
     n, _, height, width = x.shape
     a, b, c, d, e, f = matrices.view(n, 6, 1, 1).unbind(1)
-    # Positions in float64: at a border, rounding would decide between the picture and the fill.
+    # Positions in float64: at a border, rounding would decide between the image and the fill.
     across, down = (torch.arange(length, device=x.device, dtype=torch.float64) + 0.5 for length in (width, height))
     across, down = across.view(1, 1, -1), down.view(1, -1, 1)
     xs, ys = a * across + b * down + c, d * across + e * down + f
@@ -221,7 +220,7 @@ def bend(x: Tensor, matrices: Tensor, fill: Colour) -> Tensor:
         row = (top + j).clamp(0, height - 1).long() * width
         places = [(row + column).view(n, 1, -1).expand(-1, 3, -1) for column in columns]
         lines.append(cubic(*(pixels.gather(2, place).view(x.shape) for place in places), after_x))
-    return torch.where(inside[:, None], cubic(*lines, after_y).clamp(0, 255), colour(fill, x.device))
+    return torch.where(inside[:, None], cubic(*lines, after_y).clamp(0, 255), color_tensor(fill, x.device))
 
 
 def cubic(a: Tensor, b: Tensor, c: Tensor, d: Tensor, t: Tensor) -> Tensor:
@@ -230,5 +229,5 @@ def cubic(a: Tensor, b: Tensor, c: Tensor, d: Tensor, t: Tensor) -> Tensor:
 
 
 @functools.cache
-def colour(fill: Colour, device: torch.device) -> Tensor:
+def color_tensor(fill: Color, device: torch.device) -> Tensor:
     return torch.tensor(fill, device=device).view(3, 1, 1)

@@ -1,8 +1,7 @@
-"""The one door for weights and training states: no other file opens or writes one.
+"""Read and write weights and training states: no other file of the project opens or writes one.
 
-Reading is for files that nobody vouches for: checksums first, then what a file's pickles name against a short list,
-then torch.load(weights_only=True) with stand-ins of ours, and what comes out are tensors and plain values. Nothing in a
-file can run.
+Files are not trusted: checksums first, then what a file's pickles name against a short list, then
+torch.load(weights_only=True) with stand-ins of ours; the result is tensors and plain values. Nothing in a file can run.
 """
 
 import argparse
@@ -21,35 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from training import formats
-from training.errors import UserError, did_you_mean
+from training.errors import UserError, did_you_mean, short_reason
 from training.files import atomic_write, write_text
+from utils import log
 
-WRAPPERS = (
-    "model",
-    "state_dict",
-    "model_state",
-    "model_ema",
-    "state_dict_ema",
-)  # keys under which files keep the weights, in this order
-MOST_OPCODES = (
-    2_000_000  # of a file's pickles: each makes an object of some 50 bytes; a training state has about 50,000
-)
-MOST_STRING = 2**24  # bytes of one value among them; configurations and histories stay far below
-MOST_HEADER = (
-    2**24
-)  # bytes of a safetensors header, or of a zip's directory; those of the largest model here have 100 kB
-DTYPES = {
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-}
+# Keys under which files keep the weights, in this order.
+WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema")
+# Limits of what is read. A training state has about 50,000 pickled objects, of some 50 bytes each; configurations and
+# histories stay far below a string of that size; the header of the largest model here has 100 kB.
+MOST_OPCODES, MOST_STRING, MOST_HEADER = 2_000_000, 2**24, 2**24
+FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+DTYPES = FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
 SHOWN = 3  # names of each kind in an error's line
 
 
@@ -186,15 +167,14 @@ def load(source: str | Path) -> dict:
     except OSError as error:
         raise UserError(f"cannot read ({source}): {error.strerror or error}") from error
     except Exception as error:  # a bad file ends in one of many types of error
-        reason = " ".join((str(error).splitlines() or [""])[0].split())[:140] or type(error).__name__
-        raise UserError(f"not a readable checkpoint ({source}): {reason}") from error
+        raise UserError(f"not a readable checkpoint ({source}): {short_reason(error, 140)}") from error
     if not isinstance(payload, dict):
         raise UserError(f"not a checkpoint ({source}): it holds a {type(payload).__name__}, expected a dictionary")
     return payload
 
 
 def _download(source: str) -> Path:
-    """The file in torch.hub's cache, fetched first if it is not there; a hash in its name is checked."""
+    """Return the file in torch.hub's cache, downloaded if it is not there; a hash in its name is checked."""
     name = os.path.basename(urllib.parse.urlparse(source).path)
     if not name:
         raise UserError(f"no file in the address ({source}): expected https://HOST/.../FILE")
@@ -205,9 +185,7 @@ def _download(source: str) -> Path:
             found = torch.hub.HASH_REGEX.search(name)
             torch.hub.download_url_to_file(source, str(folder / name), found and found.group(1), progress=False)
     except Exception as error:  # of the network, the hash or the disk
-        raise UserError(
-            f"no checkpoint from there ({source}): {(str(error).splitlines() or [type(error).__name__])[0][:120]}"
-        ) from error
+        raise UserError(f"cannot download ({source}): {short_reason(error, 120)}") from error
     return folder / name
 
 
@@ -217,13 +195,10 @@ def _read_zip(path: Path) -> object:
         records = archive.infolist()
         if archive.start_dir > size or size - archive.start_dir > MOST_HEADER:
             raise ValueError("its directory is too large")
-        if any(
-            record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size for record in records
-        ):
+        if any(each.compress_type != zipfile.ZIP_STORED or each.compress_size != each.file_size for each in records):
             raise ValueError("it is compressed, which torch.save never does: not opened")
-        if sum(record.file_size for record in records) > size or len({record.filename for record in records}) < len(
-            records
-        ):
+        names = {record.filename for record in records}
+        if sum(record.file_size for record in records) > size or len(names) < len(records):
             raise ValueError("its records overlap: not opened")
         if (damaged := archive.testzip()) is not None:  # torch does not look at the checksums that its files carry
             raise ValueError(f"damaged, the checksum of {damaged[:60]} is wrong: take another copy")
@@ -322,49 +297,67 @@ def all_finite(value: Tensor) -> bool:
 # ---------------------------------------------------------------- weights
 
 
-def weights(payload: Mapping, *, source: str, key: str | None = None) -> dict[str, Tensor]:
-    """The weights in what `load` gave, by their published names, whatever the file calls and wraps them.
-
-    key: where they must be ("model_ema"), else wherever files keep them. Of a segmentor or detector, the backbone.
+class Checkpoint:
+    """What a file holds, and the file's name for messages. Its weights have their official names, whatever the file
+    calls and wraps them; of a segmentor or detector, they are the backbone's.
     """
-    return found(payload, source=source, key=key)[0]
+
+    def __init__(self, payload: Mapping, source: str | Path):
+        self.payload, self.source = payload, str(source)
+
+    @classmethod
+    def open(cls, source: str | Path) -> "Checkpoint":
+        """Read a file or an https address; see `load`."""
+        return cls(load(source), source)
+
+    def weights(self, key: str | None = None) -> dict[str, Tensor]:
+        """Return the weights under `key` ("model_ema"), by default wherever files keep them."""
+        return self.read_weights(key)[0]
+
+    def read_weights(self, key: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
+        """Return the weights, the format that their names are in, and the names of other parts, which are left out."""
+        if key is not None and key not in self.payload:
+            raise UserError(f"no averaged weights ({self.source}): it was trained without --model-ema")
+        keys = WRAPPERS if key is None else (key,)
+        wrapped = next((self.payload[name] for name in keys if isinstance(self.payload.get(name), dict)), None)
+        if wrapped is None and key is None:
+            wrapped = self.payload
+        items = wrapped.items() if isinstance(wrapped, dict) else ()
+        state = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+        if not state:
+            raise UserError(f"no weights ({self.source}): expected tensors by name")
+        return formats.to_published(state, source=self.source)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of a classifier's outputs in their order, None if the file does not hold them."""
+        names = self.payload.get("class_names")
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise UserError(f"not a training state ({self.source}): its class names are no list of names")
+        return names
+
+    def load_into(self, model: nn.Module, *, key: str | None = None, **allowed) -> dict[str, list[str]]:
+        """Copy the weights into a model; see the function load_into for `allowed`."""
+        return load_into(model, self.weights(key), source=self.source, **allowed)
+
+
+def weights(payload: Mapping, *, source: str, key: str | None = None) -> dict[str, Tensor]:
+    return Checkpoint(payload, source).weights(key)
 
 
 def found(payload: Mapping, *, source: str, key: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
-    """As `weights`; then the format that the names are in, and the names of other parts, which were left out."""
-    if key is not None and key not in payload:
-        raise UserError(f"no averaged weights ({source}): it was trained without --model-ema")
-    wrapped = (
-        payload[key]
-        if key is not None
-        else next((payload[name] for name in WRAPPERS if isinstance(payload.get(name), dict)), payload)
-    )
-    items = wrapped.items() if isinstance(wrapped, dict) else ()
-    state = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
-    if not state:
-        raise UserError(f"no weights ({source}): expected tensors by name")
-    return formats.to_published(state, source=source)
-
-
-def class_names(payload: Mapping, *, source: str) -> list[str] | None:
-    """The names of a classifier's outputs, in their order; None where the file does not say."""
-    names = payload.get("class_names")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise UserError(f"not a training state ({source}): its class names are no list of names")
-    return names
+    return Checkpoint(payload, source).read_weights(key)
 
 
 def differences(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """What keeps `state` from being the model's weights, by kind."""
+    """Return what keeps `state` from being the model's weights: names by kind."""
     own = model.state_dict()
     shared = [name for name in own if name in state]
     return {
         "missing": [name for name in own if name not in state],
         "unknown": [name for name in state if name not in own],
         "of another shape": [name for name in shared if own[name].shape != state[name].shape],
-        "of another type": [
-            name for name in shared if own[name].is_floating_point() != state[name].is_floating_point()
-        ],
+        "of another type": [n for n in shared if own[n].is_floating_point() != state[n].is_floating_point()],
         "not finite": [name for name in shared if not all_finite(state[name])],
     }
 
@@ -379,12 +372,11 @@ def load_into(
     report: str = "",
     lists_all: str = "--report FILE or TWINS_DEBUG=1",
 ) -> dict[str, list[str]]:
-    """Copy weights into a model. Names on one side only must begin with one of `may_lack` (the file's lacks) or
-    `may_have` (its surplus).
+    """Copy weights into a model and return the names that are on one side only, "missing" and "unknown".
 
-    Any other difference, also in shape or type, and numbers that are not finite, raise UserError with counts and the
-    first names, and the model stays as it is. report: a file for all of the names, whether it fits or not. Returns the
-    names on one side only.
+    Those must begin with one of `may_lack` (missing in the file) or `may_have` (unknown to the model). Any other
+    difference, also in shape or type, and values that are not finite raise UserError with counts and the first names,
+    and the model stays as it is. report: a file for all of the names, whether the weights fit or not.
     """
     kinds = differences(model, state)
     if report:
@@ -396,30 +388,42 @@ def load_into(
             raise UserError(f"cannot write the report (--report {report}): {error.strerror}") from error
     one_sided = {"missing": kinds["missing"], "unknown": kinds["unknown"]}
     allowed = {"missing": may_lack, "unknown": may_have}
-    wrong = {
-        kind: [name for name in names if not name.startswith(allowed.get(kind, ()))] for kind, names in kinds.items()
-    }
+    wrong = {kind: [n for n in names if not n.startswith(allowed.get(kind, ()))] for kind, names in kinds.items()}
     if any(wrong.values()):
         most = None if os.environ.get("TWINS_DEBUG") == "1" else SHOWN
         parts = [f"{len(names)} {kind} ({', '.join(names[:most])})" for kind, names in wrong.items() if names]
-        raise UserError(
-            f"the weights do not fit the model ({source}): {'; '.join(parts)}: are they another model's? {lists_all} "
-            "lists all"
-        )
-    model.load_state_dict(
-        {name: value for name, value in state.items() if name not in kinds["unknown"]}, strict=not kinds["missing"]
-    )
+        advice = f"are they another model's? {lists_all} lists all"
+        raise UserError(f"the weights do not fit the model ({source}): {'; '.join(parts)}: {advice}")
+    known = {name: value for name, value in state.items() if name not in kinds["unknown"]}
+    model.load_state_dict(known, strict=not kinds["missing"])
     return one_sided
+
+
+def finetune(model: nn.Module, file: Checkpoint, *, report: str = "") -> str:
+    """Load the weights of another run and return a line about them; a head of another size stays as initialized."""
+    state, current, may_lack, head = file.weights(), model.state_dict(), (), "head.weight"
+    if head in state and state[head].shape != current[head].shape:
+        what = f"the classifier of {file.source} has {'x'.join(map(str, state[head].shape[:1]))} classes"
+        log(f"finetune: {what}, this data set {len(current[head])}: reinitialized")
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+    if head not in state:
+        may_lack = ("head.",)
+    # A classifier has no use for the norms of a segmentor's or detector's maps.
+    allowed = dict(may_lack=may_lack, may_have=("norm_list.",), report=report)
+    lacking, surplus = load_into(model, state, source=file.source, **allowed).values()
+    used = f"{len(state) - len(surplus)} of {len(current)} tensors loaded from {file.source}"
+    not_loaded, not_used = ", ".join(sorted(lacking)) or "none", ", ".join(surplus) or "none"
+    return f"finetune: {used}; not loaded: {not_loaded}; not used: {not_used}"
 
 
 # ---------------------------------------------------------------- writing
 
 
 def save(path: Path, payload: dict, *, keep_as: Path | None = None) -> None:
-    """Write a checkpoint: at every moment the file is the old one or the new one, whole. keep_as: another name for the
-    old one.
+    """Write a checkpoint atomically; raise UserError if it cannot be written, the old file then stays.
 
-    Files hold tensors and plain values only: torch.load(weights_only=True) opens them as they are.
+    keep_as: another name that the old file gets. Files hold tensors and plain values only, so that
+    torch.load(weights_only=True) opens them.
     """
     _write(path, lambda file: torch.save(payload, file), keep_as=keep_as)
 
@@ -433,13 +437,11 @@ def _write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Path | N
     try:
         atomic_write(path, write, keep_as=keep_as)
     except OSError as error:
-        raise UserError(
-            f"cannot write ({path}): {error.strerror}; nothing there has changed, mend that and try again"
-        ) from error
+        raise UserError(f"cannot write ({path}): {error.strerror}; nothing has changed, fix that and retry") from error
 
 
 def leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """The tensors and plain values of a checkpoint with the path of keys to each, in the order of these paths."""
+    """Yield the tensors and plain values of a checkpoint, each with its path of keys, in the order of the paths."""
     if isinstance(value, Mapping):
         for key in sorted(value, key=str):
             yield from leaves(value[key], f"{name}/{key}")

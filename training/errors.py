@@ -1,4 +1,4 @@
-"""What ends a run early, as a person reads it.
+"""Errors that end a run, as one line for a person, and exit codes.
 
 Needs the standard library only: main.py asks before torch is imported.
 """
@@ -15,7 +15,7 @@ PREEMPTED = 128 + signal.SIGTERM  # the exit code of a run that a signal ended, 
 
 
 class UserError(Exception):
-    """Something the user can put right, as one line: WHAT (WHERE): WHAT TO DO. Exit code 2."""
+    """Something the user can fix, as one line: WHAT (WHERE): WHAT TO DO. Exit code 2."""
 
 
 class NonFiniteError(Exception):
@@ -30,27 +30,29 @@ class Preempted(Exception):
     """A signal asked the run to end, and its state is saved. Exit code 143."""
 
 
-def one_line(error: BaseException) -> str:
-    """The message of an error, also of one that a data-loading worker sent with its traceback around it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+def short_reason(error: BaseException, limit: int | None = None) -> str:
+    """Return an error's message as one line: the first, or the last of a worker's traceback; else the error's type."""
+    lines = str(error).strip().splitlines() or [""]
+    line = lines[-1] if any("Traceback" in each for each in lines[:2]) else lines[0]
+    line = line.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
+    return " ".join(line.split())[:limit] or type(error).__name__
 
 
 def did_you_mean(path: Path, pattern: str = "*") -> str:
-    """The names most like a missing file's among those in its folder, as a question. Empty: there is none like it."""
+    """Return a question with the names most like a missing file's in its folder; empty if there is none like it."""
     near = difflib.get_close_matches(path.name, [each.name for each in path.parent.glob(pattern)], n=2, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 
-def print_error(message: str, kind: str = "error") -> None:
-    """One line on the error stream, not longer than a screen can hold unless TWINS_DEBUG is set."""
-    line = f"main.py: {kind}: {' '.join(message.split())}"
+def print_error(message: str, kind: str = "error", program: str = "main.py") -> None:
+    """Print one line on the error stream, cut to what a screen can hold unless TWINS_DEBUG=1."""
+    line = f"{program}: {kind}: {' '.join(message.split())}"
     short = len(line) <= LONGEST_LINE or os.environ.get("TWINS_DEBUG") == "1"
     print(line if short else line[: LONGEST_LINE - 3] + "...", file=sys.stderr, flush=True)
 
 
 def exit_code(program: str, main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """A tool's: what main gives, and after an error of the user's, which is one line, 2."""
+    """Run a tool's main; return its exit code, or 2 after a UserError, which is printed as one line."""
     try:
         return main(argv) or 0
     except UserError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHECKPOINT, BEST, LOG, STATUS, LOCK = "checkpoint.pth", "checkpoint_best.pth", "log.txt", "status.json", ".lock"
-EARLIER = re.compile(r"checkpoint-\d{4,}-\d{6,}\.pth")  # what --checkpoint-hist keeps beside the newest
+OLDER = re.compile(r"checkpoint-\d{4,}-\d{6,}\.pth")  # what --checkpoint-hist keeps beside the newest
 
 
 # ---------------------------------------------------------------- files written whole
@@ -99,25 +99,25 @@ def remove_unfinished(folder: Path) -> None:
 # ---------------------------------------------------------------- the checkpoints of a folder
 
 
-def earlier_name(epochs: int, updates: int) -> str:
+def older_name(epochs: int, updates: int) -> str:
     """The name of a checkpoint after so many whole epochs, and so many updates of the next one."""
     return f"checkpoint-{epochs:04d}-{updates:06d}.pth"
 
 
-def earlier(folder: Path) -> list[Path]:
+def older_checkpoints(folder: Path) -> list[Path]:
     """The kept checkpoints beside the newest one, the newest first."""
-    found = [path for path in Path(folder).glob("checkpoint-*.pth") if EARLIER.fullmatch(path.name)]
-    return sorted(found, key=place_of, reverse=True)
+    found = [path for path in Path(folder).glob("checkpoint-*.pth") if OLDER.fullmatch(path.name)]
+    return sorted(found, key=position_of, reverse=True)
 
 
-def place_of(path: Path) -> tuple[int, ...]:
-    """Whole epochs, and updates of the next one, as `earlier_name` has them."""
+def position_of(path: Path) -> tuple[int, ...]:
+    """Whole epochs, and updates of the next one, as `older_name` has them."""
     return tuple(int(part) for part in path.stem.split("-")[1:])
 
 
 def candidates(folder: Path) -> list[Path]:
     """All checkpoints of a folder, in the order in which a run is continued from them."""
-    named = [Path(folder) / CHECKPOINT, *earlier(folder), Path(folder) / BEST]
+    named = [Path(folder) / CHECKPOINT, *older_checkpoints(folder), Path(folder) / BEST]
     return [path for path in named if path.is_file()]
 
 
@@ -127,8 +127,8 @@ def prune(folder: Path, keep: int, place: tuple[int, int]) -> None:
 
     Those from beyond are of a branch that was left when the run went back to an earlier checkpoint.
     """
-    found = earlier(folder)
-    kept = [path for path in found if place_of(path) <= place][: max(keep - 1, 0)]
+    found = older_checkpoints(folder)
+    kept = [path for path in found if position_of(path) <= place][: max(keep - 1, 0)]
     for path in set(found) - set(kept):
         path.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import signal
 import sys
 import threading
@@ -39,3 +40,27 @@ def end_with_launcher() -> None:
         os._exit(PREEMPTED)
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def launcher_variables(environ: dict[str, str]) -> dict[str, str] | None:
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun or Slurm set them.
+
+    None: a single process.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        return {"LOCAL_RANK": "0"} | {k: environ[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if k in environ}
+    tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
+    # A batch script has the variables of its job's first task, but is no task itself unless srun started it.
+    only_script = environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in environ
+    if "SLURM_PROCID" not in environ or int(tasks) == 1 or only_script:
+        return None
+    nodes = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or "localhost"
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes).group()  # rack[1-2]-node[03-07,9],other -> rack1-node03
+    return {
+        "RANK": environ["SLURM_PROCID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": environ.get("SLURM_LOCALID", "0"),
+        "MASTER_ADDR": environ.get("MASTER_ADDR", re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)),
+        # The same for all tasks of a job, and another one for the next job on the same node.
+        "MASTER_PORT": environ.get("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", 0)) % 20000)),
+    }

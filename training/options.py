@@ -1,4 +1,4 @@
-"""The command line of main.py: the published options with their defaults, and ours under timm's names.
+"""The command line of main.py: the official options with their defaults, and ours under timm's names.
 
 Nothing here imports torch, so that --help and a wrong option are answered at once.
 """
@@ -9,12 +9,13 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-# What the published code accepts and this one cannot honour: each ends with what to use instead.
+# What the official code accepts and this one cannot honor: each ends with what to use instead.
 REFUSED = {
-    "use_mcloader": "it read ImageNet through a memcached server of one cluster: leave it away, the folder is read "
-    "directly with --num_workers",
-    "resplit": "the published code never read it: to erase only part of a batch use --reprob, to repeat pictures "
+    "use_mcloader": "it read ImageNet through a memcached server of one cluster: omit it, the folder is read directly "
+    "with --num_workers",
+    "resplit": "the official code never read it: to erase only part of a batch use --reprob, to repeat images "
     "--repeated-aug",
 }
 
@@ -88,60 +89,80 @@ amount = numbers(float, "a number from 0 up", lambda value: value >= 0)
 above_zero = numbers(float, "a number above 0", lambda value: value > 0)
 
 
+class Options(argparse.Namespace):
+    """What the command line asks for. `given`, the names of the options that were passed, is not in vars(), which
+    checkpoints store.
+    """
+
+    __slots__ = ("given",)
+
+    def __repr__(self) -> str:  # the official log's line begins with Namespace
+        return repr(argparse.Namespace(**vars(self)))
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.output_dir or self.model)
+
+    @property
+    def eval_batch_size(self) -> int:
+        return int(1.5 * self.batch_size)  # as in the official code
+
+    @property
+    def mixing(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    @property
+    def workers(self) -> int:
+        """As given; else the official 10, but at most this process's share of the machine's cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return self.num_workers if "num_workers" in self.given else min(self.num_workers, max(share, 1))
+
+
 def get_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="main.py", description="Train, evaluate and time Twins (PCPVT, ALTGVT) on pictures.")
+    parser = Parser(prog="main.py", description="Train, evaluate and time Twins (PCPVT, ALTGVT) on images.")
 
-    group = parser.add_argument_group("what to do (default: train)")
-    group.add_argument(
-        "--eval", action="store_true", help="evaluate the weights of --resume on the val pictures, and end"
-    )
-    group.add_argument(
-        "--throughout", "--throughput", action="store_true", help="time inference in pictures per second, and end"
-    )
+    add = parser.add_argument_group("what to do (default: train)").add_argument
+    add("--eval", action="store_true", help="evaluate the weights of --resume on the val images, and exit")
+    add("--throughout", "--throughput", action="store_true", help="time inference in images per second, and exit")
 
-    group = parser.add_argument_group("model")
-    group.add_argument(
+    add = parser.add_argument_group("model").add_argument
+    add(
         "--model",
         default="alt_gvt_small",
         metavar="NAME",
         help="a name of gvt.py, or any that timm knows (%(default)s)",
     )
-    group.add_argument(
-        "--input-size", type=pixels, default=224, metavar="PIXELS", help="side of a picture (%(default)s)"
-    )
-    group.add_argument("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
-    group.add_argument(
+    add("--input-size", type=pixels, default=224, metavar="PIXELS", help="side of an image (%(default)s)")
+    add("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
+    add(
         "--drop-path",
         type=probability,
         default=0.1,
         metavar="P",
         help="stochastic depth of the last block (%(default)s)",
     )
-    group.add_argument(
+    add(
         "--finetune",
         type=path,
         default="",
         metavar="FILE",
-        help="start from these weights; a head of another size is made anew",
+        help="start from these weights; a head of another size is reinitialized",
     )
     parts = dict(nargs="?", const="block", default=False, choices=("block", "mlp"))
-    group.add_argument(
+    add(
         "--grad-checkpointing",
         **parts,
         help="recompute activations in the backward pass: less memory; mlp: of the MLPs alone",
     )
-    group.add_argument(
-        "--channels-last", action="store_true", help="pictures and weights in channels-last memory format"
-    )
-    group.add_argument(
-        "--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND", help="compile the model"
-    )
-    group.add_argument(
+    add("--channels-last", action="store_true", help="images and weights in channels-last memory format")
+    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND", help="compile the model")
+    add(
         "--model-ema",
         action="store_true",
         help="keep and evaluate a moving average of the weights too; --eval: score it",
     )
-    group.add_argument(
+    add(
         "--model-ema-decay",
         type=probability,
         default=0.9998,
@@ -149,98 +170,76 @@ def get_parser() -> argparse.ArgumentParser:
         help="of the average, per step (%(default)s)",
     )
 
-    group = parser.add_argument_group("optimization")
-    group.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="pictures per process and step (%(default)s)"
-    )
-    group.add_argument(
-        "--grad-accum-steps", type=positive, default=1, metavar="N", help="batches per update (%(default)s)"
-    )
-    group.add_argument("--epochs", type=positive, default=300, metavar="N", help="(%(default)s)")
-    group.add_argument("--opt", default="adamw", metavar="NAME", help="an optimizer of timm (%(default)s)")
-    group.add_argument("--opt-eps", type=above_zero, default=1e-8, metavar="E", help="(%(default)s)")
-    group.add_argument(
-        "--opt-betas", type=probability, default=None, nargs="+", metavar="B", help="(the optimizer's own)"
-    )
-    group.add_argument(
+    add = parser.add_argument_group("optimization").add_argument
+    add("--batch-size", type=positive, default=64, metavar="N", help="images per process and step (%(default)s)")
+    add("--grad-accum-steps", type=positive, default=1, metavar="N", help="batches per update (%(default)s)")
+    add("--epochs", type=positive, default=300, metavar="N", help="(%(default)s)")
+    add("--opt", default="adamw", metavar="NAME", help="an optimizer of timm (%(default)s)")
+    add("--opt-eps", type=above_zero, default=1e-8, metavar="E", help="(%(default)s)")
+    add("--opt-betas", type=probability, default=None, nargs="+", metavar="B", help="(the optimizer's own)")
+    add(
         "--clip-grad",
         type=amount,
         default=5.0,
         metavar="NORM",
         help="largest gradient norm, 0 for no limit (%(default)s)",
     )
-    group.add_argument(
-        "--momentum", type=probability, default=0.9, metavar="M", help="for optimizers that have one (%(default)s)"
-    )
-    group.add_argument("--weight-decay", type=amount, default=0.05, metavar="W", help="(%(default)s)")
+    add("--momentum", type=probability, default=0.9, metavar="M", help="for optimizers that have one (%(default)s)")
+    add("--weight-decay", type=amount, default=0.05, metavar="W", help="(%(default)s)")
     amp = ("float16", "bfloat16", "float32")
-    group.add_argument(
-        "--amp-dtype", choices=amp, default=None, help="precision of the forward pass (CUDA: float16, CPU: float32)"
-    )
+    add("--amp-dtype", choices=amp, default=None, help="precision of the forward pass (CUDA: float16, CPU: float32)")
 
-    group = parser.add_argument_group("learning rate, set after each epoch")
-    group.add_argument("--sched", default="cosine", metavar="NAME", help="a schedule of timm (%(default)s)")
-    group.add_argument(
-        "--lr", type=amount, default=5e-4, help="for a global batch of 512; scaled in proportion (%(default)s)"
-    )
-    group.add_argument(
-        "--lr-noise", type=amount, nargs="+", default=None, metavar="F", help="on and off points, fractions of the run"
-    )
-    group.add_argument("--lr-noise-pct", type=above_zero, default=0.67, metavar="F", help="(%(default)s)")
-    group.add_argument("--lr-noise-std", type=amount, default=1.0, metavar="S", help="(%(default)s)")
-    group.add_argument("--warmup-lr", type=amount, default=1e-6, metavar="LR", help="not scaled (%(default)s)")
-    group.add_argument("--min-lr", type=amount, default=1e-5, metavar="LR", help="not scaled (%(default)s)")
-    group.add_argument(
+    add = parser.add_argument_group("learning rate, set after each epoch").add_argument
+    add("--sched", default="cosine", metavar="NAME", help="a schedule of timm (%(default)s)")
+    add("--lr", type=amount, default=5e-4, help="for a global batch of 512; scaled in proportion (%(default)s)")
+    add("--lr-noise", type=amount, nargs="+", default=None, metavar="F", help="on and off points, fractions of the run")
+    add("--lr-noise-pct", type=above_zero, default=0.67, metavar="F", help="(%(default)s)")
+    add("--lr-noise-std", type=amount, default=1.0, metavar="S", help="(%(default)s)")
+    add("--warmup-lr", type=amount, default=1e-6, metavar="LR", help="not scaled (%(default)s)")
+    add("--min-lr", type=amount, default=1e-5, metavar="LR", help="not scaled (%(default)s)")
+    add(
         "--warmup-epochs",
         type=count,
         default=5,
         metavar="N",
         help="any but 0 spends two epochs at --warmup-lr (%(default)s)",
     )
-    group.add_argument(
-        "--decay-epochs", type=above_zero, default=30, metavar="N", help="for --sched step (%(default)s)"
+    add("--decay-epochs", type=above_zero, default=30, metavar="N", help="for --sched step (%(default)s)")
+    add(
+        "--cooldown-epochs",
+        type=count,
+        default=10,
+        metavar="N",
+        help="without effect, as in the official code (%(default)s)",
     )
-    group.add_argument(
-        "--cooldown-epochs", type=count, default=10, metavar="N", help="without effect, as published (%(default)s)"
-    )
-    group.add_argument(
-        "--patience-epochs", type=count, default=10, metavar="N", help="for --sched plateau (%(default)s)"
-    )
-    group.add_argument(
-        "--decay-rate", "--dr", type=amount, default=0.1, metavar="R", help="for --sched step (%(default)s)"
-    )
+    add("--patience-epochs", type=count, default=10, metavar="N", help="for --sched plateau (%(default)s)")
+    add("--decay-rate", "--dr", type=amount, default=0.1, metavar="R", help="for --sched step (%(default)s)")
 
-    group = parser.add_argument_group("augmentation")
-    group.add_argument(
-        "--color-jitter", type=amount, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)"
-    )
-    group.add_argument(
-        "--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)"
-    )
-    group.add_argument(
-        "--fast-augment", action="store_true", help="RandAugment on the device: as drawn for --aa, rounded otherwise"
-    )
-    group.add_argument("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
-    group.add_argument(
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--color-jitter", type=amount, default=0.4, metavar="F", help="without effect beside --aa (%(default)s)")
+    add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)")
+    add("--fast-augment", action="store_true", help="RandAugment on the device: as drawn for --aa, rounded otherwise")
+    add("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
+    add(
         "--train-interpolation",
         default="bicubic",
         choices=("random", "bilinear", "bicubic", "lanczos"),
         help="(%(default)s)",
     )
-    group.add_argument(
+    add(
         "--repeated-aug",
         action="store_true",
         dest="repeated_aug",
         default=False,
-        help="each picture three times an epoch",
+        help="each image three times an epoch",
     )
-    group.add_argument("--no-repeated-aug", action="store_false", dest="repeated_aug", help="(default)")
-    group.add_argument("--reprob", type=probability, default=0.25, metavar="P", help="of random erasing (%(default)s)")
-    group.add_argument("--remode", default="pixel", choices=("const", "rand", "pixel"), help="(%(default)s)")
-    group.add_argument("--recount", type=positive, default=1, metavar="N", help="(%(default)s)")
-    group.add_argument("--resplit", action="store_true", help="refused: never had an effect")
-    group.add_argument("--hflip", type=probability, default=0.5, metavar="P", help="of a horizontal flip (%(default)s)")
-    group.add_argument(
+    add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="(default)")
+    add("--reprob", type=probability, default=0.25, metavar="P", help="of random erasing (%(default)s)")
+    add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="(%(default)s)")
+    add("--recount", type=positive, default=1, metavar="N", help="(%(default)s)")
+    add("--resplit", action="store_true", help="refused: never had an effect")
+    add("--hflip", type=probability, default=0.5, metavar="P", help="of a horizontal flip (%(default)s)")
+    add(
         "--scale",
         type=amount,
         nargs=2,
@@ -248,7 +247,7 @@ def get_parser() -> argparse.ArgumentParser:
         metavar=("MIN", "MAX"),
         help="area of a random crop %(default)s",
     )
-    group.add_argument(
+    add(
         "--ratio",
         type=amount,
         nargs=2,
@@ -256,159 +255,139 @@ def get_parser() -> argparse.ArgumentParser:
         metavar=("MIN", "MAX"),
         help="its width to height (3/4, 4/3)",
     )
-    group.add_argument("--mixup", type=amount, default=0.8, metavar="ALPHA", help="0 for none (%(default)s)")
-    group.add_argument("--cutmix", type=amount, default=1.0, metavar="ALPHA", help="0 for none (%(default)s)")
-    group.add_argument(
-        "--cutmix-minmax", type=amount, nargs="+", default=None, metavar="F", help="overrides --cutmix and sets it on"
-    )
-    group.add_argument("--mixup-prob", type=probability, default=1.0, metavar="P", help="of either (%(default)s)")
-    group.add_argument(
+    add("--mixup", type=amount, default=0.8, metavar="ALPHA", help="0 for none (%(default)s)")
+    add("--cutmix", type=amount, default=1.0, metavar="ALPHA", help="0 for none (%(default)s)")
+    add("--cutmix-minmax", type=amount, nargs="+", default=None, metavar="F", help="overrides --cutmix and sets it on")
+    add("--mixup-prob", type=probability, default=1.0, metavar="P", help="of either (%(default)s)")
+    add(
         "--mixup-switch-prob",
         type=probability,
         default=0.5,
         metavar="P",
         help="of cutmix where both are on (%(default)s)",
     )
-    group.add_argument("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="(%(default)s)")
+    add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="(%(default)s)")
 
-    group = parser.add_argument_group("data")
+    add = parser.add_argument_group("data").add_argument
     default = "/datasets01/imagenet_full_size/061417/"
-    group.add_argument(
+    add(
         "--data-path",
         type=path,
         default=default,
         metavar="FOLDER",
         help="with train/CLASS/* and val/CLASS/* (%(default)s)",
     )
-    group.add_argument(
+    add(
         "--data-set",
         default="IMNET",
         choices=("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19"),
         help="CIFAR is CIFAR-100",
     )
     inat = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-    group.add_argument(
-        "--inat-category", default="name", choices=inat, help="what iNaturalist's classes are (%(default)s)"
-    )
-    group.add_argument("--use-mcloader", action="store_true", help="refused: a cache of one cluster")
-    group.add_argument(
+    add("--inat-category", default="name", choices=inat, help="what iNaturalist's classes are (%(default)s)")
+    add("--use-mcloader", action="store_true", help="refused: a cache of one cluster")
+    add(
         "--num_workers",
         type=count,
         default=10,
         metavar="N",
-        help="per process; not written: at most its share of cores",
+        help="per process; if not given: at most its share of cores",
     )
-    group.add_argument("--pin-mem", action="store_true", dest="pin_mem", default=True, help="(default)")
-    group.add_argument(
-        "--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU"
-    )
-    group.add_argument(
+    add("--pin-mem", action="store_true", dest="pin_mem", default=True, help="(default)")
+    add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU")
+    add(
         "--eval-crop-ratio",
         type=share,
         default=0.875,
         metavar="F",
         help="of the resized side in evaluation (%(default)s)",
     )
-    group.add_argument(
-        "--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number"
-    )
+    add("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
 
-    group = parser.add_argument_group("run")
-    group.add_argument("--output_dir", type=path, default="", metavar="FOLDER", help="of a training run (./MODEL)")
-    group.add_argument(
-        "--overwrite", action="store_true", help="start anew in a folder that holds a run, and replace it"
-    )
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", type=path, default="", metavar="FOLDER", help="of a training run (./MODEL)")
+    add("--overwrite", action="store_true", help="start in a folder that holds a run, and replace that run")
     what = (
         "a checkpoint to continue, or auto: the newest whole one of the output folder; with --eval, weights to evaluate"
     )
-    group.add_argument("--resume", type=path, default="", metavar="FILE", help=what)
-    group.add_argument(
+    add("--resume", type=path, default="", metavar="FILE", help=what)
+    add(
         "--resume-changed",
         action="store_true",
         help="continue although model settings, data or recipe differ from the stored ones",
     )
-    group.add_argument(
+    add(
         "--checkpoint-interval",
         type=count,
         default=0,
         metavar="N",
         help="save every N updates inside an epoch too (0: never)",
     )
-    group.add_argument(
+    add(
         "--checkpoint-hist",
         type=positive,
         default=2,
         metavar="N",
         help="checkpoints to keep beside the best (%(default)s)",
     )
-    group.add_argument(
+    add(
         "--keep-going",
         action="store_true",
         help="go on where a checkpoint cannot be written, and try again with the next",
     )
-    group.add_argument(
+    add(
         "--report",
         type=path,
         default="",
         metavar="FILE",
         help="list in JSON which weights were loaded and which do not fit",
     )
-    group.add_argument("--start_epoch", type=count, default=0, metavar="N", help="(%(default)s)")
-    group.add_argument("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
-    group.add_argument(
-        "--deterministic", action="store_true", help="the same bits every time on a GPU too, at some cost in speed"
-    )
-    group.add_argument(
-        "--device", default="cuda", metavar="NAME", help="cuda or cpu; not written: cuda if there is one"
-    )
-    group.add_argument(
-        "--world_size", type=positive, default=1, metavar="N", help="without effect: the launcher says it"
-    )
-    group.add_argument("--dist_url", default="env://", metavar="URL", help="where processes meet (%(default)s)")
+    add("--start_epoch", type=count, default=0, metavar="N", help="(%(default)s)")
+    add("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
+    add("--deterministic", action="store_true", help="the same bits every time on a GPU too, at some cost in speed")
+    add("--device", default="cuda", metavar="NAME", help="cuda or cpu; if not given: cuda if there is one")
+    add("--world_size", type=positive, default=1, metavar="N", help="without effect: the launcher sets it")
+    add("--dist_url", default="env://", metavar="URL", help="where processes meet (%(default)s)")
     note = "seconds that processes wait for one that does not answer (%(default)s)"
-    group.add_argument("--dist-timeout", type=seconds, default=1800, metavar="S", help=note)
+    add("--dist-timeout", type=seconds, default=1800, metavar="S", help=note)
     note = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
-    group.add_argument("--loader-timeout", type=wait, default=1800, metavar="S", help=note)
-    group.add_argument(
-        "--local-rank", type=int, default=None, help=argparse.SUPPRESS
-    )  # torch.distributed.launch without --use_env
+    add("--loader-timeout", type=wait, default=1800, metavar="S", help=note)
+    add("--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
     return parser
 
 
-def without_effect(args: argparse.Namespace, written: set[str]) -> dict[str, str]:
-    """The written options that this run does not read, with the reason."""
-    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+def without_effect(args: Options) -> dict[str, str]:
+    """Return the given options that this run does not read, each with the reason."""
+    small = args.input_size <= 32
+    shifted = small and "images of 32 pixels or less are shifted, not cropped"
+    rates = ("step", "multistep", "plateau", "poly")
     reasons = {
         "color_jitter": args.aa and "--aa is set",
-        "cooldown_epochs": "the published schedule ignores it",
+        "cooldown_epochs": "the official schedule ignores it",
         "decay_epochs": args.sched != "step" and f"--sched {args.sched} has no steps",
-        "decay_rate": args.sched not in ("step", "multistep", "plateau", "poly")
-        and f"--sched {args.sched} has no such rate",
+        "decay_rate": args.sched not in rates and f"--sched {args.sched} has no such rate",
         "patience_epochs": args.sched != "plateau" and f"--sched {args.sched} has no patience",
         "momentum": args.opt.lower() in ("adamw", "adam") and f"--opt {args.opt} has betas",
-        "world_size": "the launcher says how many processes there are",
+        "world_size": "the launcher sets the number of processes",
         "remode": not args.reprob and "--reprob is 0",
         "recount": not args.reprob and "--reprob is 0",
         "inat_category": not args.data_set.startswith("INAT") and f"--data-set {args.data_set} has no categories",
-        "train_interpolation": args.input_size <= 32 and "pictures of 32 pixels or less are not resized",
-        "scale": args.input_size <= 32 and "pictures of 32 pixels or less are shifted, not cropped",
-        "ratio": args.input_size <= 32 and "pictures of 32 pixels or less are shifted, not cropped",
+        "train_interpolation": small and "images of 32 pixels or less are not resized",
+        "scale": shifted,
+        "ratio": shifted,
     }
     for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode"):
-        reasons[name] = not mixing and "--mixup and --cutmix are 0"
-    return {name: reason for name, reason in reasons.items() if reason and name in written}
+        reasons[name] = not args.mixing and "--mixup and --cutmix are 0"
+    return {name: reason for name, reason in reasons.items() if reason and name in args.given}
 
 
-def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
-    """-> the options, and the names of those that were written. Ends the process with a line and exit code 2 where one
-    is wrong.
-    """
+def parse_args(argv: list[str]) -> Options:
+    """Parse the command line; end the process with one line and exit code 2 if an option is wrong."""
     parser = get_parser()
-    args = parser.parse_args(argv)
-    silent = get_parser()
-    for action in silent._actions:
-        action.default = argparse.SUPPRESS
-    written = set(vars(silent.parse_args(argv)))
+    args = parser.parse_args(argv, namespace=Options())
+    unset = object()  # argparse fills in a default only for a name that the namespace lacks
+    again = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
+    args.given = frozenset(name for name, value in vars(again).items() if value is not unset)
     for name in ("scale", "ratio", "cutmix_minmax"):
         bounds = getattr(args, name)
         if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]):
@@ -416,4 +395,4 @@ def parse_args(argv: list[str]) -> tuple[argparse.Namespace, set[str]]:
     for name, advice in REFUSED.items():
         if getattr(args, name):
             parser.exit(2, f"{parser.prog}: error: cannot be used (--{name.replace('_', '-')}): {advice}\n")
-    return args, written
+    return args

@@ -1,4 +1,4 @@
-"""The processes of a run: signals and time limits, and which of them ended or hang."""
+"""The processes of a run: signals, time limits, and which of them ended or hang."""
 
 import contextlib
 import multiprocessing
@@ -8,13 +8,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
+from training.errors import PREEMPTED, NonFiniteError, Preempted, UserError, short_reason
 from training.launcher import die_with_parent
-from utils import all_gather, get_world_size
+from utils import all_gather, get_random_state, get_world_size, set_random_state
 
 PEERS: list[tuple[str, int, str]] = []  # `identity` of each process of the run
 
@@ -23,14 +26,15 @@ PEERS: list[tuple[str, int, str]] = []  # `identity` of each process of the run
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1 while it is entered: `received` is the signal's name, or None. The run ends at its next
-    safe point.
+    """Note SIGTERM and SIGUSR1 while entered: `received` is the signal's name, or None. The run ends at a safe point.
+
+    on_poll: called each time before the run looks, with what it tells of where it is; tests stop runs there.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self):
-        self.received = None
+    def __init__(self, on_poll: Callable[..., None] = lambda *where: None):
+        self.received, self.on_poll = None, on_poll
 
     def __enter__(self):
         self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
@@ -43,11 +47,17 @@ class StopSignals:
     def _note(self, number, _frame) -> None:
         self.received = signal.Signals(number).name
 
+    def poll(self, *where: object) -> bool:
+        """Return True if a signal asked this process to stop."""
+        self.on_poll(*where)
+        return self.received is not None
+
 
 @contextlib.contextmanager
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
-    """Raise `error` in the main thread where the body takes longer, also in the middle of a system call. 0, or another
-    thread: no limit.
+    """Raise `error` in the main thread if the body takes longer, even inside a system call.
+
+    No limit with 0 seconds or in another thread.
     """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
@@ -66,16 +76,13 @@ def time_limit(seconds: float, error: Exception) -> Iterator[None]:
 
 
 def loading_process(_index: int) -> None:
-    """What a data-loading process does first: a group of its own, away from the launcher's signals, and no life without
-    the trainer.
-    """
+    """Start a loader worker: in a group of its own, away from the launcher's signals, ending with its parent."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = (
-        lambda *_: None
-    )  # of the thread that hands over memory, where the trainer breaks off: the trainer has its own line
+    # Of the thread that hands over memory, when the trainer breaks off: the trainer prints a line of its own.
+    sys.excepthook = lambda *_: None
     die_with_parent(signal.SIGKILL)
 
 
@@ -83,7 +90,7 @@ def loading_process(_index: int) -> None:
 
 
 def _stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; empty where there is no such process, or no such file system."""
+    """Return the fields of /proc/PID/stat from the state on; none without such a process or file system."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -91,16 +98,12 @@ def _stat(pid: int) -> list[str]:
 
 
 def identity() -> tuple[str, int, str]:
-    """This process among all that the machines of a run ever have: host, pid, and when it was started, in the kernel's
-    ticks.
-    """
+    """Return host, pid and start time in kernel ticks: unique among all processes that a run's machines ever have."""
     return socket.gethostname(), os.getpid(), "".join(_stat(os.getpid())[19:20])
 
 
 def process_state(pid: int, started: str = "") -> str:
-    """ "stopped", "gone" or "alive", as this machine's process table has it. started: as in `identity`, for another one
-    may have its pid.
-    """
+    """Return "stopped", "gone" or "alive". started: as in `identity`, for another process may have its pid by now."""
     fields = _stat(pid)
     if not fields or (started and fields[19] != started):
         return "gone" if sys.platform == "linux" else "alive"
@@ -108,49 +111,81 @@ def process_state(pid: int, started: str = "") -> str:
 
 
 def meet_peers() -> None:
-    """Note who the processes of the run are. Every process must call it."""
+    """Note which processes the run has. Every process must call it."""
     PEERS[:] = all_gather(identity())
 
 
-def is_lost_process(error: RuntimeError) -> bool:
-    """Whether the error is only the echo of another process that ended or is stuck."""
-    text = str(error).lower()
-    return get_world_size() > 1 and (
-        isinstance(error, dist.DistError) or "gloo" in text or "closed by peer" in text or "timed out waiting" in text
-    )
+def is_lost_process(error: BaseException) -> bool:
+    """Return True if the error only follows from another process that ended or hangs."""
+    text, signs = str(error).lower(), ("gloo", "closed by peer", "timed out waiting")
+    known = isinstance(error, dist.DistError) or any(sign in text for sign in signs)
+    return isinstance(error, RuntimeError) and get_world_size() > 1 and known
 
 
 def peers_of_this_machine() -> dict[int, tuple[int, str]]:
-    """rank -> (pid, state) of the run's processes here."""
+    """Return rank -> (pid, state) of the run's processes on this machine."""
     here = socket.gethostname()
     return {rank: (pid, process_state(pid, started)) for rank, (host, pid, started) in enumerate(PEERS) if host == here}
 
 
 def lost_processes() -> str:
-    """Which processes of this machine ended or are stopped, in words."""
+    """Name the processes of this machine that ended or are stopped."""
     time.sleep(0.5)  # for the process table to know
-    lost = [
-        f"process {rank} (pid {pid}) is {state}"
-        for rank, (pid, state) in peers_of_this_machine().items()
-        if state != "alive"
-    ]
+    states = peers_of_this_machine().items()
+    lost = [f"process {rank} (pid {pid}) is {state}" for rank, (pid, state) in states if state != "alive"]
     return ", ".join(lost) or "none of this machine has ended: look for one that hangs, or at the other machines"
 
 
 def end_stopped_processes() -> None:
-    """Kill those of the run's processes here that are stopped: the run is over, and the launcher would wait half a
-    minute for them.
-    """
+    """Kill the run's stopped processes here: the run is over, and the launcher would wait half a minute for them."""
     for pid, state in peers_of_this_machine().values():
         if state == "stopped":
             os.kill(pid, signal.SIGKILL)
 
 
-def is_loading_error(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader")
-
-
 def loading_processes() -> str:
-    """The data-loading processes that this one has, or has just had, in words."""
+    """Name the workers that this process has, or has just had."""
     states = [f"pid {child.pid} is {process_state(child.pid)}" for child in multiprocessing.active_children()]
     return ", ".join(states) or "none is left"
+
+
+def loading_error(error: BaseException | None) -> BaseException | None:
+    """Return DataLoader's error among an error and those that it was raised while handling, or None."""
+    while error is not None and not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader")):
+        error = error.__context__
+    return error
+
+
+def explain(error: BaseException) -> tuple[int, str] | None:
+    """Return the exit code and the line of an error that a user can act on; None for one of ours."""
+    if isinstance(error, Preempted):
+        return PREEMPTED, str(error)
+    if isinstance(error, (UserError, NonFiniteError)):
+        return 2 if isinstance(error, UserError) else 1, short_reason(error)
+    if is_lost_process(error):
+        what = f"no answer from another process of this run ({lost_processes()})"
+        return 1, f"{what}: stopped too, continue with --resume auto"
+    if (loading := loading_error(error)) is not None:
+        what = f"data loading failed ({short_reason(loading, 120)} [{loading_processes()}])"
+        return 1, f"{what}: look for lack of memory or a stuck disk, then --resume auto"
+    return None
+
+
+# ---------------------------------------------------------------- the order of sums
+
+
+def settle_gradient_buckets(parallel: nn.Module, model: nn.Module, images: torch.Tensor, dtype: torch.dtype) -> None:
+    """Run two steps without effect, after which DistributedDataParallel sums gradients in its final order.
+
+    It reorders its buckets after a first backward pass. A resumed run would otherwise sum in another order in its first
+    step than the uninterrupted one did, and from three processes on end with other bits.
+    """
+    states, buffers = get_random_state(), [buffer.clone() for buffer in model.buffers()]
+    for _ in range(2):
+        with torch.autocast(images.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = parallel(images)
+        logits.float().sum().backward()
+    model.zero_grad(set_to_none=True)
+    for buffer, value in zip(model.buffers(), buffers):
+        buffer.copy_(value)
+    set_random_state(states)

@@ -1,74 +1,44 @@
-"""Continuing a run: that it is the same run, and the optimizer's state, matched by the parameters' names.
+"""Check that a checkpoint resumes this run, and match the optimizer's state by parameter names.
 
-Files are ours, or the published code's, whose arguments are those of its command line with the rate already scaled.
+Files are ours, or the official code's, whose arguments are those of its command line with the rate already scaled.
 """
 
 import copy
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from training import checkpoint
+from training.checkpoint import Checkpoint, all_finite
 from training.errors import UserError
-from utils import warn
 
 # What may change between the parts of a run: where things are, how fast they go, what is kept. The batch counts through
 # the global batch.
 FREE = {
-    *(
-        "eval",
-        "throughout",
-        "finetune",
-        "resume",
-        "resume_changed",
-        "report",
-        "overwrite",
-        "output_dir",
-        "start_epoch",
-        "keep_going",
-    ),
-    *(
-        "checkpoint_interval",
-        "checkpoint_hist",
-        "device",
-        "world_size",
-        "dist_url",
-        "local_rank",
-        "dist_timeout",
-        "loader_timeout",
-    ),
-    *("data_path", "num_workers", "pin_mem", "dist_eval", "use_mcloader", "resplit", "deterministic"),
-    *("grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
+    *("eval", "throughout", "finetune", "resume", "resume_changed", "report", "overwrite", "output_dir", "start_epoch"),
+    *("keep_going", "checkpoint_interval", "checkpoint_hist", "device", "world_size", "dist_url", "local_rank"),
+    *("dist_timeout", "loader_timeout", "data_path", "num_workers", "pin_mem", "dist_eval", "use_mcloader", "resplit"),
+    *("deterministic", "grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
-RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the published schedule's state, in today's timm
-MOST = 1e15  # no count or figure of a training is as large
+RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the official schedule's state, in today's timm
+MOST = 1e15  # no count or figure of a run is as large
 COUNTERS = ("step", "lookahead_step")  # what some optimizers count by the group, not by the parameter
 MOST_EPOCHS = 10_000  # compared between two schedules
-STATS = {
-    "lr",
-    "loss",
-    "time",
-    "data_time",
-    "images_per_s",
-    "max_memory_mb",
-}  # of an epoch's training, for its line in the log
-COMPLETE = {"optimizer", "lr_scheduler", "epoch"}  # what a file must hold beside weights to be continued
+STATS = {"lr", "loss", "time", "data_time", "images_per_s", "max_memory_mb"}  # of an epoch, for its line in the log
+COMPLETE = {"optimizer", "lr_scheduler", "epoch"}  # what a file must hold beside weights to be resumed
 
 
 # ---------------------------------------------------------------- the same run
 
 
 def recipe(args: Mapping, **resolved: object) -> dict:
-    """What decides a run's result: its options but for those that are free, with what they come to here."""
+    """Return what decides a run's result: its options but for those that are free, and what they resolve to."""
     return {name: value for name, value in args.items() if name not in FREE} | resolved
 
 
 def stored_recipe(payload: Mapping) -> dict:
-    """The recipe of a file of ours, or as far as the published arguments tell it."""
+    """Return the recipe of a file of ours, or as far as the official code's arguments tell it."""
     if isinstance(payload.get("recipe"), dict):
         return payload["recipe"]
     args = payload.get("args")
@@ -79,167 +49,168 @@ def stored_recipe(payload: Mapping) -> dict:
     return recipe(args) | batch
 
 
-def changes(stored: Mapping, own: Mapping) -> list[str]:
-    """The settings that both have and that differ, as "name OLD -> NEW"."""
+def changes(old: Mapping, new: Mapping) -> list[str]:
+    """Return the settings that both have and that differ, as "name OLD -> NEW"."""
 
     def same(a: object, b: object) -> bool:
         if isinstance(a, float) and isinstance(b, float):
             return math.isclose(a, b, rel_tol=1e-9)
         return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)
 
-    return [
-        f"{name} {stored[name]} -> {own[name]}" for name in own if name in stored and not same(stored[name], own[name])
-    ]
+    shared = [name for name in new if name in old]
+    return [f"{name} {old[name]} -> {new[name]}" for name in shared if not same(old[name], new[name])]
 
 
 def schedule_changes(stored: Mapping, scheduler, epochs: int) -> list[str]:
-    """The first epoch at whose end the stored schedule sets another rate than this one. Leaves the optimizer at the
-    last rate tried.
+    """Return the first epoch at whose end the stored schedule sets another rate than this one.
+
+    Leaves the optimizer at the last rate tried.
     """
-    own = scheduler.state_dict()
-    named = {name if name in own else RENAMED.get(name, name): value for name, value in stored.items()}
+    current = scheduler.state_dict()
+    named = {name if name in current else RENAMED.get(name, name): value for name, value in stored.items()}
     other = copy.copy(scheduler)
-    other.load_state_dict({name: value for name, value in named.items() if name in own})
+    other.load_state_dict({name: value for name, value in named.items() if name in current})
 
     def rates(schedule, epoch: int) -> list[float]:
         schedule.step(epoch)
         return [group["lr"] for group in schedule.optimizer.param_groups]
 
     for epoch in range(min(epochs, MOST_EPOCHS)):
-        there, here = rates(other, epoch), rates(scheduler, epoch)
-        if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(there, here)):
-            return [f"lr after epoch {epoch} {there[0]:.6g} -> {here[0]:.6g}"]
+        old, new = rates(other, epoch), rates(scheduler, epoch)
+        if not all(math.isclose(a, b, rel_tol=1e-9) for a, b in zip(old, new)):
+            return [f"lr after epoch {epoch} {old[0]:.6g} -> {new[0]:.6g}"]
     return []
 
 
 # ---------------------------------------------------------------- the optimizer's state
 
 
-def moments(payload: Mapping, model: nn.Module) -> dict[str, dict]:
-    """The optimizer's state of each parameter by the parameter's name. Raises ValueError where groups or values cannot
-    be right.
+def optimizer_state(payload: Mapping, model: nn.Module) -> dict[str, dict]:
+    """Return the optimizer's state by parameter name; raise ValueError if groups or values cannot be right.
 
     A state counts parameters group by group, those without weight decay first, each group in the order of the model
-    that was saved. That order is the one of the file's own weights: another library's order would swap tensors of equal
-    shapes.
+    that was saved. That order is the one of the file's own weights: another library's order would swap tensors of
+    equal shapes.
     """
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    groups, order = _expected_groups(payload, model, shapes)
+    stored = [group["params"] for group in payload["optimizer"]["param_groups"]]
+    if len(stored) == 1:
+        groups = [order]
+    if [len(group) for group in stored] != [len(group) for group in groups]:
+        sizes = f"{[len(group) for group in stored]} parameters, expected {[len(group) for group in groups]}"
+        raise ValueError(f"groups of {sizes}")
+    indices = [index for group in stored for index in group]
+    names = dict(zip(indices, (name for group in groups for name in group)))
+    state = payload["optimizer"]["state"]
+    if len(names) != len(order) or not set(state) <= set(names) or (state and len(state) != len(names)):
+        counts = f"{len(state)} parameters in groups that name {len(names)}, the model has {len(order)}"
+        raise ValueError(f"the state of {counts}")
+    found = {names[index]: entry for index, entry in state.items()}
+    kinds = {frozenset(entry) for entry in found.values()}
+    factored = any("row" in str(key) for kind in kinds for key in kind)  # whose states differ by the parameter's rank
+    if frozenset() in kinds or (len(kinds) > 1 and not factored):
+        raise ValueError("a parameter's state lacks what the others' have")
+    for name, entry in found.items():
+        for key, value in entry.items():
+            _check_entry(f"{key} of {name}", key, value, shapes[name])
+    return found
+
+
+def _expected_groups(payload: Mapping, model: nn.Module, shapes: Mapping) -> tuple[list[list[str]], list[str]]:
+    """Return the names of the optimizer's two groups, and all names in the order of the file's weights."""
     saved = (name.removeprefix("module.") for name in payload["model"])
     order = [name for name in saved if name in shapes]
     if len(order) != len(shapes):
         raise ValueError(f"weights of {len(order)} parameters, the model has {len(shapes)}")
     exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
     undecayed = [name for name in order if len(shapes[name]) <= 1 or name.endswith(".bias") or name in exempt]
-    kept = set(undecayed)
-    expected = [undecayed, [name for name in order if name not in kept]]
-    stored = [group["params"] for group in payload["optimizer"]["param_groups"]]
-    if len(stored) == 1:
-        expected = [order]
-    if [len(group) for group in stored] != [len(group) for group in expected]:
-        raise ValueError(
-            f"groups of {[len(group) for group in stored]} parameters, expected {[len(group) for group in expected]}"
-        )
-    names = dict(zip((index for group in stored for index in group), (name for group in expected for name in group)))
-    state = payload["optimizer"]["state"]
-    if len(names) != len(order) or not set(state) <= set(names) or (state and len(state) != len(names)):
-        raise ValueError(
-            f"the state of {len(state)} parameters in groups that name {len(names)}, the model has {len(order)}"
-        )
-    found = {names[index]: entry for index, entry in state.items()}
-    kinds = {frozenset(entry) for entry in found.values()}
-    factored = any(
-        "row" in str(key) for kind in kinds for key in kind
-    )  # whose states differ between matrices and vectors
-    if frozenset() in kinds or (len(kinds) > 1 and not factored):
-        raise ValueError("a parameter's state lacks what the others' have")
-    for name, entry in found.items():
-        for key, value in entry.items():
-            _check_moment(f"{key} of {name}", key, value, shapes[name])
-    return found
+    rest = set(order) - set(undecayed)
+    return [undecayed, [name for name in order if name in rest]], order
 
 
-def _check_moment(what: str, key: str, value: object, shape: torch.Size) -> None:
+def _check_entry(what: str, key: str, value: object, shape: torch.Size) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(value, bool):
         return
     if not number and not isinstance(value, Tensor):
         raise ValueError(f"{what} is a {type(value).__name__}")
     value = torch.as_tensor(value)
-    if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer") and (
-        value.shape != shape or not value.is_floating_point()
-    ):
+    like_parameter = key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+    if like_parameter and (value.shape != shape or not value.is_floating_point()):
         raise ValueError(f"{what} is {list(value.shape)} of {value.dtype}, the parameter {list(shape)}")
     if key == "step" and (value.numel() != 1 or not value < MOST):
         raise ValueError(f"{what} is no count of steps")
-    if not checkpoint.all_finite(value):
+    if not all_finite(value):
         raise ValueError(f"{what} is not finite")
     if key in ("exp_avg_sq", "max_exp_avg_sq", "step") and value.numel() and value.min() < 0:
         raise ValueError(f"{what} is negative")
 
 
-def load_moments(
-    optimizer: torch.optim.Optimizer, model: nn.Module, found: Mapping[str, dict], groups: list[Mapping]
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, dict], groups: list[Mapping]
 ) -> None:
-    """Put `moments` into an optimizer of this model. Its settings (rates, decay, how it is computed) stay its own.
+    """Load what `optimizer_state` returned into an optimizer of this model, whose settings stay its own.
 
-    groups: the stored ones, of which the counters are taken that some optimizers keep there. Raises ValueError where
-    one is no number.
+    groups: the stored ones, for the counters that some optimizers keep there; raises ValueError if one is no number.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = {
-        index: {
-            key: value.clone() if isinstance(value, Tensor) else value for key, value in found[names[parameter]].items()
-        }
-        for index, parameter in enumerate(parameters)
-        if names[parameter] in found
+    entries = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in state[names[each]].items()}
+        for index, each in enumerate(parameters)
+        if names[each] in state
     }
-    own = optimizer.state_dict()["param_groups"]
-    for group, stored in zip(own, groups):
+    current = optimizer.state_dict()["param_groups"]
+    for group, stored in zip(current, groups):
         counts = {name: stored[name] for name in COUNTERS if name in stored}
-        if not all(
-            _is_number(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
-            for value in counts.values()
-        ):
+        values = [v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for v in counts.values()]
+        if not all(map(_is_number, values)):
             raise ValueError(f"counters of a group are {counts}")
         group.update(counts)
-    optimizer.load_state_dict({"state": state, "param_groups": own})
+    optimizer.load_state_dict({"state": entries, "param_groups": current})
 
 
-def check_complete(payload: Mapping, *, source: str) -> None:
-    """Refuse a training state whose counters cannot be right, before anything of it is used."""
+# ---------------------------------------------------------------- what can be right
+
+
+def is_training_state(payload: Mapping) -> bool:
+    return set(payload) >= COMPLETE
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Raise UserError for a training state whose counters cannot be right, before anything of it is used."""
+    payload = checkpoint.payload
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"not a training state ({checkpoint.source}): {what}")
+
     if lacking := sorted(COMPLETE - set(payload)):
-        raise UserError(f"not a training state ({source}): it has no {', '.join(lacking)}")
-    progress, epoch = payload.get("progress"), payload["epoch"]
+        raise refuse(f"it has no {', '.join(lacking)}")
+    epoch, best, stats = payload["epoch"], payload.get("max_accuracy", 0.0), payload.get("train_stats")
     if isinstance(epoch, bool) or not isinstance(epoch, int) or not -1 <= epoch < 10**6:
-        raise UserError(f"not a training state ({source}): epoch is {str(epoch)[:30]}, expected a number from -1 up")
-    best = payload.get("max_accuracy", 0.0)
+        raise refuse(f"epoch is {str(epoch)[:30]}, expected a number from -1 up")
     if not isinstance(best, (int, float)) or not 0 <= best <= 100:
-        raise UserError(f"not a training state ({source}): max_accuracy is {str(best)[:30]}, expected 0 to 100")
-    if not _place_can_be(progress):
-        raise UserError(f"not a training state ({source}): its place inside an epoch is unreadable")
-    stats = payload.get("train_stats")
-    if not payload.get("evaluated", True) and not (
-        isinstance(stats, dict) and set(stats) >= STATS and all(map(_is_number, stats.values()))
-    ):
-        raise UserError(f"not a training state ({source}): the epoch that is still to be evaluated has no figures")
+        raise refuse(f"max_accuracy is {str(best)[:30]}, expected 0 to 100")
+    if not _is_progress(payload.get("progress")):
+        raise refuse("its progress inside an epoch is unreadable")
+    complete = isinstance(stats, dict) and set(stats) >= STATS and all(map(_is_number, stats.values()))
+    if not payload.get("evaluated", True) and not complete:
+        raise refuse("the epoch that is still to be evaluated has no figures")
 
 
-def _place_can_be(progress: object) -> bool:
+def _is_progress(progress: object) -> bool:
     if progress is None:
         return True
     if not (isinstance(progress, dict) and type(progress.get("updates")) is int and progress["updates"] >= 0):
         return False
     meters = progress.get("meters")
-    entries = [meters.get(name) for name in ("lr", "loss")] if isinstance(meters, dict) else [None]
-    return all(
-        isinstance(entry, dict)
-        and _is_number(entry.get("total"))
-        and _is_number(entry.get("count"))
-        and isinstance(entry.get("recent"), list)
-        and all(map(_is_number, entry["recent"]))
-        for entry in entries
-    )
+    return isinstance(meters, dict) and all(_is_meter(meters.get(name)) for name in ("lr", "loss"))
+
+
+def _is_meter(entry: object) -> bool:
+    numbers = isinstance(entry, dict) and all(_is_number(entry.get(name)) for name in ("total", "count"))
+    return numbers and isinstance(entry.get("recent"), list) and all(map(_is_number, entry["recent"]))
 
 
 def _is_number(value: object) -> bool:
@@ -247,7 +218,7 @@ def _is_number(value: object) -> bool:
 
 
 def check_scale(state: Mapping) -> None:
-    """A loss scale that is no number above 0 would skip every step in silence."""
+    """Raise ValueError for a loss scale that is no number above 0, which would skip every step silently."""
     if not (_is_number(state.get("scale")) and state["scale"] > 0):
         raise ValueError(f"a loss scale of {str(state.get('scale'))[:30]}")
 
@@ -255,17 +226,3 @@ def check_scale(state: Mapping) -> None:
 def check_rates(rates: list[float], count: int) -> None:
     if len(rates) != count or not all(_is_number(rate) and rate >= 0 for rate in rates):
         raise ValueError(f"learning rates of {str(rates)[:60]} for {count} groups")
-
-
-def log_lines(path: Path) -> list[dict]:
-    """The lines of a log. What is no line of one (a disk that lost its end) is left out with a warning."""
-    found = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else []):
-        try:
-            line = json.loads(text)
-            if not isinstance(line["epoch"], int):
-                raise ValueError(line["epoch"])
-            found.append(line)
-        except (ValueError, TypeError, KeyError):
-            warn(f"line {number + 1} of {path} is no line of a log: left out")
-    return found

@@ -1,11 +1,30 @@
-"""A run's folder: what became of the run."""
+"""A run's folder: opened by one run at a time, with its records, its log, and what became of the run."""
 
 import contextlib
 import datetime
+import itertools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from training.files import STATUS, this_process, write_text
+from training.errors import Preempted, UserError
+from training.files import (
+    BEST,
+    CHECKPOINT,
+    LOG,
+    STATUS,
+    Lock,
+    in_use,
+    older_checkpoints,
+    remove_unfinished,
+    this_process,
+    write_text,
+)
+from training.processes import explain, is_lost_process
+from utils import all_gather, in_main_process, is_main_process, warn
+
+NON_FINITE = "non_finite.json"  # which images a step had whose loss was not finite
+RUN_FILES = (CHECKPOINT, BEST, LOG)  # a folder with one of them holds a run
 
 
 def now() -> str:
@@ -16,33 +35,127 @@ class Status:
     """status.json: {"state": running | finished | preempted | failed, "reason", "epoch", "updates", "by", "started",
     "time"}.
 
-    A failure is written by the process that had it; those that only notice that another one is gone leave its reason as
-    it is.
+    A failure is written by the process that had it; those that only notice that another one is gone leave its reason.
     """
 
     def __init__(self, folder: Path, started: str):
-        self.path, self.started, self.place = Path(folder) / STATUS, started, {"epoch": -1, "updates": 0}
+        self.path, self.started, self.progress = Path(folder) / STATUS, started, {"epoch": -1, "updates": 0}
 
     def write(self, state: str, reason: str = "") -> None:
-        record = {
-            "state": state,
-            "reason": reason,
-            **self.place,
-            "by": this_process(),
-            "started": self.started,
-            "time": now(),
-        }
+        record = {"state": state, "reason": reason, **self.progress}
+        record |= {"by": this_process(), "started": self.started, "time": now()}
         with contextlib.suppress(OSError):  # a full disk has an error of its own, which comes first
             write_text(self.path, json.dumps(record, indent=1) + "\n")
 
     def fail(self, reason: str, *, echo: bool = False) -> None:
-        if not (echo and self.told()):
+        if not (echo and self.has_failed()):
             self.write("failed", reason)
 
-    def told(self) -> bool:
-        """Whether this run's failure has been written already."""
+    def has_failed(self) -> bool:
+        """Return True if this run's failure has been written already."""
         try:
             record = json.loads(self.path.read_text())
             return record["state"] == "failed" and record["started"] == self.started
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+
+class RunFolder:
+    """The folder of a run. Every process must make one and call its methods; the main process writes.
+
+    overwrite: replace a run that the folder holds. keep_going: a file that cannot be written is a warning.
+    """
+
+    def __init__(self, path: Path, *, overwrite: bool = False, keep_going: bool = False):
+        self.path, self.overwrite, self.keep_going = path, overwrite, keep_going
+        self.resumed = False  # from a checkpoint of this folder, which --overwrite then leaves
+        self.status = Status(path, in_main_process(now))
+
+    def check_no_run(self) -> None:
+        if not self.overwrite and (held := [name for name in RUN_FILES if (self.path / name).exists()]):
+            advice = "--resume it, or --overwrite it, or choose another --output_dir"
+            raise UserError(f"the folder holds a run ({self.path / held[0]}): {advice}")
+
+    @contextlib.contextmanager
+    def open(self, records: Callable[[], dict[str, object]]) -> Iterator[None]:
+        """Own the folder, write `records` (JSON by file name), and keep status.json up to date until the run ends."""
+        in_main_process(lambda: self._open(records()))
+        if is_main_process():
+            self.status.write("running")
+        try:
+            yield
+            if is_main_process():
+                self.status.write("finished")
+        except Preempted as error:
+            if is_main_process():
+                self.status.write("preempted", str(error))
+            raise
+        except BaseException as error:
+            _, reason = explain(error) or (1, repr(error))
+            self.status.fail(reason, echo=is_lost_process(error))
+            raise
+        finally:
+            if is_main_process():
+                self.lock.release()
+
+    def _open(self, records: dict[str, object]) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = Lock(self.path)
+            if self.lock.taken_by is None:
+                remove_unfinished(self.path)
+        except OSError as error:
+            raise UserError(f"cannot make the folder (--output_dir {self.path}): {error.strerror}") from error
+        if self.lock.taken_by is not None:
+            raise UserError(in_use(self.path, self.lock.taken_by))
+        if self.overwrite and not self.resumed:
+            for path in [*(self.path / name for name in RUN_FILES), *older_checkpoints(self.path)]:
+                path.unlink(missing_ok=True)
+        for name, record in records.items():
+            self.write(name, json.dumps(record, indent=1) + "\n")
+
+    def write(self, name: str, text: str) -> None:
+        try:
+            write_text(self.path / name, text)
+        except OSError as error:
+            advice = "make room and continue with --resume auto"
+            raise UserError(f"cannot write ({self.path / name}): {error.strerror}; {advice}") from error
+
+    def write_log(self, line: dict) -> None:
+        """Write one JSON line for each epoch: an epoch that was logged before a restart is not logged twice."""
+        lines = [earlier for earlier in log_lines(self.path / LOG) if earlier["epoch"] < line["epoch"]]
+        self.write(LOG, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
+
+    def attempt(self, write: Callable[[], None]) -> bool:
+        """Let the main process write. Return True if it could; a UserError is raised in all processes, or a warning."""
+        try:
+            in_main_process(write)
+            return True
+        except UserError as error:
+            if not self.keep_going:
+                raise
+            warn(f"going on (--keep-going): {error}")
+            return False
+
+
+def record_images(folder: RunFolder, train_loader, size: int, epoch: int, step: int) -> None:
+    """Write which images each process had in a step that failed. All processes fail at the same one."""
+    train_loader.sampler.set_epoch(epoch, step * size)
+    keys = itertools.islice(train_loader.sampler, size)
+    shares = all_gather([train_loader.dataset.name(index) for _, _, index in keys])
+    record = {"epoch": epoch, "step": step, "pictures": shares}
+    in_main_process(lambda: folder.write(NON_FINITE, json.dumps(record, indent=1) + "\n"))
+
+
+def log_lines(path: Path) -> list[dict]:
+    """Return the lines of a log; what is no line of one, on a disk that lost its end, is left out with a warning."""
+    lines = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else []):
+        try:
+            line = json.loads(text)
+            if not isinstance(line["epoch"], int):
+                raise ValueError(line["epoch"])
+            lines.append(line)
+        except (ValueError, TypeError, KeyError):
+            warn(f"line {number + 1} of {path} is no line of a log: left out")
+    return lines

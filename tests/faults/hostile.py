@@ -240,7 +240,7 @@ def use(path: Path) -> None:
     found, model = checkpoint.load(path), network()
     checkpoint.load_into(model, checkpoint.weights(found, source=str(path)), source=str(path))
     if set(found) >= resume.COMPLETE:
-        resume.moments(found, model)
+        resume.optimizer_state(found, model)
 
 
 def body(table, args, base: Path) -> None:

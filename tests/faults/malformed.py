@@ -164,7 +164,7 @@ def body(table, args, base: Path) -> None:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                code = main.run(*options.parse_args([*valid, *words]))
+                code = main.run(options.parse_args([*valid, *words]))
             except SystemExit as end:
                 code = end.code
             except BaseException as error:

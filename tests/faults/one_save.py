@@ -31,12 +31,12 @@ def payload(epoch: int) -> dict:
 
 def prepare(folder: Path) -> None:
     folder.mkdir(parents=True)
-    checkpoint.save(folder / files.earlier_name(2, 0), payload(2))
+    checkpoint.save(folder / files.older_name(2, 0), payload(2))
     checkpoint.save(folder / CHECKPOINT, payload(3))
 
 
 def save(folder: Path) -> None:
-    checkpoint.save(folder / CHECKPOINT, payload(4), keep_as=folder / files.earlier_name(3, 0))
+    checkpoint.save(folder / CHECKPOINT, payload(4), keep_as=folder / files.older_name(3, 0))
     files.prune(folder, 2, (4, 0))
 
 

@@ -33,27 +33,19 @@ def accident() -> None:
         os.kill(os.getpid(), signal.Signals[os.environ.get("ACCIDENT", "SIGTERM")])
 
 
-if kind == "update":
-    after_update = main.Run.after_update
+def stop(phase, state, batch=0) -> None:
+    """The accident, once, where the run first looks for signals after the given place."""
+    if kind == "update" and phase == "train":
+        reached = [state.epoch + 1, batch // state.args.grad_accum_steps] >= numbers
+    else:
+        reached = kind in ("update", "evaluation") and phase == "eval" and state.epoch == numbers[0]
+    if reached and not stopped:
+        stopped.append(place)
+        accident()
 
-    def stop_after(self, updates, reached, stopping):
-        after_update(self, updates, reached, stopping)
-        if [self.epoch + 1, updates] == numbers:
-            accident()
 
-    main.Run.after_update = stop_after
-elif kind == "evaluation":
-    between, batches = main.Run.between_batches, []
-
-    def stop_between(self):
-        if self.epoch == numbers[0]:
-            batches.append(1)
-            if len(batches) == 1:
-                accident()
-        between(self)
-
-    main.Run.between_batches = stop_between
-elif kind == "save":
+stopped = []
+if kind == "save":
     write, saves = checkpoint.torch.save, []
 
     def stop_inside(payload, file):
@@ -67,4 +59,4 @@ elif kind == "save":
     checkpoint.torch.save = stop_inside
 
 if __name__ == "__main__":
-    utils.leave(main.run(*options.parse_args(options_given)))
+    utils.leave(main.run(options.parse_args(options_given), stop))

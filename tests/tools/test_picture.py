@@ -15,7 +15,7 @@ from training.errors import UserError
 def test_curves_and_predictions(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main.py"])
     words = [*SMALL_RUN, "--epochs", "1", "--data-path", str(toy), "--output_dir", str(tmp_path / "run")]
-    assert main.run(*options.parse_args(words)) == 0
+    assert main.run(options.parse_args(words)) == 0
     predictions = picture.predict(tmp_path / "run", str(toy), 10)
     assert len(predictions) == 10 and {label for _, label, _ in predictions} == {"ant", "bee", "cat", "dog"}
     assert all(pixels.shape == (32, 32, 3) and pixels.min() >= 0 and pixels.max() <= 1 for pixels, _, _ in predictions)

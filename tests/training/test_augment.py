@@ -11,7 +11,7 @@ from timm.data.auto_augment import rand_augment_transform
 
 import datasets
 from samplers import ShuffleSampler
-from training import augment, options
+from training import augment, batches, options
 from training.errors import UserError
 
 HEIGHT, WIDTH, FILL = 44, 57, (124, 116, 104)
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def arguments(*words):
-    return options.parse_args([str(word) for word in words])[0]
+    return options.parse_args([str(word) for word in words])
 
 
 RAND_AUGMENT = datasets.build_transform(True, arguments()).transforms[2]
@@ -56,7 +56,7 @@ def as_tensor(some):
 
 
 def test_every_operation_of_the_published_policy_is_here():
-    assert FUNCTIONS.keys() == ARGUMENTS.keys() and augment.why_not(RAND_AUGMENT) == ""
+    assert FUNCTIONS.keys() == ARGUMENTS.keys() and augment.unsupported_reason(RAND_AUGMENT) == ""
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -108,10 +108,10 @@ def epoch(root, *, workers=0, **late):
     args = arguments("--data-path", root, "--input-size", 36)
     transform = datasets.build_transform(True, args)
     dataset = datasets.build_dataset(
-        "train", args, transform=datasets.InBytes(transform, **late) if late else transform
+        "train", args, transform=batches.Uint8Transform(transform, **late) if late else transform
     )
     options = dict(batch_size=32, workers=workers, pin_memory=False, drop_last=True)
-    loader = datasets.build_loader(datasets.Keyed(dataset, 0), ShuffleSampler(len(dataset)), **options)
+    loader = batches.build_loader(batches.SeededDataset(dataset, 0), ShuffleSampler(len(dataset)), **options)
     return torch.cat([batch.to(CPU, memory_format=torch.contiguous_format) for batch, _ in loader])
 
 
@@ -121,13 +121,13 @@ def test_the_resize_is_pillows_but_for_rounding():
     0.02.
     """
     pillows = datasets.build_transform(True, arguments("--input-size", 64)).transforms[0]
-    torchs, off = datasets.TorchCrop(pillows), []
+    torchs, off = batches.TorchCrop(pillows), []
     for number in range(60):
         pixels = np.random.default_rng(number).integers(0, 256, (40 + 3 * number, 60 + number, 3), dtype=np.uint8)
         results = []
         for crop in (pillows, torchs):
-            with datasets.random_numbers(0, 0, number):
-                results.append(datasets.as_bytes(crop(Image.fromarray(pixels))).int())
+            with batches.seeded(0, 0, number):
+                results.append(batches.as_uint8(crop(Image.fromarray(pixels))).int())
         off.append(results[1] - results[0])
     off = torch.stack(off)
     assert (
@@ -169,9 +169,9 @@ def test_pictures_do_not_depend_on_workers(many):
 )
 def test_what_cannot_be_done_there_is_refused(words, says):
     with pytest.raises(UserError, match=f"not on the device .--fast-augment.*{says}"):
-        datasets.InBytes(datasets.build_transform(True, arguments(*words)), fast_augment=True)
+        batches.Uint8Transform(datasets.build_transform(True, arguments(*words)), fast_augment=True)
 
 
 def test_what_is_not_here_is_named():
     policy = rand_augment_transform("rand-m9-t3a", {"img_mean": FILL, "interpolation": Image.Resampling.BICUBIC})
-    assert augment.why_not(policy) == "it has Desaturate, GaussianBlur"
+    assert augment.unsupported_reason(policy) == "it has Desaturate, GaussianBlur"

@@ -36,8 +36,13 @@ ALL_ON = [
 ]
 
 
-def here(*words):
-    return main.run(*options.parse_args([str(word) for word in words]))
+def here(*words, **hooks):
+    return main.run(options.parse_args([str(word) for word in words]), **hooks)
+
+
+def stop_when(test):
+    """A hook that has this process get a SIGTERM where `test` of the run's state says so."""
+    return dict(on_poll=lambda phase, state, *batch: signal.raise_signal(signal.SIGTERM) if test(state) else None)
 
 
 def final(folder):
@@ -101,7 +106,7 @@ def whole(toy, tmp_path_factory):
 def test_one_process(place, workers, whole, toy, tmp_path, monkeypatch, capsys):
     stops = []
 
-    def wants_to_stop(run):
+    def here_or_not(run):
         at = {
             "epoch's end": run.epoch == 0,
             "inside an epoch": len(stops) == 8,
@@ -110,11 +115,9 @@ def test_one_process(place, workers, whole, toy, tmp_path, monkeypatch, capsys):
         stops.append(at)
         return at
 
-    monkeypatch.setattr(main.Run, "wants_to_stop", wants_to_stop)
-    assert here(*words(toy, tmp_path, "--num_workers", workers)) == 143
+    assert here(*words(toy, tmp_path, "--num_workers", workers), **stop_when(here_or_not)) == 143
     assert capsys.readouterr().err.startswith("main.py: stopped: stopped by ")
     assert status(tmp_path)["state"] == "preempted" and (tmp_path / "checkpoint.pth").exists()
-    monkeypatch.undo()
     assert here(*words(toy, tmp_path, "--num_workers", workers, "--resume", "auto")) == 0
     assert final(tmp_path) == final(whole) and status(tmp_path)["state"] == "finished"
 
@@ -129,9 +132,7 @@ def test_what_counts_by_the_group_or_starts_late(more, toy, tmp_path, monkeypatc
     a, b = tmp_path / "a", tmp_path / "b"
     assert here(*words(toy, a, *more)) == 0
     steps = []
-    monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: steps.append(1) or len(steps) == 5)
-    assert here(*words(toy, b, *more)) == 143
-    monkeypatch.undo()
+    assert here(*words(toy, b, *more), **stop_when(lambda run: steps.append(1) or len(steps) == 5)) == 143
     assert here(*words(toy, b, *more, "--resume", "auto")) == 0
     assert final(a) == final(b)
 
@@ -139,7 +140,7 @@ def test_what_counts_by_the_group_or_starts_late(more, toy, tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes(processes, toy, tmp_path):
-    """From four on, the order in which DistributedDataParallel adds up gradients matters (see Run.order_buckets)."""
+    """From four on, the order in which DistributedDataParallel adds up gradients matters (see settle_gradient_buckets)."""
     a, b = tmp_path / "a", tmp_path / "b"
     batch = 8 // processes
     assert program("none", *words(toy, a, batch=batch), processes=processes).returncode == 0
@@ -226,10 +227,10 @@ def test_a_branch_that_was_left_is_not_taken_up_again(whole, toy, tmp_path, monk
     payload["epoch"], payload["progress"]["updates"] = 0, 2
     torch.save(payload, folder / "checkpoint-0001-000002.pth")
     shutil.copy(folder / "checkpoint.pth", folder / "checkpoint-0002-000002.pth")
-    monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: True)
     changed = ["--resume-changed", "--lr", "1e-3", "--checkpoint-hist", 3]
-    assert here(*words(toy, folder, "--resume", folder / "checkpoint-0001-000002.pth", *changed)) == 143
-    assert [path.name for path in files.earlier(folder)] == ["checkpoint-0001-000002.pth"]
+    resumed = words(toy, folder, "--resume", folder / "checkpoint-0001-000002.pth", *changed)
+    assert here(*resumed, **stop_when(lambda run: True)) == 143
+    assert [path.name for path in files.older_checkpoints(folder)] == ["checkpoint-0001-000002.pth"]
     assert checkpoint.load(folder / "checkpoint.pth")["epoch"] == 0
 
 
@@ -242,7 +243,7 @@ def test_overwriting_with_a_checkpoint_from_elsewhere_leaves_nothing_of_the_run_
     assert here(*words(toy, folder, "--resume", whole / "checkpoint.pth", "--overwrite")) == 0
     assert (
         not (folder / "checkpoint_best.pth").exists()
-        and not files.earlier(folder)
+        and not files.older_checkpoints(folder)
         and not (folder / "log.txt").exists()
     )
 
@@ -268,9 +269,7 @@ def test_a_log_that_lost_its_end_is_mended(whole, toy, tmp_path, capsys):
 )
 def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path, monkeypatch):
     more = ["--checkpoint-hist", keep, "--resume", "auto"]
-    monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: run.epoch == 0 and run.evaluated)
-    assert here(*words(toy, tmp_path, *more)) == 143
-    monkeypatch.undo()
+    assert here(*words(toy, tmp_path, *more), **stop_when(lambda run: run.epoch == 0 and run.evaluated)) == 143
     assert here(*words(toy, tmp_path, *more)) == 0
     # Updates 2 and 4 of each epoch of 6, its end, and the one that the stop made.
     places = [
@@ -314,8 +313,7 @@ def test_keep_going_tries_again_at_the_next_save(toy, tmp_path, monkeypatch, cap
     # A signal is no preemption where nothing could be saved.
     saves.clear()
     full.update(range(100))
-    monkeypatch.setattr(main.Run, "wants_to_stop", lambda run: True)
-    assert here(*words(toy, tmp_path / "other"), "--keep-going") == 2
+    assert here(*words(toy, tmp_path / "other"), "--keep-going", **stop_when(lambda run: True)) == 2
     assert "the state could not be saved" in capsys.readouterr().err and status(tmp_path / "other")["state"] == "failed"
 
 
@@ -397,7 +395,7 @@ def test_a_changed_run_continues_where_it_is_asked_to(whole, toy, tmp_path, caps
 
 def test_moments_follow_the_names_not_the_places(toy):
     """The same weights in timm's order: each moment still goes to the parameter that it was made for."""
-    model = main.build_model(options.parse_args(["--model", "alt_gvt_demo"])[0], 4)
+    model = main.build_model(options.parse_args(["--model", "alt_gvt_demo"]), 4)
     names = [name for name, _ in model.named_parameters()]
     exempt = model.no_weight_decay()
 
@@ -416,7 +414,7 @@ def test_moments_follow_the_names_not_the_places(toy):
     other = sorted(names, key=lambda name: name[::-1])
     assert other != names
     for order in (names, other):
-        found = resume.moments(stored(order), model)
+        found = resume.optimizer_state(stored(order), model)
         assert {name: entry["exp_avg"].flatten()[0].item() for name, entry in found.items()} == {
             n: names.index(n) + 1 for n in names
         }
@@ -426,7 +424,7 @@ def test_moments_follow_the_names_not_the_places(toy):
                 {"params": [p for p in model.parameters() if p.ndim > 1]},
             ]
         )
-        resume.load_moments(optimizer, model, found, [{}, {}])
+        resume.load_optimizer_state(optimizer, model, found, [{}, {}])
         assert all(
             optimizer.state[p]["exp_avg"].flatten()[0] == names.index(n) + 1 for n, p in model.named_parameters()
         )
@@ -494,7 +492,7 @@ def test_a_published_training_checkpoint_is_compared_by_its_arguments(whole, toy
     names.
     """
     ours = checkpoint.load(whole / "checkpoint.pth")
-    args = options.parse_args([str(word) for word in words(toy, "x")])[0]
+    args = options.parse_args([str(word) for word in words(toy, "x")])
     namespace = argparse.Namespace(
         **{name: getattr(args, name) for name in ("model", "epochs", "opt", "sched", "seed", "mixup", "batch_size")}
     )
