@@ -243,13 +243,14 @@ def match_classes(found: list[str], stored: list[str] | None, head: int) -> list
 
 
 def build_val_set(args: Options, classes: list[str] | None = None) -> Dataset:
-    return build_dataset("val", args, transform=Uint8Transform(build_transform(False, args)), classes=classes)
+    pipeline = build_transform(False, args)
+    return build_dataset("val", args, transform=Uint8Transform(pipeline), classes=classes)
 
 
 def build_datasets(args: Options) -> tuple[Dataset, Dataset]:
     """Return the training and validation sets of --data-path, with the classes of the former."""
-    transform = Uint8Transform(build_transform(True, args), fast_augment=args.fast_augment)
-    train_set = build_dataset("train", args, transform=transform)
+    pipeline = build_transform(True, args)
+    train_set = build_dataset("train", args, transform=Uint8Transform(pipeline, fast_augment=args.fast_augment))
     return train_set, build_val_set(args, list(train_set.classes))
 
 

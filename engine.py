@@ -29,9 +29,9 @@ class StepSettings:
 class EpochHooks:
     """What the caller does at fixed points of an epoch, and where the epoch starts.
 
-    wants_to_stop is asked with each batch's number. after_update gets the number of updates of this epoch, a function
-    that returns the epoch's progress, and whether any process wants to stop, which all learn at the same update.
-    progress: what that function returned, to start from there; the loader then has the remaining batches.
+    wants_to_stop gets each batch's number; after_update the number of updates of this epoch, a function that returns
+    the epoch's progress, and whether any process wants to stop, which all learn at the same update. progress: what that
+    function returned, to start there; the loader then has the remaining batches.
     """
 
     after_step: Callable[[], None] | None = None
@@ -57,8 +57,7 @@ class LateValues:
 
     def flush(self) -> None:
         if self.waiting is not None:
-            step, copy, arrived = self.waiting
-            self.waiting = None
+            (step, copy, arrived), self.waiting = self.waiting, None
             arrived.synchronize()
             self.read(step, copy.tolist())
 
@@ -67,12 +66,11 @@ class EpochLog:
     """The meters of an epoch, which raise NonFiniteError at a step whose loss or gradients are not finite."""
 
     def __init__(self, epoch: int, progress: Mapping | None):
-        self.epoch, self.stopping = epoch, False
+        self.epoch, self.stopping, self.late = epoch, False, LateValues(self.read)
         self.meters = MetricLogger(lr="{value:.6f}", loss="{median:.4f} ({mean:.4f})")
         self.start = progress["batches"] if progress else 0
         if progress:
             self.meters.load_state_dict(progress["meters"])
-        self.late = LateValues(self.read)
 
     def read(self, step: int, values: list[float]) -> None:
         loss, finite, stop = values
@@ -93,19 +91,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def step_if(finite: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Take an optimizer step only if `finite`, a 0-d tensor on the device, is true."""
-    if scaler.is_enabled():  # a loss that is not finite has made the gradients so, and the scaler skips those by itself
-        scaler.step(optimizer)
-        scaler.update()
-    elif getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimizers: decided on the device
-        optimizer.grad_scale, optimizer.found_inf = None, 1.0 - finite.float()
-        optimizer.step()
-        del optimizer.grad_scale, optimizer.found_inf
-    elif finite.item():
-        optimizer.step()
-
-
 def train_one_epoch(
     model: nn.Module,
     criterion: Callable[[Tensor, Tensor], Tensor],
@@ -119,9 +104,9 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Train on the batches of `loader`; a last group of fewer than accum_steps batches is dropped.
 
-    Returns the learning rate and loss averaged over the steps and processes, and the loop's times and memory. Raises
-    NonFiniteError in every process at the same step if the loss of any is not finite, or a gradient without a loss
-    scale; the update of that step has no effect, and the host learns of it one step later at most.
+    Returns learning rate and loss averaged over steps and processes, and times and memory. Raises NonFiniteError in
+    every process at the same step if the loss of any is not finite, or a gradient without a loss scale; the update of
+    that step has no effect, and the host learns of it one step later at most.
     """
     model.train()
     optimizer.zero_grad()
@@ -130,12 +115,16 @@ def train_one_epoch(
     meters, start = epoch_log.meters, epoch_log.start
     steps = (start + len(loader)) // accum_steps * accum_steps
     group_finite = torch.ones((), dtype=torch.bool, device=device)  # of all batches of the present update
-    for step, batch in enumerate(meters.log_every(loader, steps, f"Epoch: [{epoch}]", start=start), start):
+    for step, (images, targets) in enumerate(meters.log_every(loader, steps, f"Epoch: [{epoch}]", start=start), start):
+        images = images.to(device, non_blocking=True, memory_format=settings.memory_format)
+        targets = targets.to(device, non_blocking=True)
+        if settings.mixup is not None:
+            images, targets = settings.mixup(images, targets)
         updates = (step + 1) % accum_steps == 0
         # Processes sum their gradients only for the batch that an update follows.
         with contextlib.nullcontext() if updates or get_world_size() == 1 else model.no_sync():
             with autocast(device, settings.amp_dtype):
-                loss = compute_loss(model, criterion, batch, device, settings)
+                loss = criterion(model(images), targets)
             # Sums over all processes: of the loss, finite if the losses of all are, and of those that want to stop.
             stop = torch.full_like(loss.detach(), float(hooks.wants_to_stop(step)))
             total, stop = all_reduce_sum(torch.stack([loss.detach(), stop])).unbind()
@@ -158,22 +147,22 @@ def train_one_epoch(
     return {"lr": meters.meters["lr"].mean, "loss": meters.meters["loss"].mean} | meters.rates()
 
 
-def compute_loss(model: nn.Module, criterion: Callable, batch: tuple, device: torch.device, settings: StepSettings):
-    images, targets = batch
-    images = images.to(device, non_blocking=True, memory_format=settings.memory_format)
-    targets = targets.to(device, non_blocking=True)
-    if settings.mixup is not None:
-        images, targets = settings.mixup(images, targets)
-    return criterion(model(images), targets)
-
-
-def update(model: nn.Module, optimizer, scaler, clip_grad: float, finite: Tensor) -> Tensor:
-    """Clip and apply the gradients if the losses were finite and they are; return whether they are."""
+def update(model: nn.Module, optimizer, scaler: torch.amp.GradScaler, clip_grad: float, finite: Tensor) -> Tensor:
+    """Clip and apply the gradients if `finite`, a 0-d tensor, is true and they are finite; return whether they are."""
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad if clip_grad > 0 else math.inf)
     # With a loss scale, an overflow of the gradients is skipped and the scale halved.
     finite_norm = torch.ones_like(finite) if scaler.is_enabled() else torch.isfinite(norm)
-    step_if(finite & finite_norm, optimizer, scaler)
+    apply = finite & finite_norm
+    if scaler.is_enabled():  # a loss that is not finite has made the gradients so, and the scaler skips those by itself
+        scaler.step(optimizer)
+        scaler.update()
+    elif getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimizers: decided on the device
+        optimizer.grad_scale, optimizer.found_inf = None, 1.0 - apply.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+    elif apply.item():
+        optimizer.step()
     optimizer.zero_grad()
     return finite_norm
 
@@ -190,16 +179,15 @@ def evaluate(
     rounds: int = 0,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, float]:
-    """Return top-1 and top-5 in percent and the mean cross entropy over every image once.
+    """Return top-1 and top-5 (of fewer classes, over all) in percent and the mean cross entropy over every image once.
 
-    shared: each process has a part of the images, and the counts of all are summed. With fewer than five classes, top-5
-    is over all. between is called after each batch, and if this process has fewer batches than `rounds`, so many times
-    in all.
+    shared: each process has a part of the images; counts are summed over all. between is called after each batch, and
+    at least `rounds` times, so that all processes call it as often.
     """
     model.eval()
     meters = MetricLogger(**dict.fromkeys(("loss", "acc1", "acc5"), "{median:.4f} ({mean:.4f})"))
-    counts = torch.zeros(3, dtype=torch.int64, device=device)  # images, correct, correct among five
-    loss_sum = torch.zeros((), dtype=torch.float64)
+    # Images, correct ones, and correct among five; and the sum of the losses.
+    counts, loss_sum = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.float64)
     for images, targets in meters.log_every(loader, len(loader), "Test:"):
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         targets = targets.to(device, non_blocking=True)

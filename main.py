@@ -58,13 +58,14 @@ FUSED = ("adam", "adamw")
 
 def main(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> None:
     """Do what the options ask for. on_poll: see StopSignals."""
-    check_options(args)
     set_determinism(args.deterministic)
-    given = "device" in args.given
+    check_options(args)
+    without_effect, given = options.without_effect(args), "device" in args.given
     device = utils.init_device(args.device, given=given, dist_url=args.dist_url, timeout=args.dist_timeout)
+    utils.seed_everything(args.seed + utils.get_rank())
     processes.meet_peers()
     with utils.process_group():
-        for name, reason in options.without_effect(args).items():
+        for name, reason in without_effect.items():
             utils.warn(f"--{name.replace('_', '-')} has no effect ({reason})")
         log(args)
         if args.throughout:
@@ -90,7 +91,7 @@ def check_options(args: Options) -> None:
         what = "a schedule that needs scores (--sched plateau)"
         raise UserError(f"{what}: the rate is set by the epoch alone, use cosine or step")
     if not (args.eval or args.throughout or args.resume):
-        RunFolder(args.run_folder, overwrite=args.overwrite).check_no_run()
+        RunFolder(args.run_folder, args.overwrite).check_no_run()
 
 
 def set_determinism(wanted: bool) -> None:
@@ -152,8 +153,8 @@ def compile_model(model: nn.Module, args: Options) -> nn.Module:
 
 def evaluate(args: Options, device: torch.device) -> None:
     """Score the weights of --resume on val."""
+    key, kwargs = "model_ema" if args.model_ema else None, precision_kwargs(args, device)
     file = Checkpoint.open(args.resume)
-    key = "model_ema" if args.model_ema else None
     head = file.weights(key).get("head.weight")
     if head is None or head.ndim != 2:
         raise UserError(f"no classifier in the weights ({args.resume}): expected head.weight, --finetune can add one")
@@ -164,22 +165,22 @@ def evaluate(args: Options, device: torch.device) -> None:
     if len(val_set.classes) != len(head):
         counts = f"{len(val_set.classes)}, the classifier has {len(head)}"
         raise UserError(f"other classes than the weights' ({args.data_path}): {counts}")
+    loader = datasets.build_val_loader(args, val_set, device)
     model = build_model(args, len(head))
     file.load_into(model, key=key, report=args.report)
     model = compile_model(prepare_model(model, args, device), args)
-    loader = datasets.build_val_loader(args, val_set, device)
-    stats = engine.evaluate(loader, model, device, shared=args.dist_eval, **precision_kwargs(args, device))
+    stats = engine.evaluate(loader, model, device, shared=args.dist_eval, **kwargs)
     log(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
 
 
 def throughput(args: Options, device: torch.device) -> None:
     """Time inference at the evaluation's batch size (1.5 x --batch-size), in float32 unless --amp-dtype is given."""
+    model = compile_model(prepare_model(build_model(args, 1000), args, device).eval(), args)
     if "data_path" in args.given:
         images = next(iter(datasets.build_val_loader(args, datasets.build_val_set(args), device)))[0]
     else:
         log("images: random numbers (no --data-path)")
         images = torch.randn(args.eval_batch_size, 3, args.input_size, args.input_size)
-    model = compile_model(prepare_model(build_model(args, 1000), args, device).eval(), args)
     images = images.to(device, memory_format=memory_format(args))
     engine.throughput(model, images, getattr(torch, args.amp_dtype or "float32"))
 
@@ -188,8 +189,6 @@ def throughput(args: Options, device: torch.device) -> None:
 
 
 def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> None:
-    utils.seed_everything(args.seed + utils.get_rank())
-    folder = RunFolder(args.run_folder, overwrite=args.overwrite, keep_going=args.keep_going)
     train_set, val_set = datasets.build_datasets(args)
     train_loader = datasets.build_train_loader(args, train_set, device)
     val_loader = datasets.build_val_loader(args, val_set, device)
@@ -197,13 +196,13 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     criterion = build_criterion(mixing=args.mixing, smoothing=args.smoothing)
     model, network, parallel, ema = build_networks(args, train_set.classes, device)
     state = build_state(args, device, model, ema, train_set, val_set, train_loader)
-    signals = StopSignals(on_poll)
+    folder, signals = RunFolder(args.run_folder, args.overwrite, args.keep_going), StopSignals(on_poll)
     saver = CheckpointManager(state, folder, signals)
     saver.resume(args.resume)
     settings = engine.StepSettings(
         clip_grad=args.clip_grad, accum_steps=args.grad_accum_steps, mixup=mixup, **precision_kwargs(args, device)
     )
-    with signals, folder.open(lambda: records(state)):
+    with signals, folder.open(state.records):
         log_run(state, train_loader, folder)
         if not state.evaluated:
             log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
@@ -289,22 +288,17 @@ def build_state(args: Options, device, model, ema, train_set, val_set, train_loa
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        n_parameters=count_parameters(model),
         updates_per_epoch=len(train_loader) // args.grad_accum_steps,
         epoch=args.start_epoch - 1,
     )
-
-
-def records(state: TrainingState) -> dict[str, object]:
-    """Return what the run is made with, by file name."""
-    environment = utils.environment(state.device, state.args.seed)
-    return {"args.json": vars(state.args), "environment.json": environment, "class_names.json": state.classes}
 
 
 def log_run(state: TrainingState, train_loader, folder: RunFolder) -> None:
     args, global_batch = state.args, state.recipe["global_batch"]
     product = f"{args.batch_size} x {utils.get_world_size()} processes x {args.grad_accum_steps} steps"
     log(f"global batch {global_batch} ({product}), lr {state.recipe['lr']:.6g} ({args.lr:g} x {global_batch} / 512)")
-    counts = f"{state.updates_per_epoch} updates an epoch, {count_parameters(state.model)} parameters"
+    counts = f"{state.updates_per_epoch} updates an epoch, {state.n_parameters} parameters"
     where = f"device {state.device}, {state.recipe['amp_dtype']}, {train_loader.num_workers} workers a process"
     log(f"{counts}, {where}, output in {folder.path}")
     recipe = RECIPE_BATCH.get(args.model)
@@ -331,7 +325,7 @@ def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, n
     log(f"Max accuracy: {state.best:.2f}%")
     line = {f"train_{name}": state.train_stats[name] for name in ("lr", "loss")}
     line |= {f"test_{name}": test[name] for name in ("loss", "acc1", "acc5")}
-    line |= {"epoch": state.epoch, "n_parameters": count_parameters(state.model)} | ema
+    line |= {"epoch": state.epoch, "n_parameters": state.n_parameters} | ema
     line |= {name: state.train_stats[name] for name in ("time", "data_time", "images_per_s", "max_memory_mb")}
     saver.folder.attempt(lambda: saver.folder.write_log(line))
     # The best first: after a kill between the two, the epoch counts as not evaluated, and is evaluated again.

@@ -1,7 +1,7 @@
-"""Which pictures a process sees, and in which order.
+"""Which images a process sees, and in which order.
 
 Training samplers yield (epoch, position, index): position counts through the whole order of all processes, and with the
-epoch keys the random numbers of a picture's augmentation. So a run's data do not depend on how many processes or
+epoch keys the random numbers of an image's augmentation. So a run's data do not depend on how many processes or
 workers share the work.
 """
 
@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-REPEATS = 3  # of each picture under repeated augmentation
-RA_MULTIPLE = 256  # repeated augmentation keeps a multiple of this many pictures
+REPEATS = 3  # of each image under repeated augmentation
+RA_MULTIPLE = 256  # repeated augmentation keeps a multiple of this many images
 
 
 class ShuffleSampler(Sampler):
     """A new order each epoch, dealt out to `world` processes in turn; the same order as torch's DistributedSampler.
 
-    Where the length is no multiple of world, the first pictures of the order are used twice, so that processes have
+    Where the length is no multiple of world, the first images of the order are used twice, so that processes have
     equally many.
     """
 
@@ -29,7 +29,7 @@ class ShuffleSampler(Sampler):
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The epoch to give next, without this process's first `start` pictures, which an interrupted run has had."""
+        """The epoch to give next, without this process's first `start` images, which an interrupted run has had."""
         self.epoch, self.start = epoch, start
 
     def order(self) -> torch.Tensor:
@@ -40,7 +40,7 @@ class ShuffleSampler(Sampler):
         return torch.cat([order, order.repeat(math.ceil(missing / len(order)))[:missing]]) if missing else order
 
     def total(self) -> int:
-        """A process's pictures in a whole epoch."""
+        """A process's images in a whole epoch."""
         return math.ceil(self.length * self.repeats / self.world)
 
     def __len__(self) -> int:
@@ -53,11 +53,11 @@ class ShuffleSampler(Sampler):
 
 
 class RASampler(ShuffleSampler):
-    """Repeated augmentation (arXiv:1902.05509): each picture three times in a row, in different processes where there
+    """Repeated augmentation (arXiv:1902.05509): each image three times in a row, in different processes where there
     are several.
 
-    An epoch keeps as many samples as there are pictures, rounded down to a multiple of 256 as published; below 256
-    pictures, all of them.
+    An epoch keeps as many samples as there are images, rounded down to a multiple of 256 as published; below 256
+    images, all of them.
     """
 
     repeats = REPEATS
@@ -68,5 +68,5 @@ class RASampler(ShuffleSampler):
 
 
 def eval_indices(length: int, *, rank: int = 0, world: int = 1) -> range:
-    """The pictures that a process evaluates: every one belongs to exactly one process, none is repeated."""
+    """The images that a process evaluates: every one belongs to exactly one process, none is repeated."""
     return range(rank, length, world)

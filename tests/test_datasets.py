@@ -107,32 +107,30 @@ def test_the_crop_ratio_can_be_timms():
     assert datasets.build_transform(False, arguments("--eval-crop-ratio", 0.9)).transforms[0].size == 248
 
 
-def test_small_pictures_are_shifted_as_published():
+def test_small_images_are_shifted_as_published():
     pipeline = datasets.build_transform(True, arguments("--input-size", 32, "--hflip", 0))
     assert names(pipeline)[:2] == ["FitSquare", "RandomCrop"] and pipeline.transforms[1].padding == 4
-    picture = Image.new("RGB", (32, 32))
-    assert pipeline.transforms[0](picture) is picture  # a picture of that size is left alone
+    image = Image.new("RGB", (32, 32))
+    assert pipeline.transforms[0](image) is image  # an image of that size is left alone
     assert pipeline(Image.new("RGB", (8, 100))).shape == (3, 32, 32)
 
 
 def test_posterize_to_nothing_is_black():
-    """timm asks for 0 bits about once in 600 pictures; Pillow 13 refuses, the published Pillow gave black."""
+    """timm asks for 0 bits about once in 600 images; Pillow 13 refuses, the published Pillow gave black."""
     op = next(
         op for op in datasets.build_transform(True, arguments()).transforms[2].ops if op.name == "PosterizeIncreasing"
     )
-    picture = Image.effect_noise((16, 16), 80).convert("RGB")
+    image = Image.effect_noise((16, 16), 80).convert("RGB")
     assert op.level_fn(10.0, op.hparams) == (0,)
-    assert not np.asarray(op.aug_fn(picture, 0, **op.kwargs)).any()
-    assert np.array_equal(
-        np.asarray(op.aug_fn(picture, 3, **op.kwargs)), np.asarray(auto_augment.posterize(picture, 3))
-    )
+    assert not np.asarray(op.aug_fn(image, 0, **op.kwargs)).any()
+    assert np.array_equal(np.asarray(op.aug_fn(image, 3, **op.kwargs)), np.asarray(auto_augment.posterize(image, 3)))
 
 
 @pytest.mark.parametrize(
     "policy",
     ["rand-m9-mstd0.5-inc1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("v0-mstd0.5", "original"))],
 )
-def test_augmentation_of_many_pictures_never_fails(policy):
+def test_augmentation_of_many_images_never_fails(policy):
     pipeline = datasets.build_transform(True, arguments("--input-size", 48, "--aa", policy))
     noise = Image.effect_noise((60, 60), 80).convert("RGB")
     for position in range(1500):
@@ -155,7 +153,7 @@ def test_options_reach_the_pipeline():
 
 
 def batches_of(args, is_train, late, *, workers=0, repeated=False):
-    """Two epochs' batches, with the pictures in bytes until the device or in float32 from the start; what they become
+    """Two epochs' batches, with the images in bytes until the device or in float32 from the start; what they become
     on it.
     """
     pipeline = datasets.build_transform(is_train, args)
@@ -166,15 +164,15 @@ def batches_of(args, is_train, late, *, workers=0, repeated=False):
     )
     for epoch in range(2):
         sampler.set_epoch(epoch)
-        for pictures, labels in loader:
-            assert len(pictures) == len(labels) and isinstance(pictures, batches.ImageBatch) == late
-            yield pictures.to(torch.device("cpu"), memory_format=torch.contiguous_format), labels
+        for images, labels in loader:
+            assert len(images) == len(labels) and isinstance(images, batches.ImageBatch) == late
+            yield images.to(torch.device("cpu"), memory_format=torch.contiguous_format), labels
 
 
 PIPELINES = {
     "published": [],
     "several_places": ["--reprob", 0.9, "--recount", 3],
-    "one_colour": ["--reprob", 0.9, "--remode", "rand"],
+    "one_color": ["--reprob", 0.9, "--remode", "rand"],
     "black": ["--reprob", 0.9, "--remode", "const"],
     "no_erasing": ["--reprob", 0, "--aa", "", "--train-interpolation", "random"],
     "shifted": ["--input-size", 32],
@@ -230,7 +228,7 @@ def test_a_batch_in_bytes_is_small_and_keeps_its_layout(toy):
 
 
 class Draws(torch.utils.data.Dataset):
-    """What the three generators give, instead of pictures."""
+    """What the three generators give, instead of images."""
 
     def __getitem__(self, index):
         return torch.tensor([random.random(), np.random.rand(), torch.rand(()).item(), index])
@@ -307,10 +305,10 @@ def test_imagenets_names_are_in_sorted_order():
     [
         (lambda root: None, "no such data folder"),
         (lambda root: (root / "train").mkdir(), "expected a folder for each class"),
-        (lambda root: (root / "train" / "ant").mkdir(parents=True), "no pictures"),
+        (lambda root: (root / "train" / "ant").mkdir(parents=True), "no images"),
         (
             lambda root: (make_pictures(root / "train", classes=("ant",), each=1), (root / "train" / "bee").mkdir()),
-            "a class without pictures",
+            "a class without images",
         ),
     ],
 )
@@ -326,13 +324,13 @@ def test_hidden_folders_are_no_classes(tmp_path):
     assert datasets.build_dataset("train", arguments("--data-path", tmp_path), transform=None).classes == ["ant"]
 
 
-BROKEN = [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + bytes(40)]
+BROKEN = [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40)]
 
 
 @pytest.mark.parametrize(
     ("content", "workers"), [*((content, 0) for content in BROKEN), pytest.param(BROKEN[1], 1, marks=pytest.mark.slow)]
 )
-def test_an_unreadable_picture_is_named_and_never_replaced(tmp_path, content, workers):
+def test_an_unreadable_image_is_named_and_never_replaced(tmp_path, content, workers):
     make_pictures(tmp_path / "val", classes=("ant", "bee"), each=2)
     (tmp_path / "val" / "bee" / "broken.png").write_bytes(content)
     args = arguments("--data-path", tmp_path, "--input-size", 32)
@@ -344,11 +342,11 @@ def test_an_unreadable_picture_is_named_and_never_replaced(tmp_path, content, wo
 
     with pytest.raises(UserError) as caught:
         list(loader)
-    assert short_reason(caught.value).startswith(f"cannot read a picture ({tmp_path / 'val' / 'bee' / 'broken.png'}): ")
+    assert short_reason(caught.value).startswith(f"cannot read an image ({tmp_path / 'val' / 'bee' / 'broken.png'}): ")
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode):
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     Image.new(mode, (9, 7)).save(path)
     assert datasets.read_image(str(path)).mode == "RGB"
@@ -365,7 +363,7 @@ def test_cifar(tmp_path):
     with pytest.raises(UserError, match="no CIFAR10 .*cifar-10-batches-py"):
         datasets.build_dataset("train", args, transform=None)
 
-    class Tiny(datasets.CIFAR10):  # the same files with two pictures each, and their own checksums
+    class Tiny(datasets.CIFAR10):  # the same files with two images each, and their own checksums
         pass
 
     folder = tmp_path / Tiny.base_folder

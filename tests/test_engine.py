@@ -1,4 +1,4 @@
-"""Training steps equal to the published ones, updates that do not happen, and an evaluation that counts every picture
+"""Training steps equal to the published ones, updates that do not happen, and an evaluation that counts every image
 once.
 """
 

@@ -22,17 +22,24 @@ ARROWS = {
     "training/options": set(),
     "training/files": set(),
     "training/launcher": {"training/errors"},
-    "utils": {"training/errors"},
-    "samplers": set(),
-    "losses": {"gvt_ops/__init__"},
+    "utils": {"training/errors", "training/launcher"},
     "engine": {"training/errors", "utils"},
-    "training/run_folder": {"training/files"},
-    "training/processes": {"training/launcher", "utils"},
-    "training/augment": set(),  # beside datasets, which draws in loading processes what a device is to do
+    "samplers": set(),
+    "losses": {"gvt_ops/__init__", "training/errors", "training/options"},
+    "training/processes": {"training/errors", "training/launcher", "utils"},
+    "training/augment": set(),  # what a device does to a batch, drawn in training/batches
+    "training/batches": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes"},
     "training/formats": {"gvt", "training/errors"},
-    "training/checkpoint": {"training/errors", "training/files", "training/formats"},
-    "training/resume": {"training/checkpoint", "training/errors", "utils"},
-    "datasets": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes"},
+    "training/checkpoint": {"training/errors", "training/files", "training/formats", "utils"},
+    "training/resume": {"training/checkpoint", "training/errors"},
+    "training/run_folder": {"training/errors", "training/files", "training/processes", "utils"},
+    "training/state": {
+        *(f"training/{name}" for name in ("checkpoint", "errors", "files", "options", "processes", "resume")),
+        *("training/run_folder", "utils"),
+    },
+    "datasets": {
+        *("gvt_ops/__init__", "samplers", "training/batches", "training/errors", "training/options", "utils"),
+    },
     "dense/__init__": set(),
     "dense/libraries": {"gvt_ops/__init__", "training/errors"},
     "dense/models": {"gvt"},
@@ -48,9 +55,9 @@ ARROWS = {
         *("training/checkpoint", "training/errors", "training/files", "training/options", "utils"),
     },
     "main": {
-        *("gvt", "gvt_ops/__init__", "utils", "samplers", "losses", "datasets", "engine"),
+        *("gvt", "gvt_ops/__init__", "utils", "losses", "datasets", "engine"),
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
-        *("training/resume", "training/run_folder"),
+        *("training/resume", "training/run_folder", "training/state"),
     },
 }
 FOLDERS = ("gvt_ops", "training", "dense")

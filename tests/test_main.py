@@ -426,11 +426,11 @@ def hand_count(trained, folder, label):
         [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     )
     with torch.inference_mode():
-        pictures = [
+        images = [
             prepare(Image.open(path).convert("RGB").resize((32, 32), Image.BICUBIC))
             for path in sorted(folder.iterdir())
         ]
-        return (model(torch.stack(pictures)).argmax(1) == label).sum().item()
+        return (model(torch.stack(images)).argmax(1) == label).sum().item()
 
 
 def test_weights_without_names(trained, toy, tmp_path, capsys):
@@ -547,7 +547,7 @@ def test_the_published_evaluation_command(alone, trained):
 
 @pytest.mark.parametrize("processes", [pytest.param(n, marks=pytest.mark.slow) for n in (2, 3, 4)])
 def test_evaluation_is_exact_for_any_number_of_processes(processes, alone, trained, toy):
-    """101 pictures are no multiple of 2, 3 or 4: none is left out or counted twice."""
+    """101 images are no multiple of 2, 3 or 4: none is left out or counted twice."""
     done = run_main(*evaluation(trained, toy, "--dist-eval"), launcher=launch(processes))
     assert done.returncode == 0, done.stderr
     assert RESULT.search(done.stdout).groups() == alone and ACCURACY.search(done.stdout)
@@ -647,9 +647,7 @@ def test_a_loss_that_is_not_finite_stops_every_process(trained, toy, tmp_path):
     found = json.loads((folder / "non_finite.json").read_text())
     order = ShuffleSampler(48, seed=0)
     order.set_epoch(2)
-    dealt = [index for _, _, index in order][
-        16:24
-    ]  # of the third step: four pictures for each of two processes, in turn
+    dealt = [index for _, _, index in order][16:24]  # of the third step: four images for each of two processes, in turn
     files = sorted(str(path) for path in (toy / "train").rglob("*.png"))
     files.sort(key=lambda path: path.rsplit("/", 2)[1:])
     assert (found["epoch"], found["step"]) == (2, 2) and found["pictures"] == [
@@ -713,12 +711,12 @@ def test_a_folder_that_holds_a_run_is_not_written_over(trained, toy, tmp_path, c
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_unreadable_picture_ends_a_run_with_its_name(workers, trained, toy, tmp_path, capsys):
+def test_an_unreadable_image_ends_a_run_with_its_name(workers, trained, toy, tmp_path, capsys):
     shutil.copytree(toy / "val", tmp_path / "val")
-    (tmp_path / "val" / "bee" / "zz.png").write_bytes(b"no picture")
+    (tmp_path / "val" / "bee" / "zz.png").write_bytes(b"no image")
     assert here(*evaluation(trained, tmp_path, "--num_workers", workers)) == 2
     error = capsys.readouterr().err
-    assert error.startswith("main.py: error: cannot read a picture (") and "zz.png" in error and error.count("\n") == 1
+    assert error.startswith("main.py: error: cannot read an image (") and "zz.png" in error and error.count("\n") == 1
 
 
 def test_other_classes_than_the_checkpoints_are_refused(trained, tmp_path, capsys):

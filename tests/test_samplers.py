@@ -1,4 +1,4 @@
-"""Samplers: every picture where it belongs, the same global order for any number of processes, equal to the published
+"""Samplers: every image where it belongs, the same global order for any number of processes, equal to the published
 ones.
 """
 
@@ -53,7 +53,7 @@ def test_repeated_augmentation_equals_the_published_order(length, world, epoch):
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([ShuffleSampler, RASampler]), lengths, worlds, epochs, st.integers(0, 9))
 def test_positions_key_the_global_order(kind, length, world, epoch, seed):
-    """A (epoch, position) pair names the same picture for any number of processes, and positions are used once."""
+    """A (epoch, position) pair names the same image for any number of processes, and positions are used once."""
     (alone,) = drawn(kind, length, 1, epoch, seed)
     single = {position: index for _, position, index in alone}
     together = [item for share in drawn(kind, length, world, epoch, seed) for item in share]
@@ -64,7 +64,7 @@ def test_positions_key_the_global_order(kind, length, world, epoch, seed):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(8, 300), st.sampled_from([2, 4]), epochs)
-def test_a_global_step_holds_the_same_pictures_for_any_number_of_processes(length, world, epoch):
+def test_a_global_step_holds_the_same_images_for_any_number_of_processes(length, world, epoch):
     (alone,) = drawn(ShuffleSampler, length, 1, epoch)
     shares = drawn(ShuffleSampler, length, world, epoch)
     batch = 2  # of a process
@@ -75,7 +75,7 @@ def test_a_global_step_holds_the_same_pictures_for_any_number_of_processes(lengt
 
 @settings(max_examples=60, deadline=None)
 @given(lengths, worlds)
-def test_evaluation_takes_every_picture_once(length, world):
+def test_evaluation_takes_every_image_once(length, world):
     shares = [eval_indices(length, rank=rank, world=world) for rank in range(world)]
     assert sorted(index for share in shares for index in share) == list(range(length))
 

@@ -110,7 +110,7 @@ def test_lines_of_a_loop(capsys):
     assert [int(line.split("[")[2].split("/")[0]) for line in lines[:-1]] == [0, 10, 20, 24]
     assert all(re.fullmatch(form, line) for line in lines[:-1])
     assert re.fullmatch(r"Epoch: \[3\] Total time: \d:\d\d:\d\d \(\d\.\d{4} s / it\)", lines[-1])
-    assert log.pictures == 100 and log.rates()["images_per_s"] > 0
+    assert log.images == 100 and log.rates()["images_per_s"] > 0
 
 
 def test_a_workers_error_is_one_line():

@@ -66,7 +66,7 @@ class RunFolder:
     overwrite: replace a run that the folder holds. keep_going: a file that cannot be written is a warning.
     """
 
-    def __init__(self, path: Path, *, overwrite: bool = False, keep_going: bool = False):
+    def __init__(self, path: Path, overwrite: bool = False, keep_going: bool = False):
         self.path, self.overwrite, self.keep_going = path, overwrite, keep_going
         self.resumed = False  # from a checkpoint of this folder, which --overwrite then leaves
         self.status = Status(path, in_main_process(now))

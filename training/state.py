@@ -1,5 +1,8 @@
 """The state of a run: what its checkpoints hold, how it is saved, and how it is resumed."""
 
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
+
+# isort: split
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +23,7 @@ from training.run_folder import RunFolder
 from utils import (
     all_gather,
     any_process,
+    environment,
     get_random_state,
     get_rank,
     get_world_size,
@@ -56,6 +60,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
+    n_parameters: int
     updates_per_epoch: int
     epoch: int
     evaluated: bool = True
@@ -70,6 +75,11 @@ class TrainingState:
     def position(self) -> tuple[int, int]:
         """Whole epochs, and updates of the next one."""
         return self.epoch + 1, self.progress["updates"] if self.progress else 0
+
+    def records(self) -> dict[str, object]:
+        """Return what the run is made with, as JSON values by file name."""
+        record = environment(self.device, self.args.seed)
+        return {"args.json": vars(self.args), "environment.json": record, "class_names.json": self.classes}
 
     def state_dict(self) -> dict:
         """Return what a checkpoint holds: the official keys first, then what an exact resume needs.

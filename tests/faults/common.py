@@ -111,7 +111,7 @@ def run_program(
 
 
 def make_data(folder: Path, *, train: int, val: int) -> Path:
-    """Pictures of four classes: so many of each class."""
+    """Images of four classes: so many of each class."""
     from conftest import make_pictures
 
     if not folder.exists():

@@ -31,8 +31,8 @@ def in_evaluation(run: Started) -> bool:
 class Killer:
     def __init__(self, base: Path, *, processes: int, epochs: int, seed: int):
         self.base, self.processes, self.random = base, processes, random.Random(seed)
-        pictures = UPDATES_EPOCH * BATCH * processes // len(CLASSES)
-        self.data = make_data(base / f"data-{processes}", train=pictures, val=10)
+        images = UPDATES_EPOCH * BATCH * processes // len(CLASSES)
+        self.data = make_data(base / f"data-{processes}", train=images, val=10)
         self.options = {"epochs": epochs, "batch-size": BATCH}
         self.cycle, self.counts = 0, {"inside a save": 0, "in an evaluation": 0, "anywhere": 0}
         whole = base / f"whole-{processes}"

@@ -1,4 +1,4 @@
-"""RandAugment on the device beside timm's and Pillow's: each operation, whole pictures, and what they have in common as
+"""RandAugment on the device beside timm's and Pillow's: each operation, whole images, and what they have in common as
 a set.
 """
 
@@ -41,8 +41,8 @@ ARGUMENTS = {
 BENDING = {"rotate", "shear_x", "shear_y", "translate_x_rel", "translate_y_rel"}
 
 
-def pictures():
-    """Waves, noise, both, a channel without contrast, and one colour."""
+def images():
+    """Waves, noise, both, a channel without contrast, and one color."""
     random, (y, x) = np.random.default_rng(0), np.mgrid[:HEIGHT, :WIDTH]
     waves = np.stack([128 + 100 * np.sin(x / (5 + c)) * np.cos(y / 7 + c) for c in range(3)], -1)
     noise, flat = random.normal(128, 60, waves.shape), waves.copy()
@@ -52,21 +52,21 @@ def pictures():
 
 
 def as_tensor(some):
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in some])).permute(0, 3, 1, 2).contiguous()
+    return torch.from_numpy(np.stack([np.asarray(image) for image in some])).permute(0, 3, 1, 2).contiguous()
 
 
 def test_every_operation_of_the_published_policy_is_here():
-    assert FUNCTIONS.keys() == ARGUMENTS.keys() and augment.unsupported_reason(RAND_AUGMENT) == ""
+    assert FUNCTIONS.keys() == ARGUMENTS.keys() and augment.unsupported_reason(RAND_AUGMENT) is None
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_an_operation_equals_pillows(name):
-    """The same bits; of what bends a picture, all but one value of a thousand, and that one level off."""
-    before, off = pictures(), []
+    """The same bits; of what bends an image, all but one value of a thousand, and that one level off."""
+    before, off = images(), []
     for argument in ARGUMENTS[name]:
         operation = FUNCTIONS[name]
         words = [] if argument is None else [argument]
-        expected = as_tensor([operation.aug_fn(picture, *words, **operation.kwargs) for picture in before])
+        expected = as_tensor([operation.aug_fn(image, *words, **operation.kwargs) for image in before])
         found = as_tensor(before)
         augment.Plan.of([[(name, argument or 0.0)]] * len(before), FILL, HEIGHT, WIDTH).apply(found)
         off.append((found.int() - expected.int()).abs())
@@ -74,9 +74,9 @@ def test_an_operation_equals_pillows(name):
     assert off.max() <= (1 if name in BENDING else 0) and (off > 0).double().mean() < 1e-3
 
 
-def test_a_plan_does_each_pictures_operations_in_their_order():
-    """Of some pictures none, of some several, in another order each."""
-    before = pictures()
+def test_a_plan_does_each_images_operations_in_their_order():
+    """Of some images none, of some several, in another order each."""
+    before = images()
     drawn = [
         [],
         [("solarize", 90.0), ("equalize", 0.0)],
@@ -85,10 +85,10 @@ def test_a_plan_does_each_pictures_operations_in_their_order():
         [("solarize", 20.0)] * 3,
     ]
     expected = as_tensor(before)
-    for picture, operations in zip(expected, drawn):
+    for image, operations in zip(expected, drawn):
         for name, argument in operations:
-            picture.copy_(
-                augment.OPERATIONS[name](picture[None], torch.full((1, 1, 1, 1), argument, dtype=torch.float64))[0]
+            image.copy_(
+                augment.OPERATIONS[name](image[None], torch.full((1, 1, 1, 1), argument, dtype=torch.float64))[0]
             )
     plan, found = augment.Plan.of(drawn, FILL, HEIGHT, WIDTH), as_tensor(before)
     plan.apply(found)
@@ -104,7 +104,7 @@ def many(tmp_path_factory):
 
 
 def epoch(root, *, workers=0, **late):
-    """All pictures of an epoch as the network gets them, in their order."""
+    """All images of an epoch as the network gets them, in their order."""
     args = arguments("--data-path", root, "--input-size", 36)
     transform = datasets.build_transform(True, args)
     dataset = datasets.build_dataset(
@@ -137,8 +137,8 @@ def test_the_resize_is_pillows_but_for_rounding():
     )
 
 
-def test_pictures_are_the_published_but_for_rounding(many):
-    """256 pictures of noise, of which three in four are augmented: the same, but for one value in a hundred that is
+def test_images_are_the_published_but_for_rounding(many):
+    """256 images of noise, of which three in four are augmented: the same, but for one value in a hundred that is
     rounded otherwise; so mean and spread are the same to 0.02 levels, and of a histogram of 32 bins one value in 500 is
     in another bin.
     """
@@ -154,7 +154,7 @@ def test_pictures_are_the_published_but_for_rounding(many):
     assert torch.equal(plain, published) and (plain != found).any()
 
 
-def test_pictures_do_not_depend_on_workers(many):
+def test_images_do_not_depend_on_workers(many):
     assert torch.equal(epoch(many, fast_augment=True), epoch(many, workers=2, fast_augment=True))
 
 
@@ -163,12 +163,12 @@ def test_pictures_do_not_depend_on_workers(many):
     [
         (["--aa", ""], "it does not end with RandAugment"),
         (["--aa", "v0"], "it does not end with RandAugment"),
-        (["--aa", "rand-m9-t3a-inc1"], "it does not end with RandAugment"),  # colours are jittered after it
-        (["--train-interpolation", "bilinear"], "another interpolation than bicubic"),
+        (["--aa", "rand-m9-t3a-inc1"], "it does not end with RandAugment"),  # colors are jittered after it
+        (["--train-interpolation", "bilinear"], "interpolate otherwise than bicubic"),
     ],
 )
 def test_what_cannot_be_done_there_is_refused(words, says):
-    with pytest.raises(UserError, match=f"not on the device .--fast-augment.*{says}"):
+    with pytest.raises(UserError, match=f"not possible on the device .--fast-augment.*{says}"):
         batches.Uint8Transform(datasets.build_transform(True, arguments(*words)), fast_augment=True)
 
 

@@ -155,9 +155,9 @@ def test_logits_in_timm(key):
     ours = golden_weights(gvt.Twins(VARIANTS[key], num_classes=10)).eval()
     theirs = timm.create_model(VARIANTS[key].timm, num_classes=10).double().eval()
     theirs.load_state_dict(formats.from_published(ours.state_dict(), "timm", source="x")[0], strict=True)
-    picture = torch.randn(1, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert (ours(picture) - theirs(picture)).abs().max() < 1e-11
+        assert (ours(image) - theirs(image)).abs().max() < 1e-11
 
 
 # ---------------------------------------------------------------- segmentors and detectors

@@ -72,7 +72,7 @@ PUBLISHED = {
 PUBLISHED_FLAGS = ["--no-repeated-aug", "--no-pin-mem"]  # with the 56 above, 58
 OURS = {
     "amp_dtype": None,
-    "fast_augment": False,  # off: its pictures differ from the published ones by rounding
+    "fast_augment": False,  # off: its images differ from the published ones by rounding
     "grad_accum_steps": 1,
     "torchcompile": None,
     "channels_last": False,
@@ -119,12 +119,12 @@ def test_dashes_and_underscores_are_alike():
         for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):
             args = parse(spelling, *value)
             assert args.given == {name}, spelling
-    assert parse("--batch_size=8")[0].batch_size == 8
-    assert parse("--output-dir", "a_b-c")[0].output_dir == "a_b-c"
+    assert parse("--batch_size=8").batch_size == 8
+    assert parse("--output-dir", "a_b-c").output_dir == "a_b-c"
 
 
 def test_throughput_is_an_alias():
-    assert parse("--throughput")[0].throughout and parse("--throughout")[0].throughout
+    assert parse("--throughput").throughout and parse("--throughout").throughout
 
 
 @pytest.mark.parametrize(
@@ -173,8 +173,8 @@ def test_wrong_options_are_one_line_and_exit_2(words, says, capsys):
 )
 def test_options_without_effect_are_named_once(words, silent):
     name = words[0].removeprefix("--").replace("-", "_")
-    assert list(options.without_effect(*parse(*words))) == [name]
-    assert not options.without_effect(*parse(*silent))
+    assert list(options.without_effect(parse(*words))) == [name]
+    assert not options.without_effect(parse(*silent))
 
 
 @pytest.mark.parametrize("words", [["--help"], ["--batchsize", "3"]])

@@ -156,7 +156,7 @@ def test_several_processes(processes, toy, tmp_path):
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_continues_with_the_same_pictures(toy, tmp_path):
+def test_another_number_of_processes_continues_with_the_same_images(toy, tmp_path):
     """At an equal global batch: the same samples, sums that round differently, and a line that says so."""
     assert program("update:0:3", *words(toy, tmp_path, batch=4), processes=2).returncode == 1
     done = program("none", *words(toy, tmp_path, "--resume", "auto", batch=8))
@@ -566,7 +566,7 @@ def test_a_second_run_in_a_folder_is_refused(toy, tmp_path):
 def test_status_of_a_failure_has_its_reason(toy, tmp_path, capsys):
     broken = tmp_path / "data"
     shutil.copytree(toy, broken)
-    (broken / "val" / "dog" / "7.png").write_bytes(b"no picture")
+    (broken / "val" / "dog" / "7.png").write_bytes(b"no image")
     assert here(*words(broken, tmp_path / "run")) == 2
     found = status(tmp_path / "run")
     assert found["state"] == "failed" and "7.png" in found["reason"] and found["epoch"] == 0
