@@ -152,16 +152,15 @@ def update(model: nn.Module, optimizer, scaler: torch.amp.GradScaler, clip_grad:
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad if clip_grad > 0 else math.inf)
     # With a loss scale, an overflow of the gradients is skipped and the scale halved.
-    finite_norm = torch.ones_like(finite) if scaler.is_enabled() else torch.isfinite(norm)
-    apply = finite & finite_norm
+    finite_norm = torch.isfinite(norm) | scaler.is_enabled()
     if scaler.is_enabled():  # a loss that is not finite has made the gradients so, and the scaler skips those by itself
         scaler.step(optimizer)
         scaler.update()
     elif getattr(optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimizers: decided on the device
-        optimizer.grad_scale, optimizer.found_inf = None, 1.0 - apply.float()
+        optimizer.grad_scale, optimizer.found_inf = None, 1.0 - (finite & finite_norm).float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
-    elif apply.item():
+    elif finite & finite_norm:
         optimizer.step()
     optimizer.zero_grad()
     return finite_norm

@@ -35,7 +35,7 @@ ARROWS = {
     "training/run_folder": {"training/errors", "training/files", "training/processes", "utils"},
     "training/state": {
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "options", "processes", "resume")),
-        *("training/run_folder", "utils"),
+        *("gvt_ops/__init__", "training/run_folder", "utils"),
     },
     "datasets": {
         *("gvt_ops/__init__", "samplers", "training/batches", "training/errors", "training/options", "utils"),
