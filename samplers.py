@@ -29,18 +29,18 @@ class ShuffleSampler(Sampler):
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """The epoch to give next, without this process's first `start` images, which an interrupted run has had."""
+        """Set the next epoch, without this process's first `start` images, which an interrupted run has had."""
         self.epoch, self.start = epoch, start
 
     def order(self) -> torch.Tensor:
-        """The order of all processes together, of a length that is a multiple of world."""
+        """Return the order of all processes together, its length a multiple of world."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats)
         missing = -len(order) % self.world
         return torch.cat([order, order.repeat(math.ceil(missing / len(order)))[:missing]]) if missing else order
 
     def total(self) -> int:
-        """A process's images in a whole epoch."""
+        """Return the number of a process's images in an epoch."""
         return math.ceil(self.length * self.repeats / self.world)
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class RASampler(ShuffleSampler):
     """Repeated augmentation (arXiv:1902.05509): each image three times in a row, in different processes where there
     are several.
 
-    An epoch keeps as many samples as there are images, rounded down to a multiple of 256 as published; below 256
+    An epoch keeps as many samples as there are images, rounded down to a multiple of 256 (official); below 256
     images, all of them.
     """
 
@@ -68,5 +68,5 @@ class RASampler(ShuffleSampler):
 
 
 def eval_indices(length: int, *, rank: int = 0, world: int = 1) -> range:
-    """The images that a process evaluates: every one belongs to exactly one process, none is repeated."""
+    """Return the images that a process evaluates: each belongs to exactly one process, none is repeated."""
     return range(rank, length, world)

@@ -38,7 +38,7 @@ SHOWN = 3  # names of each kind in an error's line
 
 
 class _Dtype:
-    """Stands in for numpy.dtype."""
+    """Stand in for numpy.dtype."""
 
     def __init__(self, kind: str, *_):
         self.text = str(kind)
@@ -57,7 +57,7 @@ def _scalar(dtype: _Dtype, data: bytes) -> int | float | bool:
 
 
 class _Left:
-    """Stands in for objects that are of no use here (the log history in mmengine's files): whatever they hold is left
+    """Stand in for objects that are of no use here (the log history in mmengine's files): whatever they hold is left
     out.
     """
 

@@ -1,4 +1,4 @@
-"""The files of a run's folder: written whole, listed, pruned, and the folder owned by one process at a time.
+"""The files of a run's folder: atomic writes, the list of checkpoints, and the lock that one process holds.
 
 Needs the standard library only: main.py asks before torch is imported.
 """
@@ -15,12 +15,12 @@ CHECKPOINT, BEST, LOG, STATUS, LOCK = "checkpoint.pth", "checkpoint_best.pth", "
 OLDER = re.compile(r"checkpoint-\d{4,}-\d{6,}\.pth")  # what --checkpoint-hist keeps beside the newest
 
 
-# ---------------------------------------------------------------- files written whole
+# ---------------------------------------------------------------- atomic writes
 
 
 class _Recorder:
-    """A file whose first error is kept: torch.save turns what `write` raises, a signal's handler included, into an
-    error that does not say why.
+    """A file that keeps its first error: torch.save turns what `write` raises, even a signal's handler, into an error
+    without a reason.
     """
 
     def __init__(self, file: BinaryIO):
@@ -28,9 +28,8 @@ class _Recorder:
         self.flush = file.flush
 
     def write(self, data) -> int:
-        if (
-            self.over or self.error is not None
-        ):  # torch's writer ends its file even then, from where an exception would end the process
+        # torch's writer ends its file even after an error, in a place where an exception would end the process.
+        if self.over or self.error is not None:
             return memoryview(data).nbytes
         try:
             return self.file.write(data)
@@ -49,10 +48,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Path | None = None) -> None:
-    """Replace a file as a whole: at every moment it holds either what it held, or all that `write` writes.
+    """Replace a file atomically: it always holds either its old content or all that `write` writes.
 
-    keep_as: what the file held stays, durable, under this name. Raises OSError where the file cannot be written, and
-    then nothing has changed.
+    keep_as: another name that the old file gets. Raises OSError on failure; nothing has changed then.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -77,9 +75,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Pa
 
 
 def _keep(path: Path, name: Path) -> None:
-    """Give a file another name. Where the file system has no links, it loses its own name, and is found under the
-    other.
-    """
+    """Give a file another name; on a file system without links it loses its own."""
     try:
         os.link(path, name)
     except OSError:
@@ -91,7 +87,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process of an earlier run left half-written. For the folder's owner only."""
+    """Remove the half-written files of a killed process. For the folder's owner only."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
@@ -100,35 +96,34 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def older_name(epochs: int, updates: int) -> str:
-    """The name of a checkpoint after so many whole epochs, and so many updates of the next one."""
+    """Return the name of a checkpoint after so many epochs, and so many updates of the next one."""
     return f"checkpoint-{epochs:04d}-{updates:06d}.pth"
 
 
 def older_checkpoints(folder: Path) -> list[Path]:
-    """The kept checkpoints beside the newest one, the newest first."""
+    """Return the kept checkpoints beside the newest one, newest first."""
     found = [path for path in Path(folder).glob("checkpoint-*.pth") if OLDER.fullmatch(path.name)]
     return sorted(found, key=position_of, reverse=True)
 
 
 def position_of(path: Path) -> tuple[int, ...]:
-    """Whole epochs, and updates of the next one, as `older_name` has them."""
+    """Return epochs, and updates of the next one, from a name that `older_name` made."""
     return tuple(int(part) for part in path.stem.split("-")[1:])
 
 
 def candidates(folder: Path) -> list[Path]:
-    """All checkpoints of a folder, in the order in which a run is continued from them."""
+    """Return all checkpoints of a folder, in the order in which a run is resumed from them."""
     named = [Path(folder) / CHECKPOINT, *older_checkpoints(folder), Path(folder) / BEST]
     return [path for path in named if path.is_file()]
 
 
-def prune(folder: Path, keep: int, place: tuple[int, int]) -> None:
-    """Leave the newest `keep` checkpoints, CHECKPOINT counted, and none from beyond `place`, where the run is; not to
-    touch the best one.
+def prune(folder: Path, keep: int, position: tuple[int, int]) -> None:
+    """Delete all but the newest `keep` checkpoints, CHECKPOINT counted, and those beyond the run's `position`.
 
-    Those from beyond are of a branch that was left when the run went back to an earlier checkpoint.
+    Those beyond are of a branch that was abandoned when the run went back to an earlier checkpoint. The best one stays.
     """
     found = older_checkpoints(folder)
-    kept = [path for path in found if position_of(path) <= place][: max(keep - 1, 0)]
+    kept = [path for path in found if position_of(path) <= position][: max(keep - 1, 0)]
     for path in set(found) - set(kept):
         path.unlink(missing_ok=True)
 
@@ -141,9 +136,7 @@ def this_process() -> str:
 
 
 def _lock(file) -> bool:
-    """Whether the lock was free, and is this process's now. It ends with the process, however that ends, and is not
-    inherited by others.
-    """
+    """Return True if the lock was free and is now this process's. It ends with the process, and is not inherited."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -154,9 +147,7 @@ def _lock(file) -> bool:
 
 
 def owner(folder: Path) -> str | None:
-    """Who runs in this folder now, as "process N on HOST"; None if nobody does. Not for a process that holds the lock
-    itself.
-    """
+    """Return who runs in this folder, as "process N on HOST", or None. Not for a process that holds the lock itself."""
     try:
         with open(Path(folder) / LOCK, "r+") as file:
             return None if _lock(file) else file.read().strip() or "another process"
@@ -170,9 +161,7 @@ def in_use(folder: Path, taken_by: str) -> str:
 
 
 class Lock:
-    """The right to write in a folder, until `release` or the end of the process. `taken_by`: who has it instead, or
-    None.
-    """
+    """The right to write into a folder until `release` or the end of the process. taken_by: who has it instead, or None."""
 
     def __init__(self, folder: Path):
         self.file = open(Path(folder) / LOCK, "a+")  # noqa: SIM115  open as long as the run

@@ -1,10 +1,10 @@
-"""Names of the weights in other libraries' files, both ways: published, timm, mmsegmentation, mmpretrain.
+"""Rename weights from and to the formats of other libraries: official, timm, mmsegmentation, mmpretrain.
 
-The published names are the common tongue: `to_published` reads a file's names, `from_published` writes them. Values are
+The official names are the common ones: `to_published` reads a file's names, `from_published` writes them. Values are
 never changed, only joined and split where mmsegmentation keeps q, k and v of a GSA block in one tensor. timm's names
-are the published ones in another order.
+are the official ones in another order.
 
-A rule is (published, theirs): the module at the front of a name, * for a number.
+A rule is (official, theirs): the module at the front of a name, * for a number.
 """
 
 import functools
@@ -30,8 +30,8 @@ MMSEG = (
 )
 MMPRETRAIN = (
     *(
-        (published, theirs.replace("layers", "stages", 1) if theirs.startswith("layers") else theirs)
-        for published, theirs in MMSEG
+        (official, theirs.replace("layers", "stages", 1) if theirs.startswith("layers") else theirs)
+        for official, theirs in MMSEG
     ),
     ("norm", "norm_after_stage3"),
     ("head", "head.fc"),
@@ -59,11 +59,10 @@ TIMM_BLOCK_ORDER = ("norm1", "attn", "norm2", "mlp")
 
 
 def to_published(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Tensors as a file names them -> the same by published names, the name of the file's format, and the names that
-    were left out.
+    """Return a file's tensors by their official names, the file's format, and the names that are left out.
 
-    Left out is what belongs to other parts of a segmentor or detector. A name that no rule knows stays as it is. Raises
-    UserError where two tensors would have one name. Published names come back as they are.
+    Parts of a segmentor or detector other than the backbone are left out. A name that no rule knows stays as it is, and
+    so do official names. Raises UserError if two tensors would get one name.
     """
     if state and all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
@@ -87,7 +86,7 @@ def to_published(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str,
 def from_published(
     state: Mapping[str, Tensor], fmt: str, *, source: str, no_head: bool = False
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
-    """Published names -> the same tensors by the names of `fmt`, in its order; the names that it does not hold; and
+    """Official names -> the same tensors by the names of `fmt`, in its order; the names that it does not hold; and
     what else to know.
 
     fmt is one of FORMATS; all but mmseg are for classification. Raises UserError where the weights are no Twins, or
@@ -126,7 +125,7 @@ def from_published(
 
 
 def variant_of(state: Mapping[str, Tensor], *, source: str = "these weights") -> str:
-    """The key of gvt.VARIANTS whose network these published names and shapes are; any number of classes and of input
+    """The key of gvt.VARIANTS whose network these official names and shapes are; any number of classes and of input
     channels.
 
     The classifier, the final norm and the norms after each stage may be absent as a whole. Raises UserError with what
@@ -187,7 +186,7 @@ def _to_mmpretrain(name: str) -> str:
 
 
 def _timm_rank(name: str) -> tuple[int, ...]:
-    """The place of a published name in timm's order. Names of equal rank keep their order, which is timm's within a
+    """The rank of an official name in timm's order. Names of equal rank keep their order, which is timm's within a
     module.
     """
     part, *rest = name.split(".")
@@ -199,7 +198,7 @@ def _timm_rank(name: str) -> tuple[int, ...]:
 
 
 def _joined(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
-    """Published names -> the same but for GSA blocks, which keep q over kv as attn.attn.in_proj_*, and proj as
+    """Official names -> the same but for GSA blocks, which keep q over kv as attn.attn.in_proj_*, and proj as
     attn.attn.out_proj.
     """
     joined = {}
@@ -246,7 +245,7 @@ def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @functools.cache
 def _shapes(key: str) -> dict[str, torch.Size]:
-    """Published names, in the order of registration, and shapes of a network with every part that it can have."""
+    """Official names, in the order of registration, and shapes of a network with every part that it can have."""
     with torch.device("meta"):
         model = Twins(VARIANTS[key])
         norms = {

@@ -148,7 +148,7 @@ def record_images(folder: RunFolder, train_loader, size: int, epoch: int, step: 
 
 
 def log_lines(path: Path) -> list[dict]:
-    """Return the lines of a log; what is no line of one, on a disk that lost its end, is left out with a warning."""
+    """Return the lines of a log; skip with a warning what is no line of one, as after a lost end of the file."""
     lines = []
     for number, text in enumerate(path.read_text(errors="replace").splitlines() if path.exists() else []):
         try:
@@ -157,5 +157,5 @@ def log_lines(path: Path) -> list[dict]:
                 raise ValueError(line["epoch"])
             lines.append(line)
         except (ValueError, TypeError, KeyError):
-            warn(f"line {number + 1} of {path} is no line of a log: left out")
+            warn(f"line {number + 1} of {path} is no line of a log: skipped")
     return lines

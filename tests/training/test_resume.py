@@ -255,7 +255,7 @@ def test_a_log_that_lost_its_end_is_mended(whole, toy, tmp_path, capsys):
     text = (folder / "log.txt").read_text()
     (folder / "log.txt").write_text(text[: text.rindex("test_acc1")])
     assert here(*words(toy, folder, "--resume", "auto")) == 0
-    assert "is no line of a log: left out" in capsys.readouterr().err and final(folder) == final(whole)
+    assert "is no line of a log: skipped" in capsys.readouterr().err and final(folder) == final(whole)
 
 
 @pytest.mark.parametrize(
