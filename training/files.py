@@ -161,7 +161,7 @@ def in_use(folder: Path, taken_by: str) -> str:
 
 
 class Lock:
-    """The right to write into a folder until `release` or the end of the process; taken_by: who has it instead, if any."""
+    """The right to write into a folder until `release` or the end of the process; taken_by: who has it instead."""
 
     def __init__(self, folder: Path):
         self.file = open(Path(folder) / LOCK, "a+")  # noqa: SIM115  open as long as the run
