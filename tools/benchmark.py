@@ -336,13 +336,12 @@ def count_step(case: Case) -> dict:
 
 def attention_shares(model: nn.Module, counter: FlopCounterMode) -> dict[str, float]:
     """Return the shares of the counted operations in LSA and GSA, projections and sub-sampling included."""
-    counts, shares = counter.get_flop_counts(), {"LSA": 0.0, "GSA": 0.0}
+    counts, inside = counter.get_flop_counts(), {"LSA": 0, "GSA": 0}
     for path, module in model.named_modules():
         if isinstance(module, (gvt.LocalAttention, gvt.GlobalAttention)):
-            inside = sum(counts[f"{type(model).__name__}.{path}"].values())
             kind = "LSA" if isinstance(module, gvt.LocalAttention) else "GSA"
-            shares[kind] += inside / counter.get_total_flops()
-    return shares
+            inside[kind] += sum(counts[f"{type(model).__name__}.{path}"].values())
+    return {kind: operations / counter.get_total_flops() for kind, operations in inside.items()}
 
 
 def convolution_backward_operations(
@@ -688,11 +687,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError("CUDA graphs without CUDA (--modes graphs): omit it, or use a machine with a GPU")
     if args.device == "cpu" and "float16" in args.dtype:
         raise UserError("float16 is for GPUs (--dtype float16, --device cpu): use bfloat16")
-    if (
-        args.device == "cuda"
-        and "bfloat16" in args.dtype
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
+    old = args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if old and "bfloat16" in args.dtype:
         raise UserError(f"no bfloat16 (--dtype bfloat16, {torch.cuda.get_device_name()}): use float16")
     if args.recompute and "training" not in args.tasks:
         raise UserError("nothing to recompute without a backward pass (--recompute): add --tasks training, or omit it")
