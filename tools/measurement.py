@@ -71,11 +71,10 @@ def hardware(device: torch.device) -> str:
 
 
 def text_table(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return a Markdown table of rows whose keys are the columns, padded so that it reads well on a screen too."""
+    """Return a table in aligned columns, which are the keys of each row."""
     cells = [list(rows[0]), *(list(map(str, row.values())) for row in rows)]
-    widths = [max(3, *map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * width for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells)
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:

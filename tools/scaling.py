@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from tools.measurement import environment, progress, run_rounds, seconds, text_table, write_record
+from tools.measurement import environment, progress, run_rounds, seconds, write_record
+from tools.readme_tables import markdown
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, positive
 
@@ -227,7 +228,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     args = parse_args(argv)
     rows = measure(args) if args.measure else project(args)
-    print(text_table(rows))
+    print("\n".join(markdown(rows[0], (map(str, row.values()) for row in rows))))
     if args.output:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: value for name, value in vars(args).items() if name != "output"}
