@@ -2,10 +2,9 @@
 
 Images per second that one core reads and augments, step by step, in the ways that lead to the same batches: the
 official pipeline, in float32 in the loading process, and ours, in uint8 until the device, with RandAugment in the
-loading process or on the device (--fast-augment, where torch resizes too). All in turns in one run, on the images as
-they are and on copies enlarged to 375 pixels on the short side (JPEG of quality 90), which is near ImageNet's own size.
-Then whole loading processes, with the CPU time that the operating system counted for them, their start included. Before
-anything is timed, the ways must give the same bits, or with --fast-augment images that differ in few values.
+loading process or on the device (--fast-augment, where torch resizes too). In turns in one run, on the images as they
+are and enlarged to about ImageNet's size; then whole loading processes, by the CPU time that the operating system
+counts. Before anything is timed, the ways must give the same bits, or with --fast-augment few different values.
 
 A ratio is of CPU times, as other programs may use the same core: the median of the rounds' ratios, above 1 where ours
 is faster. --loop measures instead what main.py's training loop adds to forward, backward and optimizer, on a CPU.
@@ -14,7 +13,6 @@ is faster. --loop measures instead what main.py's training loop adds to forward,
 import argparse
 import contextlib
 import copy
-import functools
 import gc
 import io
 import random
@@ -23,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -199,9 +198,8 @@ def measure(label: str, paths: Sequence[Path], args: argparse.Namespace) -> dict
     case["median_width"], case["median_height"] = map(median, zip(*map(size_of, paths)))
     case["different_with_fast_augment"] = check_equal(paths[: args.batch_size], ways)
     case |= {"rows": [], "ratios": [], "cores": []}
-    partial, size = functools.partial, args.batch_size
-    walks = {way: partial(walk, paths, steps_of(transform), size) for way, transform in ways.items()}
-    loads = {way: partial(load, paths, transform, size) for way, transform in ways.items()}
+    walks = {way: partial(walk, paths, steps_of(transform), args.batch_size) for way, transform in ways.items()}
+    loads = {way: partial(load, paths, transform, args.batch_size) for way, transform in ways.items()}
     totals = {LOADING: run_rounds(walks, repeats=args.repeats, warmup=args.warmup)}
     if args.processes:
         totals[PROCESS] = run_rounds(loads, repeats=args.processes, label="loading process")
@@ -240,7 +238,7 @@ def measure_loop(args: argparse.Namespace) -> dict:
         return watch.per(args.steps)
 
     kinds = {"bare step": (run_bare, None), "bare step, clipped": (run_bare, CLIP), "loop": (run_loop, CLIP)}
-    steps = {kind: functools.partial(time_step, *each) for kind, each in kinds.items()}
+    steps = {kind: partial(time_step, *each) for kind, each in kinds.items()}
     spent = run_rounds(steps, repeats=args.repeats, warmup=args.warmup)
     times = {kind: [each["step"]["cpu"] for each in rounds] for kind, rounds in spent.items()}
     added = {
@@ -318,8 +316,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add, number = parser.add_argument, dict(metavar="N", type=positive)
     add("--data-path", type=Path, metavar="FOLDER", help="with images, in whatever folders")
     add("--images", default=1000, help="at most so many of them (%(default)s)", **number)
-    rate = "images/s that a GPU trains at (%(default)g)"
-    add("--gpu-rate", type=above_zero, default=1000.0, metavar="N", help=rate)
+    add("--gpu-rate", type=above_zero, default=1000.0, metavar="N", help="images/s of a GPU (%(default)g)")
     add("--size", type=side, default=224, metavar="PIXELS", help="side of a training image (%(default)s)")
     add("--batch-size", default=32, help="images of a batch, and of a round (%(default)s)", **number)
     add("--repeats", default=30, help="timed rounds (%(default)s)", **number)

@@ -86,13 +86,7 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def write_record(
-    folder: Path,
-    name: str,
-    record: dict,
-    rows: Sequence[Mapping],
-    *,
-    shown: str = "",
-    draw: Callable[[Path], None] | None = None,
+    folder: Path, name: str, record: dict, rows: Sequence[Mapping], *, shown: str = "", draw: Callable | None = None
 ) -> None:
     """Write FOLDER/name.json, FOLDER/name.csv of the rows, FOLDER/table.txt of what was shown, and figures."""
     texts = {f"{name}.json": json.dumps(record, indent=1) + "\n", f"{name}.csv": csv_text(rows)}

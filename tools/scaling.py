@@ -59,46 +59,25 @@ def all_reduce_seconds(size: float, gpus: int, machine: Machine) -> float:
     return inside + outside + 2 * (n - 1 + m - 1) * machine.latency
 
 
-@dataclass(frozen=True)
-class Projection:
-    """A training step on `gpus` GPUs with `batch` images each: `step` seconds alone, `size` bytes of gradients."""
+def project_step(step: float, batch: int, size: float, gpus: int, machine: Machine, rate: float) -> dict:
+    """Project a step that takes `step` seconds on one GPU with `batch` images each and `size` bytes of gradients.
 
-    step: float
-    batch: int
-    size: float
-    gpus: int
-    machine: Machine
-
-    @property
-    def buckets(self) -> int:
-        return math.ceil(self.size / BUCKET)
-
-    @property
-    def exposed(self) -> float:
-        """Return the seconds that a step waits for: the last bucket, and what of the others backward does not hide."""
-        each = all_reduce_seconds(self.size / self.buckets, self.gpus, self.machine)
-        return 0.0 if self.gpus == 1 else each + max(0.0, (self.buckets - 1) * each - BACKWARD * self.step)
-
-    @property
-    def efficiency(self) -> float:
-        return self.step / (self.step + self.exposed)
-
-    @property
-    def images_per_s(self) -> float:
-        return self.gpus * self.batch / (self.step + self.exposed)
-
-    def cores(self, rate: float) -> float:
-        """Return the cores of a node that its GPUs need, at `rate` images per second and core."""
-        return self.images_per_s / self.gpus * min(self.gpus, self.machine.gpus) / rate
-
-    def bottlenecks(self, rate: float) -> list[str]:
-        """Return what is beyond its limit, the furthest first."""
-        used = {
-            "input": self.cores(rate) / self.machine.cores,
-            "batch size": self.gpus * self.batch / LARGEST_RECIPE,
-            "all-reduce": LEAST_EFFICIENCY / self.efficiency,
-        }
-        return [name for name in sorted(used, key=used.get, reverse=True) if used[name] > 1]
+    rate: images per second that a core reads and augments. Exposed are the seconds that a step waits for gradients: for
+    the last bucket, and for what of the others the backward pass does not hide.
+    """
+    buckets = math.ceil(size / BUCKET)
+    each = all_reduce_seconds(size / buckets, gpus, machine)
+    exposed = 0.0 if gpus == 1 else each + max(0.0, (buckets - 1) * each - BACKWARD * step)
+    efficiency, images_per_s = step / (step + exposed), gpus * batch / (step + exposed)
+    cores = images_per_s / gpus * min(gpus, machine.gpus) / rate
+    limits = {
+        "input": cores / machine.cores,
+        "batch size": gpus * batch / LARGEST_RECIPE,
+        "all-reduce": LEAST_EFFICIENCY / efficiency,
+    }
+    beyond = [name for name in sorted(limits, key=limits.get, reverse=True) if limits[name] > 1]
+    found = {"buckets": buckets, "exposed": exposed, "efficiency": efficiency, "images_per_s": images_per_s}
+    return found | {"cores": cores, "bottlenecks": beyond}
 
 
 def project(args: argparse.Namespace) -> list[dict]:
@@ -106,17 +85,17 @@ def project(args: argparse.Namespace) -> list[dict]:
     machine = Machine(inside=args.inside * 1e9, outside=args.outside * 1e9, cores=args.cores)
     rows = []
     for gpus in args.gpus:
-        found = Projection(args.step_ms / 1e3, args.batch_size, size, gpus, machine)
+        found = project_step(args.step_ms / 1e3, args.batch_size, size, gpus, machine, args.rate)
         row = {
             "gpus": gpus,
             "global batch": gpus * args.batch_size,
             "all-reduce (ms)": f"{all_reduce_seconds(size, gpus, machine) * 1e3:.2f}",
-            "exposed (ms)": f"{found.exposed * 1e3:.2f}",
-            "efficiency": f"{found.efficiency:.3f}",
-            "img/s": f"{found.images_per_s:.0f}",
-            "300 epochs (h)": f"{300 * IMAGENET / found.images_per_s / 3600:.1f}",
-            "cores a node": f"{found.cores(args.rate):.0f}",
-            "bottleneck": ", ".join(found.bottlenecks(args.rate)) or "none",
+            "exposed (ms)": f"{found['exposed'] * 1e3:.2f}",
+            "efficiency": f"{found['efficiency']:.3f}",
+            "img/s": f"{found['images_per_s']:.0f}",
+            "300 epochs (h)": f"{300 * IMAGENET / found['images_per_s'] / 3600:.1f}",
+            "cores a node": f"{found['cores']:.0f}",
+            "bottleneck": ", ".join(found["bottlenecks"]) or "none",
         }
         rows.append(row)
     return rows

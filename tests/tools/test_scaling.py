@@ -6,7 +6,7 @@ import json
 import pytest
 
 from tools import scaling
-from tools.scaling import Machine, Projection, all_reduce_seconds
+from tools.scaling import Machine, all_reduce_seconds, project_step
 from training.errors import exit_code
 
 MB = 2**20
@@ -20,28 +20,29 @@ def test_all_reduce_by_hand():
     assert all_reduce_seconds(1000.0, 12, machine) == pytest.approx(15 + 2 * 2 / 3 * 25 + 5)
 
 
+def projected(step, batch, size, gpus, machine, rate=1000.0):
+    return project_step(step, batch, size, gpus, machine, rate)
+
+
 def test_what_the_backward_pass_hides():
     slow = Machine(gpus=1, outside=25 * MB, latency=0)  # a bucket takes 2 (m - 1) / m seconds
-    few, many = (Projection(step=6.0, batch=8, size=size * 25 * MB, gpus=2, machine=slow) for size in (3, 9))
-    assert few.buckets == 3 and few.exposed == pytest.approx(
-        1
-    )  # two seconds are hidden behind four, the last bucket is not
-    assert many.exposed == pytest.approx(1 + 8 - 4)
-    assert many.efficiency == pytest.approx(6 / 11) and many.images_per_s == pytest.approx(16 / 11)
-    alone = Projection(step=6.0, batch=8, size=9 * 25 * MB, gpus=1, machine=slow)
-    assert alone.exposed == 0 and alone.efficiency == 1
+    few, many = (projected(6.0, 8, size * 25 * MB, 2, slow) for size in (3, 9))
+    # Two seconds are hidden behind four, the last bucket is not.
+    assert few["buckets"] == 3 and few["exposed"] == pytest.approx(1)
+    assert many["exposed"] == pytest.approx(1 + 8 - 4)
+    assert many["efficiency"] == pytest.approx(6 / 11) and many["images_per_s"] == pytest.approx(16 / 11)
+    alone = projected(6.0, 8, 9 * 25 * MB, 1, slow)
+    assert alone["exposed"] == 0 and alone["efficiency"] == 1
 
 
 def test_bottlenecks():
     machine = Machine(cores=32)
-    found = Projection(step=0.1, batch=128, size=224e6, gpus=64, machine=machine)
-    assert found.cores(1000.0) == pytest.approx(found.images_per_s / 8 / 1000)
-    assert found.bottlenecks(rate=1000.0) == ["batch size"]
-    assert found.bottlenecks(rate=50.0) == ["input", "batch size"]
-    assert Projection(step=0.1, batch=128, size=224e6, gpus=8, machine=machine).bottlenecks(1000.0) == []
-    assert Projection(step=0.01, batch=4, size=224e6, gpus=64, machine=Machine(outside=1e8)).bottlenecks(1000.0) == [
-        "all-reduce"
-    ]
+    found = projected(0.1, 128, 224e6, 64, machine)
+    assert found["cores"] == pytest.approx(found["images_per_s"] / 8 / 1000)
+    assert found["bottlenecks"] == ["batch size"]
+    assert projected(0.1, 128, 224e6, 64, machine, rate=50.0)["bottlenecks"] == ["input", "batch size"]
+    assert projected(0.1, 128, 224e6, 8, machine)["bottlenecks"] == []
+    assert projected(0.01, 4, 224e6, 64, Machine(outside=1e8))["bottlenecks"] == ["all-reduce"]
 
 
 def test_projection(tmp_path, capsys):
