@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from dense import libraries
 from gvt_ops import onednn
 from tools.count import FlopCounterMode, conv_flop_count, side
-from tools.measurement import environment, progress, quartiles, run_rounds, seconds, text_table, write_record
+from tools.measurement import columns, environment, progress, quartiles, run_rounds, seconds, text_table, write_record
 from tools.plot_logs import tidy
 from training import checkpoint, formats
 from training.errors import UserError, exit_code
@@ -72,10 +72,6 @@ class Case:
     size: int
 
     @property
-    def variant(self) -> gvt.Variant:
-        return gvt.VARIANTS[gvt.MODEL_NAMES[self.model]]
-
-    @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
@@ -101,9 +97,7 @@ def build(case: Case, library: str, device: torch.device) -> nn.Module:
         if library == RECOMPUTED:
             model.set_grad_checkpointing(part="mlp")
     elif library in SAME_WEIGHTS.values():
-        model = build_timm(case) if library == "timm" else build_mmseg(case)
-        state, _, _ = formats.from_published(build_ours(case).state_dict(), library, source=case.model)
-        checkpoint.load_into(model, state, source=case.model)
+        model = build_peer(case, library)
     else:
         torch.manual_seed(0)
         fixed = timm.get_pretrained_cfg(library).fixed_input_size
@@ -129,28 +123,26 @@ def build_ours(case: Case) -> nn.Module:
     return model
 
 
-def build_timm(case: Case) -> nn.Module:
-    v = case.variant
-    shape = dict(embed_dims=v.dims, num_heads=v.heads, mlp_ratios=v.mlp_ratios, depths=v.depths, sr_ratios=v.sr_ratios)
-    return TimmTwins(img_size=case.size, wss=None if v.window is None else (v.window,) * len(v.dims), **shape)
-
-
-def build_mmseg(case: Case) -> nn.Module:
-    """Build mmsegmentation's backbone with the official eps of each norm, of which it has one for all."""
-    libraries.load("mmseg")
-    from mmseg.models import backbones
-
-    v = case.variant
-    shape = {key: list(getattr(v, key)) for key in ("mlp_ratios", "depths", "sr_ratios")}
-    shape |= dict(embed_dims=list(v.dims), num_heads=list(v.heads), qkv_bias=True)
-    if v.window is None:
-        model = backbones.PCPVT(norm_after_stage=False, **shape)
+def build_peer(case: Case, library: str) -> nn.Module:
+    """Build timm's or mmsegmentation's network with our weights, and the official eps of each norm."""
+    v = gvt.VARIANTS[gvt.MODEL_NAMES[case.model]]
+    shape = {name: list(getattr(v, name)) for name in ("mlp_ratios", "depths", "sr_ratios")}
+    shape |= dict(embed_dims=list(v.dims), num_heads=list(v.heads))
+    windows = None if v.window is None else [v.window] * len(v.dims)
+    if library == "timm":
+        model = TimmTwins(img_size=case.size, wss=windows, **shape)
     else:
+        libraries.load("mmseg")
+        from mmseg.models import backbones
+
         # The option is spelled so there.
-        model = backbones.SVT(norm_after_stage=True, windiow_sizes=[v.window] * 4, **shape)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.LayerNorm):
-            module.eps = 1e-5 if "patch_embeds" in name or name.endswith("attn.norm") else 1e-6
+        own = dict(norm_after_stage=False) if windows is None else dict(norm_after_stage=True, windiow_sizes=windows)
+        model = (backbones.PCPVT if windows is None else backbones.SVT)(qkv_bias=True, **own, **shape)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-5 if "patch_embeds" in name or name.endswith("attn.norm") else 1e-6
+    state, _, _ = formats.from_published(build_ours(case).state_dict(), library, source=case.model)
+    checkpoint.load_into(model, state, source=case.model)
     return model
 
 
@@ -453,18 +445,17 @@ def flat(results: dict) -> list[dict[str, str]]:
         for found in case["rows"]:
             names = {key: str(case[key]) for key in ("model", "task", "dtype", "batch", "size")}
             names |= {key: found[key] for key in ("library", "mode")}
-            times = {name: found["seconds"][key] for name, key in (("ms", "median"), ("ms_q1", "q1"), ("ms_q3", "q3"))}
             figures = found | {"ours_faster": faster.get((found["library"], found["mode"]))}
             texts = {key: "" if figures.get(key) is None else f"{figures[key]:.4g}" for key in FIGURES}
-            rows.append(names | {name: f"{1000 * value:.3f}" for name, value in times.items()} | texts)
+            rows.append(names | columns("ms", found["seconds"], 1000) | texts)
     return rows
 
 
 def as_text(case: dict) -> str:
-    columns = ("ms", "ms_q1", "ms_q3", "pictures_per_s", "ours_faster", "share_of_product_rate", "peak_mb")
+    shown = ("ms", "ms_q1", "ms_q3", "pictures_per_s", "ours_faster", "share_of_product_rate", "peak_mb")
     rows = flat({"cases": [case]})
-    named = [{"": f"{row['library']} {row['mode']}"} | {key: row[key] for key in columns} for row in rows]
-    lines = [text_table(named)]
+    table = [{"": f"{row['library']} {row['mode']}"} | {key: row[key] for key in shown} for row in rows]
+    lines = [text_table(table)]
     for each in case["ratios"]:
         if each["ours"] != each["mode"]:
             spread = f"{each['median']:.3f} ({each['q1']:.3f} - {each['q3']:.3f})"
@@ -489,20 +480,19 @@ def percentages(shares: dict[str, float]) -> str:
 
 
 def draw(results: dict, folder: Path) -> None:
-    """Draw bars.png; batch.png, resolution.png and shares.png if there are several of them; accuracy.png if peers with
-    a known top-1 were measured.
-    """
+    """Draw bars.png, and batch.png, resolution.png, shares.png and accuracy.png if the cases have data for them."""
     from matplotlib.figure import Figure
 
     panels = {}
     for case in results["cases"]:
         panels.setdefault(f"{case['task']}, {case['dtype']}", []).append(case)
+    by_batch, by_size = (functools.partial(series, key=key) for key in ("batch", "size"))
     drawings = {
-        "bars": (lambda cases: cases, draw_bars),
-        "batch": (lambda cases: series(cases, "batch"), lambda axis, groups: draw_times(axis, groups, "batch")),
-        "resolution": (lambda cases: series(cases, "size"), lambda axis, groups: draw_times(axis, groups, "size")),
-        "shares": (lambda cases: series(cases, "size"), draw_shares),
-        "accuracy": (lambda cases: points(cases, official_top1()), draw_accuracy),
+        "bars": (list, draw_bars),
+        "batch": (by_batch, functools.partial(draw_times, key="batch")),
+        "resolution": (by_size, functools.partial(draw_times, key="size")),
+        "shares": (by_size, draw_shares),
+        "accuracy": (functools.partial(points, top1=official_top1()), draw_accuracy),
     }
     for name, (choose, draw_panel) in drawings.items():
         chosen = {title: data for title, cases in panels.items() if (data := choose(cases))}
@@ -556,13 +546,13 @@ def draw_times(axis, groups: dict[tuple[str, str], list[dict]], key: str) -> Non
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     for (model, shared), cases in groups.items():
-        for (library, mode), rows in rows_by_name(cases).items():
+        networks = rows_by_name(cases)
+        for (library, mode), rows in networks.items():
             values, times = zip(*((case[key], 1000 / each["pictures_per_s"]) for _, case, each in rows))
             line, label = "-" if library == "ours" else "--", f"{model}, {library} {mode} ({shared})"
-            (drawn,) = axis.loglog(values, times, marker="o", markersize=3, linestyle=line, label=label)
-            if library == "ours":
-                first = drawn
+            axis.loglog(values, times, marker="o", markersize=3, linestyle=line, label=label)
         if key == "size":
+            first = axis.lines[-len(networks)]
             sides, times = first.get_data()
             linear = [times[0] * (side / sides[0]) ** 2 for side in sides]
             axis.loglog(sides, linear, linestyle=":", color=first.get_color(), label=f"{model}, linear in pixels")
@@ -632,16 +622,13 @@ def draw_accuracy(axis, found: list[tuple[str, str, float, float]]) -> None:
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = Parser(prog="benchmark.py", description=__doc__.splitlines()[0])
-    add, several = parser.add_argument, dict(nargs="+", metavar="NAME")
-    paper = [name for name, key in gvt.MODEL_NAMES.items() if gvt.VARIANTS[key].timm]
-    add("--models", choices=list(gvt.MODEL_NAMES), default=paper, help="(the six of the paper)", **several)
-    add("--peers", default=[], help="other networks of timm, such as swin_tiny_patch4_window7_224", **several)
-    features = "features: four maps, beside mmsegmentation's (inference)"
-    add("--tasks", nargs="+", choices=TASKS, default=["inference"], help=features)
-    modes = "graphs: compiled, in CUDA graphs (eager compiled)"
-    add("--modes", nargs="+", choices=MODES, default=["eager", "compiled"], help=modes)
-    dtypes = "inference: of the weights too, training: autocast (float32)"
-    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help=dtypes)
+    add, names = parser.add_argument, list(gvt.MODEL_NAMES)
+    paper = [name for name in names if gvt.VARIANTS[gvt.MODEL_NAMES[name]].timm]
+    add("--models", nargs="+", choices=names, default=paper, metavar="NAME", help="(the six of the paper)")
+    add("--peers", nargs="+", default=[], metavar="NAME", help="other networks, by timm's names")
+    add("--tasks", nargs="+", choices=TASKS, default=["inference"], help="features: four maps (inference)")
+    add("--modes", nargs="+", choices=MODES, default=["eager", "compiled"], help="graphs: CUDA's (eager compiled)")
+    add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="training: of autocast (float32)")
     add("--batch-size", nargs="+", type=positive, default=[8], metavar="N", help="(8)")
     add("--size", nargs="+", type=side, default=[224], metavar="PIXELS", help="side of an image (224)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -649,17 +636,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--threads", type=positive, metavar="N", help="on a CPU (torch's default)")
     add("--repeats", type=positive, default=30, metavar="N", help="timed rounds (%(default)s)")
     add("--warmup", type=count, default=3, metavar="N", help="rounds before them (%(default)s)")
-    add("--recompute", action="store_true", help="training: measure ours with recomputed MLPs too")
-    no_memory = "do not measure peak memory, which takes a process for each network"
-    add("--no-memory", dest="memory", action="store_false", help=no_memory)
+    add("--recompute", action="store_true", help="training: ours with recomputed MLPs too")
+    add("--no-memory", dest="memory", action="store_false", help="no peak memory, which takes a process for each")
     add("--profile", action="store_true", help="record and print what each network's time goes to")
-    add(
-        "--least",
-        type=above_zero,
-        default=0.0,
-        metavar="RATIO",
-        help="exit with 1 if ours is not this many times as fast",
-    )
+    add("--least", type=above_zero, default=0.0, metavar="RATIO", help="exit with 1 if a ratio is lower")
     add("--output", type=Path, metavar="FOLDER", help="write results.json, results.csv and figures there")
     add("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args(argv)

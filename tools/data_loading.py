@@ -37,7 +37,7 @@ from torch import nn
 import engine
 from datasets import InBytes, Keyed, build_loader, build_transform, collate, read_picture, seed_by
 from tools.count import side
-from tools.measurement import environment, progress, quartiles, run_rounds, text_table, write_record
+from tools.measurement import columns, environment, progress, quartiles, run_rounds, text_table, write_record
 from training import options
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, count, positive
@@ -283,11 +283,7 @@ def flat(results: dict) -> list[dict[str, str]]:
 
 
 def milliseconds(row: dict) -> dict[str, str]:
-    return {
-        f"{clock}_ms{suffix}": f"{row[f'{clock}_ms'][key]:.3f}" if f"{clock}_ms" in row else ""
-        for clock in CLOCKS
-        for suffix, key in (("", "median"), ("_q1", "q1"), ("_q3", "q3"))
-    }
+    return columns("cpu_ms", row["cpu_ms"]) | columns("wall_ms", row.get("wall_ms"))
 
 
 def as_text(results: dict) -> str:

@@ -55,6 +55,12 @@ def quartiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
+def columns(name: str, values: dict[str, float] | None, scale: float = 1.0) -> dict[str, str]:
+    """Return quartiles as cells of a table, in columns name, name_q1 and name_q3; empty if there are none."""
+    keys = {name: "median", f"{name}_q1": "q1", f"{name}_q3": "q3"}
+    return {column: f"{scale * values[key]:.3f}" if values else "" for column, key in keys.items()}
+
+
 def environment(device: torch.device) -> dict:
     """Return the command, commit and versions, as a training run records them, and the name of the processor."""
     return utils.environment(device, 0) | {"hardware": hardware(device)}
