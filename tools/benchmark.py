@@ -452,7 +452,7 @@ def flat(results: dict) -> list[dict[str, str]]:
 
 
 def as_text(case: dict) -> str:
-    shown = ("ms", "ms_q1", "ms_q3", "pictures_per_s", "ours_faster", "share_of_product_rate", "peak_mb")
+    shown = ("ms", "ms_q1", "ms_q3", *FIGURES[:-1])
     rows = flat({"cases": [case]})
     table = [{"": f"{row['library']} {row['mode']}"} | {key: row[key] for key in shown} for row in rows]
     lines = [text_table(table)]

@@ -89,15 +89,6 @@ class Files(torch.utils.data.Dataset):
 
 # ---------------------------------------------------------------- ways and their steps
 
-STEP_NAMES = {
-    "RandomResizedCropAndInterpolation": "crop and resize",
-    "TorchCrop": "crop and resize",
-    "RandomHorizontalFlip": "flip",
-    "MaybeToTensor": "to tensor",
-    "Normalize": "normalize",
-    "RandomErasing": "erase",
-}
-
 
 def build_ways(size: int) -> dict[str, Callable]:
     pipeline = build_transform(True, options.parse_args(["--input-size", str(size)])[0])
@@ -109,7 +100,7 @@ def steps_of(transform: Callable) -> dict[str, Callable]:
     uint8 = isinstance(transform, InBytes)
     steps = {"decode": read_picture}
     for step in transform.drawing if uint8 else transform.transforms:
-        steps[STEP_NAMES.get(type(step).__name__, type(step).__name__)] = step
+        steps[type(step).__name__] = step
     if uint8:
         rest = copy.copy(transform)
         rest.drawing = []
