@@ -193,16 +193,20 @@ def collate(items: Sequence) -> list:
 # ---------------------------------------------------------------- seeded items and the loader
 
 
+def seed_by(key: Sequence[int]) -> None:
+    words = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(4)
+    random.seed(int(words[0]))
+    np.random.seed(words[1:3])
+    torch.default_generator.manual_seed(int(words[3]))
+
+
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Seed Python, numpy and torch by `key`; in the training process, restore their states afterwards."""
     states = None
     if get_worker_info() is None:
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence([part % 2**64 for part in key]).generate_state(4)
-    random.seed(int(words[0]))
-    np.random.seed(words[1:3])
-    torch.default_generator.manual_seed(int(words[3]))
+    seed_by(key)
     try:
         yield
     finally:

@@ -56,5 +56,7 @@ def exit_code(program: str, main: Callable[[list[str]], int | None], argv: list[
     try:
         return main(argv) or 0
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        if os.environ.get("TWINS_DEBUG") == "1":
+            raise
+        print(f"{program}: error: {short_reason(error)}", file=sys.stderr)
         return 2
