@@ -243,7 +243,7 @@ def test_speed(tmp_path):
     assert found[1] == "A CPU, 2 threads, torch 2.13.0, timm 1.0.31, 2026-11-24, 30 rounds. `python -m tools.benchmark`"
     assert (
         found[3]
-        == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | Share of product rate |"
+        == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | % of peak GEMM throughput |"
     )
     assert cells(found[3:-1]) == [
         ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20 / 10 = 2.01", "", "50 % (eager)"],
@@ -259,7 +259,7 @@ def test_attentions_shares_where_sizes_differ():
         for size, gsa in ((224, 0.1), (512, 0.304))
     ]
     table = readme_tables.speeds(cases)
-    assert table[0].endswith("| Share of product rate | Of operations |")
+    assert table[0].endswith("| % of peak GEMM throughput | Operations |")
     assert [row[-1] for row in cells(table)] == ["LSA 20 %, GSA 10 %", "LSA 20 %, GSA 30 %"]
 
 
@@ -357,7 +357,7 @@ BAD = {
     "unknown table": ([BEGIN.format("throughput"), END], "unknown table"),
     "a folder that is not there": (
         [BEGIN.format("speed no_such-folder"), END],
-        "no_such-folder/results.json): put back",
+        "no_such-folder/results.json): restore",
     ),
     "a folder of no speed": ([BEGIN.format("runs mine"), END], "unknown table"),
     "no name": ([BEGIN.format("  "), END], "unknown table"),
@@ -385,7 +385,7 @@ def test_other_errors_are_one_line(tmp_path, capsys, monkeypatch):
     (folder / "args.json").write_text("{}")
     assert_one_line(["--readme", str(path)], "no model, data_path, epochs", capsys)
     (folder / "args.json").unlink()
-    assert_one_line(["--readme", str(path)], "args.json): put back", capsys)
+    assert_one_line(["--readme", str(path)], "args.json): restore", capsys)
     (folder / "log.txt").write_text("")
     assert_one_line(["--readme", str(path)], "empty log", capsys)
 

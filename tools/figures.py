@@ -1,0 +1,239 @@
+"""Draw the README's images: python -m tools.figures [NAME ...] [--output docs/images].
+
+model   a Twins-SVT block, and top-1 accuracy against measured images/s: logs/published and the newest records of
+        logs/benchmarks whose names end with cpu_inference and cpu_peers
+speed   ours / timm on the same weights: the newest records that end with cpu_inference and cpu_training
+demo    curves and predictions of `make demo`
+dense   results of `make demo-dense` beside the labels
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from PIL import Image
+
+from tools import picture
+from tools.plot_logs import plot, read_log, tidy
+from tools.readme_tables import LOGS, REGISTERED, ROOT, paper, read_csv, read_json, record, same_mode
+from training.errors import UserError, exit_code
+from training.options import Parser
+
+# In inches: GitHub shows a page about 9 inches wide, so that fonts keep their size.
+WIDTH, DPI = 9.2, 180
+SVT, PCPVT, OTHER = "tab:orange", "tab:blue", "dimgray"
+COLORS = {"float32": "tab:blue", "bfloat16": "tab:orange"}
+PEERS = {
+    "swin_tiny_patch4_window7_224": "Swin-T",
+    "deit_small_patch16_224": "DeiT-S",
+    "pvt_v2_b2": "PVTv2-B2",
+}
+
+
+SCENES = (4, 18, 20, 28)  # val images of make demo-dense
+
+
+# ---------------------------------------------------------------- the model
+
+
+def arrow(axis: Axes, start: Sequence[float], end: Sequence[float], **style) -> None:
+    style = dict(arrowstyle="-|>", mutation_scale=9, color="black", linewidth=1, shrinkA=0, shrinkB=0) | style
+    axis.add_patch(FancyArrowPatch(start, end, **style))
+
+
+def layers(axis: Axes, left: float, attention: str, color: str) -> None:
+    """Draw LN, attention, +, LN, MLP, + from the bottom up, each sum with its shortcut."""
+    middle, width, height, levels = left + 1.0, 1.5, 0.62, [0.0, 0.95, 2.55, 3.5]
+    for level, text, shade in zip(levels, ["LN", attention, "LN", "MLP"], ["white", color, "white", "whitesmoke"]):
+        shape = FancyBboxPatch(
+            (middle - width / 2, level), width, height, boxstyle="round,pad=0,rounding_size=0.12", fc=shade, ec="black"
+        )
+        axis.add_patch(shape)
+        axis.text(middle, level + height / 2, text, ha="center", va="center", fontsize=10)
+    for bottom, lower, upper in ((-0.55, 0.0, 0.95), (2.0, 2.55, 3.5)):
+        total = upper + height + 0.33
+        arrow(axis, (middle, bottom), (middle, lower))
+        arrow(axis, (middle, lower + height), (middle, upper))
+        arrow(axis, (middle, upper + height), (middle, total + 0.02), arrowstyle="-")
+        axis.plot(middle, total + 0.1, "o", ms=11, mfc="white", mec="black", mew=1)
+        axis.plot(middle, total + 0.1, "+", ms=7, color="black", mew=1.2)
+        side = middle + width / 2 + 0.22
+        axis.plot([middle, side, side], [bottom + 0.2, bottom + 0.2, total + 0.1], color="black", linewidth=1)
+        arrow(axis, (side, total + 0.1), (middle + 0.16, total + 0.1))
+
+
+def windows(axis: Axes, left: float, attention: str) -> None:
+    """Draw a map of 8 x 8 tokens in 2 x 2 windows: the query dark, what it attends to light."""
+    side, bottom, query = 0.3, 1.1, (0, 7)
+    for column, row in np.ndindex(8, 8):
+        dark, same = (column, row) == query, column < 4 <= row
+        color = ("darkorange" if dark else "navajowhite" if same else "white") if attention == "LSA" else "white"
+        color = "tab:blue" if dark and attention == "GSA" else color
+        corner = left + column * side, bottom + row * side
+        axis.add_patch(Rectangle(corner, side, side, fc=color, ec="lightgray", lw=0.5))
+    for column, row in np.ndindex(2, 2):
+        corner = left + 4 * column * side, bottom + 4 * row * side
+        axis.add_patch(Rectangle(corner, 4 * side, 4 * side, fill=False, ec="black", lw=1))
+        if attention == "GSA":
+            ends = (corner[0] + 2 * side, left + 0.5 * side), (corner[1] + 2 * side, bottom + 7.5 * side)
+            axis.plot(*ends, color="tab:blue", linewidth=0.8)
+            axis.plot(ends[0][0], ends[1][0], "s", ms=7, color="lightblue", mec="tab:blue")
+
+
+def draw_block(axis: Axes) -> None:
+    """Draw the layers of LSA, then of GSA, each with the tokens that a query attends to."""
+    for left, attention, color, title in (
+        (0.0, "LSA", "navajowhite", "LSA: the tokens\nof its window"),
+        (5.3, "GSA", "lightblue", "GSA: a summary\nof each region"),
+    ):
+        layers(axis, left, attention, color)
+        windows(axis, left + 2.3, attention)
+        axis.text(left + 3.5, 3.65, title, ha="center", va="bottom", fontsize=9)
+    axis.set(xlim=(0.1, 10.1), ylim=(-0.7, 5.3), aspect="equal")
+    axis.axis("off")
+
+
+def rates(path: Path, dtype: str) -> tuple[dict[tuple[str, str], float], str]:
+    """Return eager images/s of inference by (model, library), and the machine, of a record."""
+    found = read_json(path, "environment", "cases")
+    cases = [case for case in found["cases"] if case["dtype"] == dtype and case["task"] == "inference"]
+    rows = [(case["model"], row) for case in cases for row in case["rows"] if row["mode"] == "eager"]
+    where = found["environment"]
+    return {(model, row["library"]): row["pictures_per_s"] for model, row in rows}, (
+        f"{where['hardware']}, {where['threads']} threads"
+    )
+
+
+def draw_accuracy(axis: Axes, dtype: str = "bfloat16") -> None:
+    ours, machine = rates(record("cpu_inference"), dtype)
+    others, other_machine = rates(record("cpu_peers"), dtype)
+    for family, color, offset in (("Twins-SVT", SVT, (5, 4)), ("PCPVT", PCPVT, (-10, -11))):
+        rows = [row for row in paper() if row["name"].startswith(family)]
+        speeds = [ours[REGISTERED[row["model"]], "ours"] for row in rows]
+        axis.plot(speeds, [float(row["acc1"]) for row in rows], "o-", color=color, label=family)
+        for speed, row in zip(speeds, rows):
+            size = row["name"].rsplit("-", 1)[1][0]
+            axis.annotate(size, (speed, float(row["acc1"])), offset, textcoords="offset points", fontsize=9)
+    accuracies = {row["timm"]: float(row["acc1"]) for row in read_csv(LOGS / "published" / "peers.csv")}
+    for (_, library), speed in others.items() if other_machine == machine else ():
+        if library in PEERS:
+            axis.plot(speed, accuracies[library], "s", color=OTHER, ms=5)
+            place = dict(xytext=(6, -3), textcoords="offset points", fontsize=8, color=OTHER)
+            axis.annotate(PEERS[library], (speed, accuracies[library]), **place)
+    axis.set(xlabel=f"images/s, {dtype}, batch 8 ({machine})", ylabel="ImageNet top-1 (%), reported")
+    axis.legend(frameon=False, loc="upper right", fontsize=9)
+    axis.margins(0.12)
+    tidy(axis)
+
+
+def model() -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    draw_block(left)
+    draw_accuracy(right)
+    return figure
+
+
+# ---------------------------------------------------------------- the records
+
+
+def speed() -> Figure:
+    """Bars of ours / timm: a group for each model, a bar for each dtype."""
+    figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    names = {REGISTERED[row["model"]]: row["name"].removeprefix("Twins-").replace("-", "\n") for row in paper()}
+    for axis, task in zip(axes, ("inference", "training")):
+        found = read_json(record(f"cpu_{task}"), "environment", "cases")
+        ratios = {(case["dtype"], case["model"]): same_mode(case)["timm", "eager"] for case in found["cases"]}
+        models, dtypes = (list(dict.fromkeys(keys)) for keys in zip(*((model, dtype) for dtype, model in ratios)))
+        for number, dtype in enumerate(dtypes):
+            places = np.arange(len(models)) + 0.38 * (number - (len(dtypes) - 1) / 2)
+            bars = axis.bar(places, [ratios[dtype, name] for name in models], 0.36, color=COLORS[dtype], label=dtype)
+            axis.bar_label(bars, fmt="%.2f", fontsize=8, padding=1)
+        axis.set_axisbelow(True)
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set_xticks(range(len(models)), [names[name] for name in models], fontsize=9)
+        where = found["environment"]
+        axis.set_title(f"{task} ({where['hardware']}, {where['threads']} threads)", fontsize=10)
+        tidy(axis)
+        axis.grid(axis="x", visible=False)
+    axes[0].set_ylabel("ours / timm, images/s, eager")
+    axes[1].legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9)
+    return figure
+
+
+# ---------------------------------------------------------------- the demos
+
+
+def needed(path: Path, command: str) -> Path:
+    if not path.exists():
+        raise UserError(f"nothing to draw ({path}): run `{command}` first")
+    return path
+
+
+def demo(run: Path = ROOT / "output" / "demo", data: Path = ROOT / "data" / "digits") -> Figure:
+    needed(run / "checkpoint_best.pth", "make demo")
+    log = read_log(run, keys=("epoch", "train_loss", "test_loss", "test_acc1"))
+    digits = picture.predict(run, str(data), 24)
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    curves, grid = figure.subfigures(1, 2, width_ratios=[1, 1.45])
+    losses, accuracy = curves.subplots(2, 1, sharex=True)
+    plot(losses, log, "train_loss", "train")
+    plot(losses, log, "test_loss", "val")
+    losses.legend(frameon=False, fontsize=9)
+    losses.set_ylabel("loss")
+    plot(accuracy, log, "test_acc1", "val", color="tab:green")
+    accuracy.set(ylabel="val top-1 (%)", xlabel="epoch", ylim=(0, 102))
+    for axis in (losses, accuracy):
+        tidy(axis)
+    correct = sum(label == answer for _, label, answer in digits)
+    grid.suptitle(f"val images under their predictions: {correct} of {len(digits)} correct", fontsize=10)
+    for axis, (image, label, answer) in zip(grid.subplots(3, 8).flat, digits):
+        axis.imshow(image)
+        axis.axis("off")
+        axis.set_title(answer, fontsize=10, color="black" if answer == label else "tab:red", pad=2)
+    return figure
+
+
+def dense(output: Path = ROOT / "output") -> Figure:
+    """Labels, segmentation and boxes of four val images. mmseg and mmdet draw labels and result side by side."""
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+    axes = figure.subplots(2, 6)
+    for pair, number in zip(axes.reshape(4, 3), SCENES):
+        drawings = []
+        for pattern in (f"segmentor/*/vis_data/vis_image/test_{number:04d}.png_*", f"detector/*/{number:04d}.png"):
+            found = sorted(output.glob(pattern))
+            path = needed(found[0] if found else output / pattern, "make demo-dense")
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            drawings.append(np.split(pixels, 2, axis=1))
+        (labels, segmentation), (_, boxes) = drawings
+        for axis, pixels in zip(pair, (labels, segmentation, boxes)):
+            axis.imshow(pixels)
+            axis.axis("off")
+    for axis, title in zip(axes[0], ("labels", "Semantic FPN", "Mask R-CNN") * 2):
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+FIGURES = {figure.__name__: figure for figure in (model, demo, dense, speed)}
+
+
+def main(argv: list[str]) -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[*FIGURES, []], metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", metavar="FOLDER", help="(docs/images)")
+    args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name in args.names or FIGURES:
+        path = args.output / f"{name}.png"
+        FIGURES[name]().savefig(path, dpi=DPI, facecolor="white")
+        print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("figures.py", main, sys.argv[1:]))
