@@ -225,9 +225,12 @@ FIGURES = {figure.__name__: figure for figure in (model, demo, dense, speed)}
 
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=[*FIGURES, []], metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", metavar="FOLDER", help="(docs/images)")
     args = parser.parse_args(argv)
+    for name in args.names:
+        if name not in FIGURES:
+            raise UserError(f"no such image ({name}): choose from {', '.join(FIGURES)}")
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.names or FIGURES:
         path = args.output / f"{name}.png"
@@ -235,5 +238,9 @@ def main(argv: list[str]) -> None:
         print(path)
 
 
+def run(argv: list[str]) -> int:
+    return exit_code("figures.py", main, argv)
+
+
 if __name__ == "__main__":
-    sys.exit(exit_code("figures.py", main, sys.argv[1:]))
+    sys.exit(run(sys.argv[1:]))

@@ -251,6 +251,41 @@ def test_speed(tmp_path):
     ]
 
 
+def test_the_newest_record_by_the_end_of_its_name(tmp_path):
+    for name in ("2026-01-02_cpu_inference", "2026-01-10_other_cpu_inference", "2026-01-11_cpu_training"):
+        (tmp_path / "benchmarks" / name).mkdir(parents=True)
+        (tmp_path / "benchmarks" / name / "results.json").touch()
+    assert readme_tables.record("cpu_inference", tmp_path).parent.name == "2026-01-10_other_cpu_inference"
+    assert readme_tables.record("2026-01-02_cpu_inference", tmp_path).parent.name == "2026-01-02_cpu_inference"
+
+
+def test_speedups(tmp_path):
+    make_benchmark(tmp_path)
+    path = tmp_path / "benchmarks" / "a_cpu" / "results.json"
+    results = json.loads(path.read_text())
+    results["cases"][1]["ratios"][0]["median"] = 1.2
+    path.write_text(json.dumps(results))
+    machine = "[A CPU](logs/benchmarks/a_cpu/results.csv), 2 threads"
+    assert cells(readme_tables.speedups("a_cpu", logs=tmp_path)) == [
+        ["inference", "float32", "eager", "1.20 to 2.01", "2", machine],
+        ["inference", "float32", "compiled", "1.50 to 1.50", "1", machine],
+    ]
+
+
+def test_settings_are_those_of_the_recipes():
+    for short, long in zip(cells(readme_tables.settings()), cells(readme_tables.recipes())):
+        gpus, batch = map(int, short[1].split(" x "))
+        assert [short[0], str(gpus * batch), *short[2:]] == long[:5]
+
+
+def test_links_are_relative_to_the_page(tmp_path):
+    pages = {"README.md": "", "segmentation/README.md": "../", "logs/benchmarks/README.md": "../../"}
+    for page, up in pages.items():
+        lines = "\n".join(readme_tables.make_table("segmentation", ROOT / page))
+        assert f"]({up}logs/published/dense.csv)" in lines and f"]({up}segmentation/configs/fpn" in lines
+        assert "](https://drive.google.com" in lines
+
+
 def test_attentions_shares_where_sizes_differ():
     case = dict(model="m", task="features", dtype="float32", batch=1, ratios=[], rows=[])
     case["rows"] = [dict(library="ours", mode="eager", pictures_per_s=1.0, share_of_product_rate=0.5)]
