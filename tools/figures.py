@@ -8,13 +8,12 @@ dense   results of `make demo-dense` beside the labels
 """
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from tools import picture
@@ -25,105 +24,94 @@ from training.options import Parser
 
 # In inches: GitHub shows a page about 9 inches wide, so that fonts keep their size.
 WIDTH, DPI = 9.2, 180
-SVT, PCPVT, OTHER = "tab:orange", "tab:blue", "dimgray"
 COLORS = {"float32": "tab:blue", "bfloat16": "tab:orange"}
-PEERS = {
-    "swin_tiny_patch4_window7_224": "Swin-T",
-    "deit_small_patch16_224": "DeiT-S",
-    "pvt_v2_b2": "PVTv2-B2",
-}
-
-
 SCENES = (4, 18, 20, 28)  # val images of make demo-dense
 
 
 # ---------------------------------------------------------------- the model
 
 
-def arrow(axis: Axes, start: Sequence[float], end: Sequence[float], **style) -> None:
-    style = dict(arrowstyle="-|>", mutation_scale=9, color="black", linewidth=1, shrinkA=0, shrinkB=0) | style
-    axis.add_patch(FancyArrowPatch(start, end, **style))
+def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    axis.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", shrinkA=0, shrinkB=0, facecolor="black"))
 
 
-def layers(axis: Axes, left: float, attention: str, color: str) -> None:
+def draw_layers(axis: Axes, middle: float, attention: str, color: str) -> None:
     """Draw LN, attention, +, LN, MLP, + from the bottom up, each sum with its shortcut."""
-    middle, width, height, levels = left + 1.0, 1.5, 0.62, [0.0, 0.95, 2.55, 3.5]
-    for level, text, shade in zip(levels, ["LN", attention, "LN", "MLP"], ["white", color, "white", "whitesmoke"]):
-        shape = FancyBboxPatch(
-            (middle - width / 2, level), width, height, boxstyle="round,pad=0,rounding_size=0.12", fc=shade, ec="black"
-        )
-        axis.add_patch(shape)
-        axis.text(middle, level + height / 2, text, ha="center", va="center", fontsize=10)
-    for bottom, lower, upper in ((-0.55, 0.0, 0.95), (2.0, 2.55, 3.5)):
-        total = upper + height + 0.33
-        arrow(axis, (middle, bottom), (middle, lower))
-        arrow(axis, (middle, lower + height), (middle, upper))
-        arrow(axis, (middle, upper + height), (middle, total + 0.02), arrowstyle="-")
-        axis.plot(middle, total + 0.1, "o", ms=11, mfc="white", mec="black", mew=1)
-        axis.plot(middle, total + 0.1, "+", ms=7, color="black", mew=1.2)
-        side = middle + width / 2 + 0.22
-        axis.plot([middle, side, side], [bottom + 0.2, bottom + 0.2, total + 0.1], color="black", linewidth=1)
-        arrow(axis, (side, total + 0.1), (middle + 0.16, total + 0.1))
+    width, height = 1.5, 0.62
+    style = dict(boxstyle="round,pad=0,rounding_size=0.12", ec="black")
+    for bottom, layer, shade in ((-0.55, attention, color), (2.0, "MLP", "whitesmoke")):
+        norm, upper, total, side = bottom + 0.55, bottom + 1.5, bottom + 2.55, middle + width / 2 + 0.22
+        for level, text, fill in ((norm, "LN", "white"), (upper, layer, shade)):
+            axis.add_patch(FancyBboxPatch((middle - width / 2, level), width, height, fc=fill, **style))
+            axis.text(middle, level + height / 2, text, ha="center", va="center", fontsize=10)
+        arrow(axis, (middle, bottom), (middle, norm))
+        arrow(axis, (middle, norm + height), (middle, upper))
+        axis.plot([middle] * 2, [upper + height, total], color="black", linewidth=1)
+        axis.plot([middle, side, side], [bottom + 0.2, bottom + 0.2, total], color="black", linewidth=1)
+        arrow(axis, (side, total), (middle + 0.16, total))
+        axis.plot(middle, total, "o", ms=11, mfc="white", mec="black", mew=1)
+        axis.plot(middle, total, "+", ms=7, color="black", mew=1.2)
 
 
-def windows(axis: Axes, left: float, attention: str) -> None:
-    """Draw a map of 8 x 8 tokens in 2 x 2 windows: the query dark, what it attends to light."""
-    side, bottom, query = 0.3, 1.1, (0, 7)
+def draw_tokens(axis: Axes, left: float, query: str, keys: str, *, local: bool) -> None:
+    """Draw 8 x 8 tokens in 2 x 2 windows, and what the query in the corner attends to: its window, or a key of each."""
+    side, bottom = 0.3, 1.1
     for column, row in np.ndindex(8, 8):
-        dark, same = (column, row) == query, column < 4 <= row
-        color = ("darkorange" if dark else "navajowhite" if same else "white") if attention == "LSA" else "white"
-        color = "tab:blue" if dark and attention == "GSA" else color
+        color = query if (column, row) == (0, 7) else keys if local and column < 4 <= row else "white"
         corner = left + column * side, bottom + row * side
         axis.add_patch(Rectangle(corner, side, side, fc=color, ec="lightgray", lw=0.5))
     for column, row in np.ndindex(2, 2):
-        corner = left + 4 * column * side, bottom + 4 * row * side
-        axis.add_patch(Rectangle(corner, 4 * side, 4 * side, fill=False, ec="black", lw=1))
-        if attention == "GSA":
-            ends = (corner[0] + 2 * side, left + 0.5 * side), (corner[1] + 2 * side, bottom + 7.5 * side)
-            axis.plot(*ends, color="tab:blue", linewidth=0.8)
-            axis.plot(ends[0][0], ends[1][0], "s", ms=7, color="lightblue", mec="tab:blue")
+        x, y = left + 4 * column * side, bottom + 4 * row * side
+        axis.add_patch(Rectangle((x, y), 4 * side, 4 * side, fill=False, ec="black", lw=1))
+        if not local:
+            x, y = x + 2 * side, y + 2 * side
+            axis.plot([left + side / 2, x], [bottom + 7.5 * side, y], color=query, linewidth=0.8)
+            axis.plot(x, y, "s", ms=7, color=keys, mec=query)
 
 
 def draw_block(axis: Axes) -> None:
     """Draw the layers of LSA, then of GSA, each with the tokens that a query attends to."""
-    for left, attention, color, title in (
-        (0.0, "LSA", "navajowhite", "LSA: the tokens\nof its window"),
-        (5.3, "GSA", "lightblue", "GSA: a summary\nof each region"),
+    for left, attention, query, keys, title in (
+        (0.0, "LSA", "darkorange", "navajowhite", "LSA: the tokens\nof its window"),
+        (5.3, "GSA", "tab:blue", "lightblue", "GSA: a summary\nof each region"),
     ):
-        layers(axis, left, attention, color)
-        windows(axis, left + 2.3, attention)
+        draw_layers(axis, left + 1.0, attention, keys)
+        draw_tokens(axis, left + 2.3, query, keys, local=attention == "LSA")
         axis.text(left + 3.5, 3.65, title, ha="center", va="bottom", fontsize=9)
     axis.set(xlim=(0.1, 10.1), ylim=(-0.7, 5.3), aspect="equal")
     axis.axis("off")
 
 
-def rates(path: Path, dtype: str) -> tuple[dict[tuple[str, str], float], str]:
-    """Return eager images/s of inference by (model, library), and the machine, of a record."""
-    found = read_json(path, "environment", "cases")
-    cases = [case for case in found["cases"] if case["dtype"] == dtype and case["task"] == "inference"]
-    rows = [(case["model"], row) for case in cases for row in case["rows"] if row["mode"] == "eager"]
-    where = found["environment"]
-    return {(model, row["library"]): row["pictures_per_s"] for model, row in rows}, (
-        f"{where['hardware']}, {where['threads']} threads"
-    )
+def cases(name: str) -> tuple[list[dict], str]:
+    """Return the cases of a record, and the machine that it was made on."""
+    found = read_json(record(name), "environment", "cases")
+    return found["cases"], f"{found['environment']['hardware']}, {found['environment']['threads']} threads"
+
+
+def rates(name: str, dtype: str) -> tuple[dict[tuple[str, str], float], str]:
+    """Return eager images/s by (model, library), and the machine, of a record."""
+    found, machine = cases(name)
+    rows = [(case["model"], row) for case in found if case["dtype"] == dtype for row in case["rows"]]
+    return {(model, row["library"]): row["pictures_per_s"] for model, row in rows if row["mode"] == "eager"}, machine
 
 
 def draw_accuracy(axis: Axes, dtype: str = "bfloat16") -> None:
-    ours, machine = rates(record("cpu_inference"), dtype)
-    others, other_machine = rates(record("cpu_peers"), dtype)
-    for family, color, offset in (("Twins-SVT", SVT, (5, 4)), ("PCPVT", PCPVT, (-10, -11))):
+    ours, machine = rates("cpu_inference", dtype)
+    others, other_machine = rates("cpu_peers", dtype)
+    for family, color, offset in (("Twins-SVT", "tab:orange", (5, 4)), ("PCPVT", "tab:blue", (-10, -11))):
         rows = [row for row in paper() if row["name"].startswith(family)]
         speeds = [ours[REGISTERED[row["model"]], "ours"] for row in rows]
         axis.plot(speeds, [float(row["acc1"]) for row in rows], "o-", color=color, label=family)
         for speed, row in zip(speeds, rows):
             size = row["name"].rsplit("-", 1)[1][0]
             axis.annotate(size, (speed, float(row["acc1"])), offset, textcoords="offset points", fontsize=9)
-    accuracies = {row["timm"]: float(row["acc1"]) for row in read_csv(LOGS / "published" / "peers.csv")}
+    peers = {row["timm"]: (row["name"], float(row["acc1"])) for row in read_csv(LOGS / "published" / "peers.csv")}
     for (_, library), speed in others.items() if other_machine == machine else ():
-        if library in PEERS:
-            axis.plot(speed, accuracies[library], "s", color=OTHER, ms=5)
-            place = dict(xytext=(6, -3), textcoords="offset points", fontsize=8, color=OTHER)
-            axis.annotate(PEERS[library], (speed, accuracies[library]), **place)
+        if library in peers:
+            name, accuracy = peers[library]
+            axis.plot(speed, accuracy, "s", color="dimgray", ms=5)
+            place = dict(xytext=(6, -3), textcoords="offset points", fontsize=8, color="dimgray")
+            axis.annotate(name, (speed, accuracy), **place)
     axis.set(xlabel=f"images/s, {dtype}, batch 8 ({machine})", ylabel="ImageNet top-1 (%), reported")
     axis.legend(frameon=False, loc="upper right", fontsize=9)
     axis.margins(0.12)
@@ -147,8 +135,8 @@ def speed() -> Figure:
     axes = figure.subplots(1, 2, sharey=True)
     names = {REGISTERED[row["model"]]: row["name"].removeprefix("Twins-").replace("-", "\n") for row in paper()}
     for axis, task in zip(axes, ("inference", "training")):
-        found = read_json(record(f"cpu_{task}"), "environment", "cases")
-        ratios = {(case["dtype"], case["model"]): same_mode(case)["timm", "eager"] for case in found["cases"]}
+        found, machine = cases(f"cpu_{task}")
+        ratios = {(case["dtype"], case["model"]): same_mode(case)["timm", "eager"] for case in found}
         models, dtypes = (list(dict.fromkeys(keys)) for keys in zip(*((model, dtype) for dtype, model in ratios)))
         for number, dtype in enumerate(dtypes):
             places = np.arange(len(models)) + 0.38 * (number - (len(dtypes) - 1) / 2)
@@ -157,8 +145,7 @@ def speed() -> Figure:
         axis.set_axisbelow(True)
         axis.axhline(1, color="black", linewidth=1)
         axis.set_xticks(range(len(models)), [names[name] for name in models], fontsize=9)
-        where = found["environment"]
-        axis.set_title(f"{task} ({where['hardware']}, {where['threads']} threads)", fontsize=10)
+        axis.set_title(f"{task} ({machine})", fontsize=10)
         tidy(axis)
         axis.grid(axis="x", visible=False)
     axes[0].set_ylabel("ours / timm, images/s, eager")
@@ -225,12 +212,9 @@ FIGURES = {figure.__name__: figure for figure in (model, demo, dense, speed)}
 
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
+    parser.add_argument("names", nargs="*", choices=FIGURES, metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", metavar="FOLDER", help="(docs/images)")
     args = parser.parse_args(argv)
-    for name in args.names:
-        if name not in FIGURES:
-            raise UserError(f"no such image ({name}): choose from {', '.join(FIGURES)}")
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.names or FIGURES:
         path = args.output / f"{name}.png"

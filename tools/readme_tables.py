@@ -1,8 +1,8 @@
 """Write the tables of the Markdown pages from the models and logs/: python -m tools.readme_tables [--check] [--readme
 FILE ...].
 
-The lines between two markers are replaced. After `speed` and `speedups` stand records of logs/benchmarks, by a folder's
-name or by the end of it, which means the newest such folder; `speed` alone shows all records:
+The lines between two markers are replaced. After `speed` may stand records of logs/benchmarks, by a folder's name or by
+the end of it, which means the newest such folder; `speed` alone shows all records:
 
     <!-- table: classification (python -m tools.readme_tables) -->
     <!-- end table -->
@@ -37,7 +37,7 @@ PAGES = (
     "logs/README.md",
     "logs/*/README.md",
 )
-START = re.compile(r"<!-- table: (\w+|speed(?:ups)?(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
+START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
 FLOPS = "FLOPs (G), with / without attention matmuls"
@@ -50,7 +50,9 @@ DRIVE = "https://drive.google.com/file/d/{}/view"
 
 def markdown(header: str, rows: Iterable[Iterable[str]]) -> list[str]:
     """Return the lines of a table. `header` holds the names of its columns, with | between them."""
-    columns = header.split(" | ")
+    columns, rows = header.split(" | "), list(rows)
+    if not rows:
+        return ["none yet"]
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
@@ -116,7 +118,7 @@ def recipes() -> list[str]:
 def settings() -> list[str]:
     """The recipes without their commands, for a narrow table."""
     rows = [(name, f"{GPUS} x {batch}", *settings[1:]) for name, batch, settings, _ in map(recipe, paper())]
-    return markdown("Model | `--batch-size` | `--warmup-epochs` | `--drop-path` | Peak lr", rows)
+    return markdown("Model | GPUs x `--batch-size` | `--warmup-epochs` | `--drop-path` | Peak lr", rows)
 
 
 def by_config(prefixes: tuple[str, ...]) -> list[tuple[dict[str, str], dict[str, str]]]:
@@ -167,7 +169,7 @@ def runs(logs: Path = LOGS) -> list[str]:
     """Return the table of our classification runs: the folders of logs/ that main.py wrote."""
     folders = sorted(path.parent for path in logs.glob("*/log.txt") if path.with_name("environment.json").exists())
     header = "Run | Model | Data | Epochs | Best Acc@1 (epoch) | Last Acc@1 | Images/s (median) | Device | Commit"
-    return markdown(header, map(run_row, folders)) if folders else ["none yet"]
+    return markdown(header, map(run_row, folders))
 
 
 def run_row(folder: Path) -> list[str]:
@@ -212,7 +214,7 @@ def dense_runs(logs: Path = LOGS) -> list[str]:
         "Run | Iterations | Loss, first and last | Last scores | Scores on other images | Training time (min) | "
         "Device, threads | Commit"
     )
-    return markdown(header, map(dense_run_row, folders)) if folders else ["none yet"]
+    return markdown(header, map(dense_run_row, folders))
 
 
 def dense_run_row(folder: Path) -> list[str]:
@@ -290,25 +292,9 @@ def speeds(cases: list[dict]) -> list[str]:
     return markdown(" | ".join([*columns, "% of peak GEMM throughput", *["Operations"] * sizes]), rows)
 
 
-def speedups(*names: str, logs: Path = LOGS) -> list[str]:
-    """Return, for the records of ours and timm's models, the range of the ratio over the models."""
-    rows = []
-    for path in [record(name, logs) for name in names]:
-        found, ratios = read_json(path, "environment", "cases"), {}
-        for case in found["cases"]:
-            for (library, mode), ratio in same_mode(case).items():
-                if library == "timm":
-                    ratios.setdefault((case["task"], case["dtype"], mode), []).append(ratio)
-        where = f"[{found['environment']['hardware']}](logs/benchmarks/{path.parent.name}/results.csv)"
-        where += f", {found['environment']['threads']} threads"
-        for kind, values in ratios.items():
-            rows.append((*kind, f"{min(values):.2f} to {max(values):.2f}", str(len(values)), where))
-    return markdown("Task | dtype | Mode | Ours / timm | Models | Record", rows)
-
-
 TABLES = {
     table.__name__: table
-    for table in (classification, recipes, settings, segmentation, detection, runs, dense_runs, speed, speedups)
+    for table in (classification, recipes, settings, segmentation, detection, runs, dense_runs, speed)
 }
 
 

@@ -27,14 +27,13 @@ def test_model():
     assert {"LSA", "GSA", "LN", "MLP", "Twins-SVT", "PCPVT"} <= texts(figure)
     svt, pcpvt = (line.get_xydata() for line in figure.axes[1].lines[:2])
     assert svt[:, 1].tolist() == [81.7, 83.2, 83.7] and pcpvt[:, 1].tolist() == [81.2, 82.7, 83.1]
-    rates, _ = figures.rates(record("cpu_inference"), "bfloat16")
+    rates, _ = figures.rates("cpu_inference", "bfloat16")
     assert svt[:, 0].tolist() == [rates[f"alt_gvt_{size}", "ours"] for size in ("small", "base", "large")]
 
 
 def test_other_networks_are_shown_if_they_were_measured_on_the_same_machine(monkeypatch):
-    rates = {"cpu_inference": figures.rates(record("cpu_inference"), "bfloat16")}
+    rates = {"cpu_inference": figures.rates("cpu_inference", "bfloat16")}
     rates["cpu_peers"] = {("alt_gvt_small", "pvt_v2_b2"): 10.0}, rates["cpu_inference"][1]
-    monkeypatch.setattr(figures, "record", lambda name: name)
     monkeypatch.setattr(figures, "rates", lambda name, dtype: rates[name])
     assert "PVTv2-B2" in texts(figures.model())
     rates["cpu_peers"] = rates["cpu_peers"][0], "another CPU"

@@ -259,19 +259,6 @@ def test_the_newest_record_by_the_end_of_its_name(tmp_path):
     assert readme_tables.record("2026-01-02_cpu_inference", tmp_path).parent.name == "2026-01-02_cpu_inference"
 
 
-def test_speedups(tmp_path):
-    make_benchmark(tmp_path)
-    path = tmp_path / "benchmarks" / "a_cpu" / "results.json"
-    results = json.loads(path.read_text())
-    results["cases"][1]["ratios"][0]["median"] = 1.2
-    path.write_text(json.dumps(results))
-    machine = "[A CPU](logs/benchmarks/a_cpu/results.csv), 2 threads"
-    assert cells(readme_tables.speedups("a_cpu", logs=tmp_path)) == [
-        ["inference", "float32", "eager", "1.20 to 2.01", "2", machine],
-        ["inference", "float32", "compiled", "1.50 to 1.50", "1", machine],
-    ]
-
-
 def test_settings_are_those_of_the_recipes():
     for short, long in zip(cells(readme_tables.settings()), cells(readme_tables.recipes())):
         gpus, batch = map(int, short[1].split(" x "))
