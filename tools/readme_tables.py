@@ -304,9 +304,13 @@ TABLES = {
 def make_table(name: str, page: Path) -> list[str]:
     """Return the lines of a table, with links relative to the folder of a page of the project."""
     kind, *records = name.split()
-    folder = os.path.relpath(ROOT, page.resolve().parent) if page.resolve().is_relative_to(ROOT) else "."
-    prefix = "" if folder == "." else f"{folder}/"
-    return [re.sub(r"\]\((?!https)", f"]({prefix}", line) for line in TABLES[kind](*records)]
+    folder = page.resolve().parent
+    start = folder if folder.is_relative_to(ROOT) else ROOT
+
+    def relative(match: re.Match) -> str:
+        return f"]({os.path.relpath(ROOT / match[1], start)})"
+
+    return [re.sub(r"\]\((?!https)([^)]+)\)", relative, line) for line in TABLES[kind](*records)]
 
 
 def fill(lines: list[str], page: Path) -> tuple[list[str], list[str]]:
