@@ -200,7 +200,7 @@ def dense(output: Path = ROOT / "output") -> Figure:
             drawings.append(np.split(pixels, 2, axis=1))
         (labels, segmentation), (_, boxes) = drawings
         for axis, pixels in zip(pair, (labels, segmentation, boxes)):
-            axis.imshow(pixels)
+            axis.imshow(pixels, interpolation="nearest")
             axis.axis("off")
     for axis, title in zip(axes[0], ("labels", "Semantic FPN", "Mask R-CNN") * 2):
         axis.set_title(title, fontsize=10)
