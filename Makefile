@@ -54,7 +54,7 @@ demo: install
 	$(RUN) -m tools.digits $(DIGITS)
 	$(RUN) main.py $(DEMO_MODEL) $(DEMO_TRAINING) --output_dir $(DEMO) --overwrite
 	$(RUN) main.py $(DEMO_MODEL) --eval --resume $(DEMO)/checkpoint_best.pth
-	$(RUN) -m tools.picture $(DEMO) --data-path $(DIGITS) --output $(DEMO)/demo.png
+	$(RUN) -m tools.plot_run $(DEMO) --data-path $(DIGITS) --output $(DEMO)/demo.png
 	@echo
 	@echo "pictures and labels  $(DIGITS)/{train,val}/CLASS/*.png"
 	@echo "weights              $(DEMO)/checkpoint_best.pth"

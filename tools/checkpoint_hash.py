@@ -1,8 +1,7 @@
-"""A name for what a checkpoint holds: two runs that are the same to the last bit have the same. python
-tools/checkpoint_hash.py FILE ...
+"""Name what checkpoints hold: python -m tools.checkpoint_hash FILE ...
 
-The SHA-256 of weights, averaged weights, optimizer, loss scale and random states, by name, type, shape and bytes. The
-files' own bytes say less: they also hold paths and times.
+Two runs that are the same to the last bit have the same name: the SHA-256 of weights, averaged weights, optimizer, loss
+scale and random states, by name, type, shape and bytes. The files' own bytes also hold paths and times.
 """
 
 import hashlib
@@ -13,16 +12,16 @@ import torch
 from torch import Tensor
 
 from training import checkpoint
-from training.errors import UserError
+from training.errors import exit_code
 from training.options import Parser
 
 PARTS = ("model", "model_ema", "optimizer", "scaler", "random_states")
 
 
 def digest(payload: Mapping) -> str:
-    """64 hexadecimal digits."""
+    """Return 64 hexadecimal digits of the parts, or of everything in bare weights."""
     sha = hashlib.sha256()
-    parts = {part: payload[part] for part in PARTS if part in payload} or payload  # of bare weights, all
+    parts = {part: payload[part] for part in PARTS if part in payload} or payload
     for name, value in checkpoint.leaves(parts):
         if isinstance(value, Tensor):
             sha.update(f"{name} {value.dtype} {list(value.shape)} ".encode())
@@ -32,17 +31,12 @@ def digest(payload: Mapping) -> str:
     return sha.hexdigest()
 
 
-def main() -> int:
-    parser = Parser(prog="checkpoint_hash.py", description=__doc__.partition("\n")[0])
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="checkpoint_hash.py", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", metavar="FILE")
-    for file in parser.parse_args().files:
-        try:
-            print(digest(checkpoint.load(file)), "", file)
-        except UserError as error:
-            print(f"checkpoint_hash.py: error: {error}", file=sys.stderr)
-            return 2
-    return 0
+    for file in parser.parse_args(argv).files:
+        print(digest(checkpoint.load(file)), "", file)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code("checkpoint_hash.py", main, sys.argv[1:]))

@@ -1,13 +1,13 @@
-"""Weights from one library's file into another's: python -m tools.convert IN OUT --to FORMAT [--no-head] [--ema]
-[--report FILE].
+"""Convert weights from one library's format to another's: python -m tools.convert IN OUT --to FORMAT.
 
-IN is a file or https address of weights or of a training: published, timm, mmsegmentation, mmpretrain, or ours. FORMAT:
+IN is a file or https address of weights or of a training checkpoint: official, timm, mmsegmentation, mmpretrain, or
+ours. FORMAT:
 
-    published    {"model": ...}, as main.py and the published code read it
+    published    {"model": ...}, as main.py and the official code read it
     timm         timm's names in timm's order
-    mmseg        {"state_dict": ...} for mmsegmentation's PCPVT and SVT; holds no classifier
+    mmseg        {"state_dict": ...} for mmsegmentation's PCPVT and SVT; has no classifier
     mmpretrain   {"state_dict": ...} for mmpretrain's classifiers
-    safetensors  published names
+    safetensors  official names
     hub          a folder that timm.create_model("local-dir:OUT", pretrained=True) opens and the hub takes
 
 Values stay as they are, bit for bit. What the target does not hold is named; --report writes all names as JSON.
@@ -30,19 +30,56 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from training import checkpoint, formats
-from training.errors import UserError, one_line
+from training.errors import UserError, exit_code, one_line
 from training.files import write_text
 from training.options import Parser
 
 
-def read(source: str, *, ema: bool) -> tuple[dict[str, Tensor], str, list[str]]:
-    """-> tensors by published names, the format that was found, the names that were left out."""
-    return checkpoint.found(checkpoint.load(source), source=source, key="model_ema" if ema else None)
+def convert(
+    source: str, out: Path, fmt: str, *, no_head: bool = False, ema: bool = False, report: Path | None = None
+) -> str:
+    """Return a line that says what was done. After a UserError OUT was not written, unless only the report failed."""
+    check_new(out, report)
+    key = "model_ema" if ema else None
+    state, found, others = checkpoint.found(checkpoint.load(source), source=source, key=key)
+    variant = formats.variant_of(state, source=source)
+    if broken := [name for name, value in state.items() if not checkpoint.all_finite(value)]:
+        names = f"{len(broken)} ({', '.join(broken[:3])})"
+        raise UserError(f"weights that are not finite ({source}): {names}, use another checkpoint")
+    written, not_held, notes = formats.from_published(state, fmt, source=source, no_head=no_head)
+    record = {"source": source, "format": found, "written_as": fmt, "tensors": list(written)}
+    record |= {"left_out": others + not_held, "notes": notes}
+    try:
+        write(out, fmt, written, variant=variant)
+        if report:
+            write_text(report, json.dumps(record, indent=1) + "\n")
+    except UserError:
+        raise
+    except Exception as error:
+        # A full disk ends in one of many types, and torch's hides the system's.
+        reason = one_line(error.__context__ or error)[:120]
+        raise UserError(f"cannot write ({out}): {reason}; is there room, and the right to write?") from error
+    line = f"{source} ({found}, {variant}) -> {out} ({fmt}): {len(written)} tensors"
+    for what, names in (("left out with the rest of the model", others), ("not held by it", not_held)):
+        if names:
+            line += f"; {what}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return "; ".join([line, *notes])
+
+
+def check_new(out: Path, report: Path | None) -> None:
+    for path in (out, report) if report else (out,):
+        if path.exists() or path.is_symlink():
+            raise UserError(f"it exists already ({path}): give another name, nothing is overwritten")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"no such folder ({path.parent}): make it first")
+    if report and report.absolute() == out.absolute():
+        raise UserError(f"one name for two files ({out}): give --report another")
 
 
 def write(path: Path, fmt: str, state: Mapping[str, Tensor], *, variant: str) -> None:
     """Write what formats.from_published gave. The file or folder appears whole, or not at all."""
-    if fmt in ("hub", "safetensors"):  # which refuse tensors that share memory
+    if fmt in ("hub", "safetensors"):
+        # These refuse tensors that share memory.
         state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     if fmt == "hub":
         write_hub(path, state, variant=variant)
@@ -53,15 +90,15 @@ def write(path: Path, fmt: str, state: Mapping[str, Tensor], *, variant: str) ->
 
 
 def write_hub(path: Path, state: Mapping[str, Tensor], *, variant: str) -> None:
-    """A folder with model.safetensors and config.json, by timm's own hand from its own model."""
-    classes = len(state["head.weight"]) if "head.weight" in state else 0
-    # As in gvt.py; and neither the tag nor the license of the published weights: these may be others.
+    """Write a folder with model.safetensors and config.json, through timm's own model and function."""
+    # The crop of gvt.py; and neither the tag nor the license of the official weights, as these may be others.
     cfg = dict(crop_pct=0.875, tag=None, license=None)
-    with torch.device("meta"):  # without values: the weights take their places, whatever their type
-        in_chans = state["patch_embeds.0.proj.weight"].shape[1]
-        model = timm.create_model(
-            gvt.VARIANTS[variant].timm, num_classes=classes, in_chans=in_chans, pretrained_cfg_overlay=cfg
-        )
+    classes = len(state["head.weight"]) if "head.weight" in state else 0
+    channels = state["patch_embeds.0.proj.weight"].shape[1]
+    settings = dict(num_classes=classes, in_chans=channels, pretrained_cfg_overlay=cfg)
+    # Without values: the weights take their places, whatever their type.
+    with torch.device("meta"):
+        model = timm.create_model(gvt.VARIANTS[variant].timm, **settings)
     model.load_state_dict(dict(state), strict=True, assign=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -75,79 +112,18 @@ def write_hub(path: Path, state: Mapping[str, Tensor], *, variant: str) -> None:
         raise
 
 
-def convert(
-    source: str, out: Path, fmt: str, *, no_head: bool = False, ema: bool = False, report: Path | None = None
-) -> str:
-    """-> a line that says what was done. Raises UserError, and then OUT was not written, unless only the report could
-    not be.
-    """
-    for path in (out, report) if report else (out,):
-        if path.exists() or path.is_symlink():
-            raise UserError(f"it exists already ({path}): give another name, nothing is overwritten")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"no such folder ({path.parent}): make it first")
-    if report and report.absolute() == out.absolute():
-        raise UserError(f"one name for two files ({out}): give --report another")
-    state, found, others = read(source, ema=ema)
-    variant = formats.variant_of(state, source=source)
-    if spoiled := [name for name, value in state.items() if not checkpoint.all_finite(value)]:
-        raise UserError(
-            f"weights that are not finite ({source}): {len(spoiled)} ({', '.join(spoiled[:3])}), take another "
-            "checkpoint"
-        )
-    written, not_held, notes = formats.from_published(state, fmt, source=source, no_head=no_head)
-    record = {
-        "source": source,
-        "format": found,
-        "written_as": fmt,
-        "tensors": list(written),
-        "left_out": others + not_held,
-        "notes": notes,
-    }
-    try:
-        write(out, fmt, written, variant=variant)
-        if report:
-            write_text(report, json.dumps(record, indent=1) + "\n")
-    except UserError:
-        raise
-    except Exception as error:  # a disk that is full ends in one of many types, torch's hides the system's
-        raise UserError(
-            f"cannot write ({out}): {one_line(error.__context__ or error)[:120]}; is there room, and the right to "
-            "write?"
-        ) from error
-    line = f"{source} ({found}, {variant}) -> {out} ({fmt}): {len(written)} tensors"
-    for what, names in (("left out with the rest of the model", others), ("not held by it", not_held)):
-        if names:
-            line += f"; {what}: {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-    return "; ".join([line, *notes])
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(prog="convert.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="IN", help="a file, or an https address")
-    parser.add_argument(
-        "out", metavar="OUT", type=Path, help="the file to write (hub: the folder), which must not exist yet"
-    )
-    parser.add_argument(
-        "--to", required=True, choices=formats.FORMATS, metavar="FORMAT", help=", ".join(formats.FORMATS)
-    )
-    parser.add_argument("--no-head", action="store_true", help="write no classifier")
-    parser.add_argument("--ema", action="store_true", help="take the averaged weights of a training with --model-ema")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write all names as JSON to a new file")
+    add = parser.add_argument
+    add("source", metavar="IN", help="a file, or an https address")
+    add("out", metavar="OUT", type=Path, help="the new file (hub: folder)")
+    add("--to", required=True, choices=formats.FORMATS, metavar="FORMAT", help=", ".join(formats.FORMATS))
+    add("--no-head", action="store_true", help="write no classifier")
+    add("--ema", action="store_true", help="take the averaged weights of a training run with --model-ema")
+    add("--report", type=Path, metavar="FILE", help="write all names as JSON to a new file")
     args = parser.parse_args(argv)
     print(convert(args.source, args.out, args.to, no_head=args.no_head, ema=args.ema, report=args.report))
 
 
-def run(argv: list[str]) -> int:
-    try:
-        main(argv)
-        return 0
-    except UserError as error:
-        if os.environ.get("TWINS_DEBUG") == "1":
-            raise
-        print(f"convert.py: error: {one_line(error)}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(exit_code("convert.py", main, sys.argv[1:]))

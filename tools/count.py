@@ -1,26 +1,25 @@
-"""Parameters and FLOPs: python -m tools.count [--model NAME ...] [--input-size 224] [--json], or --dense [NAME ...]
-[--json | --csv FILE].
+"""Count parameters and FLOPs: python -m tools.count [--model NAME ...] [--input-size 224], or --dense [NAME ...].
 
-FLOPs are what papers call so: multiply-adds, in 1e9 (G), of convolutions and matrix products, for one picture. Norms,
+FLOPs are what papers call so: multiply-adds, in 1e9 (G), of convolutions and matrix products, for one image. Norms,
 softmax, activations and sums are not counted. There are two conventions for the products of attention, q k^T and
-softmax(...) v: the paper counts them (Table 1), the README of the published code does not.
+softmax(...) v: the paper counts them (Table 1), the README of the official code does not.
 
 --dense: segmentors at 512 x 512, detectors at 800 x 600 without padding, built from their configs. Counted is what
-gives the answer for a picture: backbone, neck and heads, in a segmentor without the auxiliary head, which only trains
-(its parameters are counted). Mask R-CNN looks at 1,000 boxes and 100 masks, and its deconvolution counts the whole
-kernel for each pixel of the output, four times its real products, as published. With attention's products counted, the
-published FLOPs of UperNet, RetinaNet and Mask R-CNN are met within 0.6 %; those of Semantic FPN are met without them,
-within 2 %, and are exceeded by 4 to 12 % with them. So each published table keeps to one convention.
+predicts on an image: backbone, neck and heads, in a segmentor without the auxiliary head, which only trains (its
+parameters are counted). Mask R-CNN has 1,000 boxes and 100 masks, and its deconvolution counts the whole kernel for
+each pixel of the output, four times its real products, as officially reported. With attention's products, the paper's
+FLOPs of UperNet, RetinaNet and Mask R-CNN are met within 0.6 %; those of Semantic FPN are met without them, within 2 %,
+and are exceeded by 4 to 12 % with them. So each of the paper's tables keeps to one convention.
 """
 
 import argparse
 import csv
 import functools
 import importlib
-import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gvt
@@ -31,6 +30,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from dense import libraries
+from tools.measurement import csv_text, text_table
 from training import files
 from training.errors import exit_code
 from training.options import Parser
@@ -40,21 +40,19 @@ FLOPS_OF_A_G = 2e9  # FlopCounterMode takes a multiply-add for two operations
 
 
 def count(name: str, input_size: int = 224) -> dict[str, int | float]:
-    """-> params, gmacs and gmacs_without_attention of a model of gvt.MODEL_NAMES, for input_size x input_size
-    pixels.
-    """
-    with torch.device("meta"):  # shapes without values
+    """Return params, gmacs and gmacs_without_attention of a model of gvt.MODEL_NAMES, for a square image."""
+    # Shapes without values.
+    with torch.device("meta"):
         model = timm.create_model(name).eval()
-        picture = torch.empty(1, 3, input_size, input_size)
-    model.set_fused_attn(
-        False
-    )  # unfused, attention's products are the only batched ones, whatever kernels a device has
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(picture)
-    return figures(model, counter)
+        image = torch.empty(1, 3, input_size, input_size)
+    return counted(model, lambda: model(image))
 
 
-def figures(model: torch.nn.Module, counter: FlopCounterMode) -> dict[str, int | float]:
+def counted(model: torch.nn.Module, forward: Callable[[], object], **settings) -> dict[str, int | float]:
+    # Unfused, attention's products are the only batched ones, whatever kernels a device has.
+    getattr(model, "backbone", model).set_fused_attn(False)
+    with torch.no_grad(), FlopCounterMode(display=False, **settings) as counter:
+        forward()
     total, products = counter.get_total_flops(), counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
     return {
         "params": sum(p.numel() for p in model.parameters()),
@@ -71,12 +69,12 @@ BOXES, MASKS = 1000, 100
 
 
 def dense_model(config: str) -> str:
-    """The name in DENSE of what a config builds: trainings of 12 and of 36 epochs have the same model."""
+    """Return the name in DENSE of what a config builds: schedules of 12 and of 36 epochs have the same model."""
     return re.split("_512x512|_fpn_", config)[0]
 
 
 def count_dense(name: str) -> dict[str, int | float]:
-    """-> the figures of count, of a model of DENSE."""
+    """Return what `count` does, of a model of DENSE."""
     library = HEADS[next(head for head in HEADS if name.startswith(head))]
     libraries.load(library)
     from mmengine.config import Config
@@ -85,24 +83,17 @@ def count_dense(name: str) -> dict[str, int | float]:
     config = min((ROOT / libraries.TASKS[library] / "configs").glob(f"{name}_*.py"))
     with DefaultScope.overwrite_default_scope(library), torch.device("meta"), libraries.quiet():
         model = importlib.import_module(f"{library}.registry").MODELS.build(Config.fromfile(config).model).eval()
-    model.backbone.set_fused_attn(False)
-    with (
-        torch.no_grad(),
-        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution: at_output_size}) as counter,
-    ):
-        look(model)
-    return figures(model, counter)
+    mapping = {torch.ops.aten.convolution: at_output_size}
+    return counted(model, lambda: predict(model), custom_mapping=mapping)
 
 
 def at_output_size(x, weight, bias, stride, padding, dilation, transposed, *others, out_shape, **named) -> int:
-    """Operations of a convolution, with a deconvolution taken for a convolution."""
+    """Count the operations of a convolution, with a deconvolution taken for a convolution."""
     return conv_flop_count(x, weight, out_shape, transposed=False)
 
 
-def look(model: torch.nn.Module) -> None:
-    """What a segmentor or a detector does for one picture, without what depends on values: choosing boxes and cutting
-    them out.
-    """
+def predict(model: torch.nn.Module) -> None:
+    """Do what a segmentor or detector does for an image, but for choosing boxes and cutting them out by values."""
     empty = functools.partial(torch.empty, device="meta")
     if hasattr(model, "decode_head"):
         return model(empty(1, 3, 512, 512), mode="tensor")
@@ -114,83 +105,70 @@ def look(model: torch.nn.Module) -> None:
     model.roi_head.mask_head(empty(MASKS, maps[0].shape[1], 14, 14))
 
 
-def published_flops() -> dict[str, str]:
-    """By the names of DENSE, "" where the paper's are not known: see logs/README.md."""
+def reported_flops() -> dict[str, str]:
+    """Return the paper's G by the names of DENSE, "" where they are not known: see logs/README.md."""
     with open(ROOT / "logs" / "published" / "dense.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    known = {dense_model(row["config"]): row["flops_g"] for row in rows if row["flops_g"]}
+        known = {dense_model(row["config"]): row["flops_g"] for row in csv.DictReader(file) if row["flops_g"]}
     return {name: known.get(name, "") for name in DENSE}
 
 
 def as_csv(counts: dict[str, dict[str, int | float]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "params", "gmacs", "gmacs_without_attention"])
+    rows = []
     for name, row in counts.items():
-        writer.writerow([name, row["params"], f"{row['gmacs']:.3f}", f"{row['gmacs_without_attention']:.3f}"])
-    return text.getvalue()
+        rounded = {key: f"{row[key]:.3f}" for key in ("gmacs", "gmacs_without_attention")}
+        rows.append({"model": name, "params": row["params"]} | rounded)
+    return csv_text(rows)
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------------------------------------------------------- command line
 
 
 def side(text: str) -> int:
     if int(text) < gvt.SMALLEST:
-        raise argparse.ArgumentTypeError(f"{text} is below {gvt.SMALLEST}, the smallest picture for Twins")
+        raise argparse.ArgumentTypeError(f"{text} is below {gvt.SMALLEST}, the smallest image for Twins")
     return int(text)
 
 
-def main(argv: list[str]) -> None:
-    classifiers = list(gvt.MODEL_NAMES)
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=classifiers, metavar="NAME", help="classification models (all)")
-    parser.add_argument("--input-size", type=side, metavar="PIXELS", help="side of a picture for them (224)")
-    parser.add_argument(
-        "--dense",
-        nargs="*",
-        choices=DENSE,
-        metavar="NAME",
-        help="segmentors and detectors instead, such as fpn_alt_gvt_s (all)",
-    )
-    parser.add_argument("--json", action="store_true", help="print a JSON object, with the models' names as keys")
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="with --dense: write a table for tools/readme_tables.py"
-    )
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="count.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", nargs="+", choices=list(gvt.MODEL_NAMES), metavar="NAME", help="classification models (all)")
+    add("--input-size", type=side, metavar="PIXELS", help="side of an image for them (224)")
+    dense = "segmentors and detectors instead, such as fpn_alt_gvt_s (all)"
+    add("--dense", nargs="*", choices=DENSE, metavar="NAME", help=dense)
+    add("--json", action="store_true", help="print a JSON object, with the models' names as keys")
+    add("--csv", type=Path, metavar="FILE", help="with --dense: write a table for tools/readme_tables.py")
     args = parser.parse_args(argv)
     if args.dense is None and args.csv:
         parser.error("--csv is for --dense")
     if args.dense is not None and (args.model or args.input_size):
         parser.error("--dense goes without --model and --input-size")
-    size = args.input_size or 224
-    if args.dense is None:
-        counts = {name: count(name, size) for name in args.model or classifiers}
-    else:
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    dense, size = args.dense is not None, args.input_size or 224
+    if dense:
         counts = {name: count_dense(name) for name in args.dense or DENSE}
+    else:
+        counts = {name: count(name, size) for name in args.model or gvt.MODEL_NAMES}
     if args.csv:
         files.write_text(args.csv, as_csv(counts))
     if args.json:
-        return print(json.dumps(counts, indent=1))
-    published = published_flops() if args.dense is not None else {}
-    print(
-        f"{'model':<20}{'parameters':>12}{'G, attention products counted':>32}"
-        f"{'not counted':>14}{'published' if published else '':>12}".rstrip()
-    )
+        print(json.dumps(counts, indent=1))
+        return
+    reported = reported_flops() if dense else {}
+    rows = []
     for name, row in counts.items():
-        line = f"{name:<20}{row['params']:>12,}{row['gmacs']:>32.3f}{row['gmacs_without_attention']:>14.3f}"
-        line += f"{published.get(name, ''):>12}"
-        print(line.rstrip())
-    if published:
-        print("G: 1e9 multiply-adds for one picture, of 512 x 512 pixels for segmentors, of 800 x 600 for detectors.")
-        return print("The paper counts attention's products, but not for Semantic FPN.")
-    print(f"G: 1e9 multiply-adds for one picture of {size} x {size} pixels.")
-    print(
-        "The paper counts attention's products (q k^T and softmax(...) v), the README of the published code does not."
-    )
-
-
-def run(argv: list[str]) -> int:
-    return exit_code("count.py", main, argv)
+        cells = {"model": name, "parameters": f"{row['params']:,}"}
+        cells |= {"G": f"{row['gmacs']:.3f}", "G without attention": f"{row['gmacs_without_attention']:.3f}"}
+        rows.append(cells | ({"paper": reported[name]} if dense else {}))
+    print(text_table(rows))
+    images = "512 x 512 (segmentors) or 800 x 600 (detectors)" if dense else f"{size} x {size}"
+    print(f"G: 1e9 multiply-adds for one image of {images} pixels, with attention's products (q k^T, softmax(...) v).")
+    print(f"The paper counts them{', but not for Semantic FPN' if dense else '; the official README does not'}.")
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(exit_code("count.py", main, sys.argv[1:]))

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
-from tools import picture
-from tools.plot_logs import plot, read_log, tidy
+from tools import plot_run
+from tools.plot_logs import read_log, tidy
 from tools.readme_tables import LOGS, REGISTERED, ROOT, paper, read_csv, read_json, record, same_mode
 from training.errors import UserError, exit_code
 from training.options import Parser
@@ -164,25 +164,11 @@ def needed(path: Path, command: str) -> Path:
 
 def demo(run: Path = ROOT / "output" / "demo", data: Path = ROOT / "data" / "digits") -> Figure:
     needed(run / "checkpoint_best.pth", "make demo")
-    log = read_log(run, keys=("epoch", "train_loss", "test_loss", "test_acc1"))
-    digits = picture.predict(run, str(data), 24)
-    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
-    curves, grid = figure.subfigures(1, 2, width_ratios=[1, 1.45])
-    losses, accuracy = curves.subplots(2, 1, sharex=True)
-    plot(losses, log, "train_loss", "train")
-    plot(losses, log, "test_loss", "val")
-    losses.legend(frameon=False, fontsize=9)
-    losses.set_ylabel("loss")
-    plot(accuracy, log, "test_acc1", "val", color="tab:green")
-    accuracy.set(ylabel="val top-1 (%)", xlabel="epoch", ylim=(0, 102))
-    for axis in (losses, accuracy):
-        tidy(axis)
-    correct = sum(label == answer for _, label, answer in digits)
-    grid.suptitle(f"val images under their predictions: {correct} of {len(digits)} correct", fontsize=10)
-    for axis, (image, label, answer) in zip(grid.subplots(3, 8).flat, digits):
-        axis.imshow(image)
-        axis.axis("off")
-        axis.set_title(answer, fontsize=10, color="black" if answer == label else "tab:red", pad=2)
+    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    curves, grid = figure.subfigures(1, 2, width_ratios=[1, 1.3])
+    plot_run.draw_curves(curves, read_log(run, keys=("epoch", "train_loss", "test_loss", "test_acc1")))
+    plot_run.draw_predictions(grid, plot_run.predict(run, str(data), 24))
+    grid.suptitle(grid.get_suptitle(), fontsize=10)
     return figure
 
 

@@ -48,9 +48,9 @@ DRIVE = "https://drive.google.com/file/d/{}/view"
 # ---------------------------------------------------------------- the tables; links are relative to the root
 
 
-def markdown(header: str, rows: Iterable[Iterable[str]]) -> list[str]:
-    """Return the lines of a table. `header` holds the names of its columns, with | between them."""
-    columns, rows = header.split(" | "), list(rows)
+def markdown(header: str | Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return the lines of a table. `header` holds the names of its columns, or is a text with | between them."""
+    columns, rows = header.split(" | ") if isinstance(header, str) else list(header), list(rows)
     if not rows:
         return ["none yet"]
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
@@ -289,7 +289,7 @@ def speeds(cases: list[dict]) -> list[str]:
             row.append(", ".join(f"{name} {100 * share:.0f} %" for name, share in shares))
         rows.append(row)
     columns = ["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs)]
-    return markdown(" | ".join([*columns, "% of peak GEMM throughput", *["Operations"] * sizes]), rows)
+    return markdown([*columns, "% of peak GEMM throughput", *["Operations"] * sizes], rows)
 
 
 TABLES = {

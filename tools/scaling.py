@@ -1,21 +1,21 @@
-"""What more processes cost: projected for clusters, measured on this machine.
+"""Project what more GPUs gain, or measure processes on this machine.
 
 python -m tools.scaling --step-ms MS --batch-size N [--model NAME] [--gpus 8 64 512] ...
-python -m tools.scaling --measure 1 2 4 [--model NAME] [--batch-size N] [--input-size S] [--output FOLDER]
+python -m tools.scaling --measure 1 2 4 [--model NAME] [--batch-size N] [--output FOLDER]
 
-The projection's formula is in `exchange` and `Projection`; docs/scaling.md explains it. --measure trains on random
-pictures on one machine (a GPU a process, or one thread a process): weak scaling keeps the pictures of a process, strong
-scaling those of all, and the exchange of gradients is what a step with it takes above a step without.
+docs/scaling.md explains the formula. --measure trains on random images (a GPU or a thread per process): weak scaling
+keeps the batch of a process, strong scaling the global batch, and all-reduce is what a step with it takes above one
+without.
 """
 
 import argparse
+import json
 import math
-import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import gvt
 
@@ -25,16 +25,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from tools import records
-from tools.records import csv_text, environment
+from tools.measurement import environment, progress, run_rounds, seconds, write_record
+from tools.readme_tables import markdown
 from training.errors import UserError, exit_code
-from training.options import Parser
+from training.options import Parser, above_zero, positive
 
-BUCKET = 25 * 2**20  # bytes that DistributedDataParallel exchanges at once
-BACKWARD = 2 / 3  # of a step: what the exchange can hide behind
-IMAGENET = 1_281_167  # pictures of an epoch
-LARGEST_RECIPE = 2048  # pictures of a step in the published trainings
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+BUCKET = 25 * 2**20  # bytes that DistributedDataParallel sends at once
+BACKWARD = 2 / 3  # of a step: what all-reduce can hide behind
+IMAGENET = 1_281_167  # images of an epoch
+LARGEST_RECIPE = 2048  # global batch of the official recipes
+LEAST_EFFICIENCY = 0.9
+BYTES = {"float32": 4, "bfloat16": 2}
 
 
 # ---------------------------------------------------------------- projection
@@ -44,18 +45,13 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 class Machine:
     gpus: int = 8  # of a node
     inside: float = 450e9  # bytes/s that a GPU sends to others of its node
-    outside: float = 50e9  # bytes/s that a GPU sends to other nodes (400 Gb/s a GPU)
+    outside: float = 50e9  # bytes/s that a GPU sends to other nodes (400 Gb/s each)
     latency: float = 10e-6  # s, of one message
-    cores: int = 96  # of a node, that read and augment pictures
+    cores: int = 96  # of a node, that read and augment images
 
 
-def exchange(size: float, gpus: int, machine: Machine) -> float:
-    """Seconds to add up `size` bytes over GPUs: in rings inside nodes, then between them, each GPU with its share of
-    the bytes.
-
-    2 (n - 1) / n size / inside + 2 (m - 1) / m size / n / outside + 2 (n - 1 + m - 1) latency, for n GPUs a node and m
-    nodes.
-    """
+def all_reduce_seconds(size: float, gpus: int, machine: Machine) -> float:
+    """Return the time to add up `size` bytes in rings inside nodes, then between them, a GPU sending its share."""
     n = min(gpus, machine.gpus)
     m = math.ceil(gpus / machine.gpus)
     inside = 2 * (n - 1) / n * size / machine.inside
@@ -65,9 +61,7 @@ def exchange(size: float, gpus: int, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Projection:
-    """A training step of `batch` pictures a GPU, which takes `step` seconds alone, with `size` bytes of gradients, on
-    `gpus` GPUs.
-    """
+    """A training step on `gpus` GPUs with `batch` images each: `step` seconds alone, `size` bytes of gradients."""
 
     step: float
     batch: int
@@ -81,10 +75,8 @@ class Projection:
 
     @property
     def exposed(self) -> float:
-        """Seconds a step waits for gradients: the last bucket, which nothing hides, and what of the others the backward
-        pass does not.
-        """
-        each = exchange(self.size / self.buckets, self.gpus, self.machine)
+        """Return the seconds that a step waits for: the last bucket, and what of the others backward does not hide."""
+        each = all_reduce_seconds(self.size / self.buckets, self.gpus, self.machine)
         return 0.0 if self.gpus == 1 else each + max(0.0, (self.buckets - 1) * each - BACKWARD * self.step)
 
     @property
@@ -96,39 +88,37 @@ class Projection:
         return self.gpus * self.batch / (self.step + self.exposed)
 
     def cores(self, rate: float) -> float:
-        """Cores of a node that feed its GPUs, at `rate` pictures per second and core."""
+        """Return the cores of a node that its GPUs need, at `rate` images per second and core."""
         return self.images_per_s / self.gpus * min(self.gpus, self.machine.gpus) / rate
 
-    def breaks(self, rate: float) -> list[str]:
-        """What is beyond its limit, the nearest first named."""
-        over = {
+    def bottlenecks(self, rate: float) -> list[str]:
+        """Return what is beyond its limit, the furthest first."""
+        used = {
             "input": self.cores(rate) / self.machine.cores,
             "batch size": self.gpus * self.batch / LARGEST_RECIPE,
-            "all-reduce": 0.9 / self.efficiency,
+            "all-reduce": LEAST_EFFICIENCY / self.efficiency,
         }
-        return [name for name, share in sorted(over.items(), key=lambda item: -item[1]) if share > 1]
+        return [name for name in sorted(used, key=used.get, reverse=True) if used[name] > 1]
 
 
 def project(args: argparse.Namespace) -> list[dict]:
-    parameters = sum(p.numel() for p in build(args.model, "meta").parameters())
-    machine = Machine(args.node_gpus, args.inside * 1e9, args.outside * 1e9, args.latency * 1e-6, args.cores)
+    size = BYTES[args.gradients] * sum(parameter.numel() for parameter in build(args.model, "meta").parameters())
+    machine = Machine(inside=args.inside * 1e9, outside=args.outside * 1e9, cores=args.cores)
     rows = []
     for gpus in args.gpus:
-        found = Projection(args.step_ms / 1e3, args.batch_size, parameters * DTYPE_BYTES[args.gradients], gpus, machine)
-        epoch = IMAGENET / found.images_per_s
-        rows.append(
-            {
-                "gpus": gpus,
-                "global batch": gpus * args.batch_size,
-                "exchange (ms)": f"{exchange(found.size, gpus, machine) * 1e3:.2f}" if gpus > 1 else "0",
-                "waited for (ms)": f"{found.exposed * 1e3:.2f}",
-                "efficiency": f"{found.efficiency:.3f}",
-                "img/s": f"{found.images_per_s:.0f}",
-                "300 epochs (h)": f"{300 * epoch / 3600:.1f}",
-                "cores a node": f"{found.cores(args.rate):.0f}",
-                "beyond its limit": ", ".join(found.breaks(args.rate)) or "nothing",
-            }
-        )
+        found = Projection(args.step_ms / 1e3, args.batch_size, size, gpus, machine)
+        row = {
+            "gpus": gpus,
+            "global batch": gpus * args.batch_size,
+            "all-reduce (ms)": f"{all_reduce_seconds(size, gpus, machine) * 1e3:.2f}",
+            "exposed (ms)": f"{found.exposed * 1e3:.2f}",
+            "efficiency": f"{found.efficiency:.3f}",
+            "img/s": f"{found.images_per_s:.0f}",
+            "300 epochs (h)": f"{300 * IMAGENET / found.images_per_s / 3600:.1f}",
+            "cores a node": f"{found.cores(args.rate):.0f}",
+            "bottleneck": ", ".join(found.bottlenecks(args.rate)) or "none",
+        }
+        rows.append(row)
     return rows
 
 
@@ -136,160 +126,114 @@ def project(args: argparse.Namespace) -> list[dict]:
 
 
 def build(model: str, device: str) -> torch.nn.Module:
-    if model not in gvt.MODEL_NAMES:
-        raise UserError(f"no such model (--model {model}): one of {', '.join(gvt.MODEL_NAMES)}")
     with torch.device(device):
         return timm.create_model(model)
 
 
-def seconds_of_steps(rank: int, processes: int, args: argparse.Namespace, batches: dict[str, int], folder: str) -> None:
-    """One process: median seconds of a step for each of `batches`, with the gradients' exchange and without, in
-    turns.
-    """
+def time_steps(rank: int, processes: int, args: argparse.Namespace, batches: dict[str, int], folder: str) -> None:
+    """Be one process: write the median seconds of a step for each of `batches`, with all-reduce and without."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     torch.set_num_threads(1)
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if cuda else "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=processes
-    )
+    meeting = f"file://{folder}/meet"
+    dist.init_process_group("nccl" if cuda else "gloo", init_method=meeting, rank=rank, world_size=processes)
     torch.manual_seed(0)
     plain = build(args.model, str(device)).train()
-    model = torch.nn.parallel.DistributedDataParallel(plain, device_ids=[rank] if cuda else None)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    wrapped = torch.nn.parallel.DistributedDataParallel(plain, device_ids=[rank] if cuda else None)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
+
+    def step(model: torch.nn.Module, images: torch.Tensor) -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
+            loss = model(images).float().logsumexp(1).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def timed(model: torch.nn.Module, images: torch.Tensor) -> float:
+        dist.barrier()
+        return seconds(lambda: step(model, images), device)
+
     found = {}
     for kind, batch in batches.items():
-        pictures = torch.randn(batch, 3, args.input_size, args.input_size, device=device)
-        taken = {"with": [], "without": []}
-        for repeat in range(args.repeats + 2):
-            for exchanged in taken:
-                dist.barrier()
-                begin = time.perf_counter()
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=cuda):
-                    # Without: the module inside, which exchanges nothing.
-                    loss = (model if exchanged == "with" else plain)(pictures).float().logsumexp(1).mean()
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-                if cuda:
-                    torch.cuda.synchronize(device)
-                if repeat >= 2:
-                    taken[exchanged].append(time.perf_counter() - begin)
-        found[kind] = {name: statistics.median(values) for name, values in taken.items()}
+        images = torch.randn(batch, 3, args.input_size, args.input_size, device=device)
+        steps = {"with": lambda _, x=images: timed(wrapped, x), "without": lambda _, x=images: timed(plain, x)}
+        times = run_rounds(steps, repeats=args.repeats, warmup=2, label="")
+        found[kind] = {name: median(values) for name, values in times.items()}
     if rank == 0:
-        Path(folder, "found.csv").write_text(
-            "\n".join(f"{kind},{times['with']},{times['without']}" for kind, times in found.items())
-        )
+        Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def measure(args: argparse.Namespace) -> list[dict]:
-    build(args.model, "meta")  # a wrong name ends here, not in the processes
     rows, alone = [], {}
     for processes in args.measure:
         if torch.cuda.is_available() and processes > torch.cuda.device_count():
-            raise UserError(
-                f"too many processes (--measure {processes}): this machine has {torch.cuda.device_count()} GPUs"
-            )
+            most = torch.cuda.device_count()
+            raise UserError(f"more processes than GPUs (--measure {processes}): pass at most {most}")
         if args.batch_size % processes:
-            raise UserError(
-                f"strong scaling shares {args.batch_size} pictures (--batch-size): a multiple of {processes} "
-                "processes, please"
-            )
+            where = f"--batch-size {args.batch_size} --measure {processes}"
+            raise UserError(f"strong scaling shares the batch ({where}): pass a multiple of {processes} processes")
         batches = {"weak": args.batch_size, "strong": args.batch_size // processes}
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(seconds_of_steps, (processes, args, batches, folder), nprocs=processes)
-            lines = [line.split(",") for line in Path(folder, "found.csv").read_text().splitlines()]
-        for kind, joined, separate in lines:
-            joined, separate = float(joined), float(separate)
-            rate = processes * batches[kind] / joined
-            alone.setdefault(kind, rate / processes)
-            rows.append(
-                {
-                    "scaling": kind,
-                    "processes": processes,
-                    "pictures of each": batches[kind],
-                    "step (ms)": f"{joined * 1e3:.1f}",
-                    "exchange (ms)": f"{(joined - separate) * 1e3:.1f}",
-                    "img/s": f"{rate:.2f}",
-                    "of as many alone": f"{rate / processes / alone[kind]:.2f}",
-                }
-            )
-        print(f"{processes} processes measured", file=sys.stderr, flush=True)
+            torch.multiprocessing.spawn(time_steps, (processes, args, batches, folder), nprocs=processes)
+            found = json.loads(Path(folder, "found.json").read_text())
+        for kind, times in found.items():
+            rate = processes * batches[kind] / times["with"]
+            row = {
+                "scaling": kind,
+                "processes": processes,
+                "images per process": batches[kind],
+                "step (ms)": f"{times['with'] * 1e3:.1f}",
+                "all-reduce (ms)": f"{(times['with'] - times['without']) * 1e3:.1f}",
+                "img/s": f"{rate:.2f}",
+                "efficiency": f"{rate / processes / alone.setdefault(kind, rate / processes):.2f}",
+            }
+            rows.append(row)
+        progress(f"{processes} processes measured")
     return rows
 
 
-# ---------------------------------------------------------------- the program
+# ---------------------------------------------------------------- command line
 
 
-def table(rows: list[dict]) -> str:
-    header = list(rows[0])
-    return "\n".join(
-        f"| {' | '.join(map(str, cells))} |"
-        for cells in (header, ["---"] * len(header), *(row.values() for row in rows))
-    )
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="scaling.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--model", default="alt_gvt_base", choices=list(gvt.MODEL_NAMES), metavar="NAME", help="(%(default)s)")
+    add("--batch-size", type=positive, default=128, metavar="N", help="images per GPU or process (%(default)s)")
+    add("--output", type=Path, metavar="FOLDER", help="write scaling.json and scaling.csv there")
+    add = parser.add_argument_group("projection").add_argument
+    add("--step-ms", type=above_zero, metavar="MS", help="of a step on one GPU, as tools.benchmark measures it")
+    add("--gpus", type=positive, nargs="+", default=[1, 8, 64, 512], metavar="N", help="(1 8 64 512)")
+    add("--gradients", choices=BYTES, default="float32", help="dtype in which gradients are sent (%(default)s)")
+    rate = "images per second that one core reads and augments (%(default)g)"
+    add("--rate", type=above_zero, default=400.0, metavar="N", help=rate)
+    link = dict(type=above_zero, metavar="GB/S")
+    add("--inside", default=Machine.inside / 1e9, help="of a GPU to its node (%(default)g)", **link)
+    add("--outside", default=Machine.outside / 1e9, help="of a GPU to other nodes (%(default)g)", **link)
+    add("--cores", type=positive, default=Machine.cores, metavar="N", help="of a node (%(default)s)")
+    add = parser.add_argument_group("measurement").add_argument
+    processes = "numbers of processes on this machine; the first is what efficiency compares with"
+    add("--measure", type=positive, nargs="+", metavar="N", help=processes)
+    add("--input-size", type=positive, default=224, metavar="PIXELS", help="side of an image (%(default)s)")
+    add("--repeats", type=positive, default=30, metavar="N", help="timed steps, after two more (%(default)s)")
+    args = parser.parse_args(argv)
+    if (args.step_ms is None) == (args.measure is None):
+        raise UserError("nothing to do, or two things (--step-ms, --measure): pass one of them")
+    return args
 
 
 def main(argv: list[str]) -> None:
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="alt_gvt_base", help="(%(default)s)")
-    parser.add_argument("--batch-size", type=int, default=128, help="pictures of a GPU or process (%(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write scaling.json and scaling.csv there")
-    projected = parser.add_argument_group("projection")
-    projected.add_argument(
-        "--step-ms", type=float, help="what a step takes on one GPU, as tools/benchmark.py measures it"
-    )
-    projected.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64, 512])
-    projected.add_argument(
-        "--gradients",
-        choices=DTYPE_BYTES,
-        default="float32",
-        help="dtype in which gradients are exchanged (%(default)s)",
-    )
-    projected.add_argument(
-        "--rate", type=float, default=400.0, help="pictures per second that one core reads and augments (%(default)s)"
-    )
-    projected.add_argument("--node-gpus", type=int, default=Machine.gpus)
-    projected.add_argument(
-        "--inside", type=float, default=Machine.inside / 1e9, help="GB/s of a GPU to its node (%(default)s)"
-    )
-    projected.add_argument(
-        "--outside", type=float, default=Machine.outside / 1e9, help="GB/s of a GPU to other nodes (%(default)s)"
-    )
-    projected.add_argument(
-        "--latency", type=float, default=Machine.latency * 1e6, help="microseconds of a message (%(default)s)"
-    )
-    projected.add_argument("--cores", type=int, default=Machine.cores, help="of a node (%(default)s)")
-    measured = parser.add_argument_group("measurement")
-    measured.add_argument(
-        "--measure",
-        type=int,
-        nargs="+",
-        metavar="PROCESSES",
-        help="numbers of processes on this machine, the first as what one does",
-    )
-    measured.add_argument("--input-size", type=int, default=224, help="side of the pictures (%(default)s)")
-    measured.add_argument("--repeats", type=int, default=30, help="steps of each kind, after two more (%(default)s)")
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "step_ms", "rate", "node_gpus", "inside", "outside", "cores", "input_size", "repeats"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            raise UserError(f"not a positive number (--{name.replace('_', '-')} {getattr(args, name)})")
-    if min(*args.gpus, *(args.measure or [1])) < 1:
-        raise UserError("at least one GPU or process (--gpus, --measure)")
-    if (args.step_ms is None) == (args.measure is None):
-        raise UserError("give --step-ms for a projection, or --measure PROCESSES for a measurement")
+    args = parse_args(argv)
     rows = measure(args) if args.measure else project(args)
-    print(table(rows))
+    print("\n".join(markdown(rows[0], (map(str, row.values()) for row in rows))))
     if args.output:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         settings = {name: value for name, value in vars(args).items() if name != "output"}
-        records.write(
-            args.output,
-            "scaling",
-            {"environment": environment(device, 0), "settings": settings, "rows": rows},
-            csv_text(rows[0], rows),
-        )
+        record = {"environment": environment(device), "settings": settings, "rows": rows}
+        write_record(args.output, "scaling", record, rows)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,11 @@ def print_error(message: str, kind: str = "error") -> None:
 
 
 def exit_code(program: str, main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """A tool's: what main gives, and after an error of the user's, which is one line, 2."""
+    """Return the exit code of a tool: what main returns, or 2 after a UserError, which is printed as one line."""
     try:
         return main(argv) or 0
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        if os.environ.get("TWINS_DEBUG") == "1":
+            raise
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ one line.
 
 import argparse
 import csv
+import functools
 import json
 import os
 import statistics
@@ -19,6 +20,8 @@ from torch import nn
 
 from tools import benchmark as tool
 from tools.count import count as count_of
+from tools.measurement import run_rounds
+from training.errors import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -37,6 +40,9 @@ TINY = [
     "cpu",
 ]
 EAGER = [*TINY, "--modes", "eager", "--no-memory"]
+COLUMNS = ["model", "task", "dtype", "batch", "size", "library", "mode", "ms", "ms_q1", "ms_q3", "pictures_per_s"]
+COLUMNS += ["ours_faster", "share_of_product_rate", "share_of_copy_rate", "peak_mb", "rest_mb"]
+run = functools.partial(exit_code, "benchmark.py", tool.main)
 
 
 def case(task="inference", dtype="float32", *, model="alt_gvt_demo", batch=2, size=64) -> tool.Case:
@@ -44,7 +50,7 @@ def case(task="inference", dtype="float32", *, model="alt_gvt_demo", batch=2, si
 
 
 def runners(which: tool.Case) -> dict:
-    libraries = ("ours", tool.PEER[which.task])
+    libraries = ("ours", tool.SAME_WEIGHTS[which.task])
     return {
         (library, "eager"): tool.Runner(which, tool.build(which, library, CPU), "eager", CPU) for library in libraries
     }
@@ -66,7 +72,7 @@ def test_outputs_agree(task, dtype, size):
 @pytest.mark.parametrize("task", ["inference", "training"])
 @pytest.mark.parametrize("library", ["ours", "timm"])
 def test_other_outputs_are_refused_before_anything_is_timed(task, library, monkeypatch, capsys):
-    def spoiled(case, which, device, build=tool.build):
+    def changed(case, which, device, build=tool.build):
         model = build(case, which, device)
         if which == library and case.dtype == "float32" and not made.append(which) and len(made) == 1:
             with torch.no_grad():
@@ -74,25 +80,25 @@ def test_other_outputs_are_refused_before_anything_is_timed(task, library, monke
         return model
 
     made = []
-    monkeypatch.setattr(tool, "build", spoiled)
-    monkeypatch.setattr(tool, "in_turns", lambda *args, **kwargs: pytest.fail("timed"))
-    assert tool.run([*EAGER, "--tasks", task]) == 2
+    monkeypatch.setattr(tool, "build", changed)
+    monkeypatch.setattr(tool, "run_rounds", lambda *args, **kwargs: pytest.fail("timed"))
+    assert run([*EAGER, "--tasks", task]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(
-        f"benchmark.py: error: other outputs ({library} eager, alt_gvt_demo {task} float32 2 x 64 x 64): off by "
+        f"benchmark.py: error: outputs differ ({library} eager, alt_gvt_demo {task} float32 2 x 64 x 64): off by "
     )
     assert error.endswith("nothing was timed")
 
 
 def test_the_reference_of_a_large_batch_is_made_in_parts(monkeypatch):
-    monkeypatch.setattr(tool, "CHUNK", 2)
+    monkeypatch.setattr(tool, "REFERENCE_CHUNK", 2)
     for task in ("inference", "training"):
         which = case(task, batch=3)
         exact, _ = tool.reference(which, CPU)
-        monkeypatch.setattr(tool, "CHUNK", 8)
+        monkeypatch.setattr(tool, "REFERENCE_CHUNK", 8)
         whole, _ = tool.reference(which, CPU)
         assert exact.dtype == torch.float64 and (exact - whole).abs().max() < 1e-12
-        monkeypatch.setattr(tool, "CHUNK", 2)
+        monkeypatch.setattr(tool, "REFERENCE_CHUNK", 2)
 
 
 def test_a_training_step_trains():
@@ -122,10 +128,10 @@ def test_ratios_are_medians_of_the_rounds_ratios():
     }
 
 
-def test_in_turns_runs_each_in_every_round():
+def test_every_step_runs_in_every_round():
     calls = []
-    steps = {(name, ""): lambda name=name: calls.append(name) for name in "abc"}
-    times = tool.in_turns(steps, CPU, repeats=5, warmup=2)
+    steps = {(name, ""): lambda _, name=name: calls.append(name) for name in "abc"}
+    times = run_rounds(steps, repeats=5, warmup=2)
     assert [len(spent) for spent in times.values()] == [5, 5, 5]
     rounds = [calls[at : at + 3] for at in range(0, len(calls), 3)]
     assert len(rounds) == 7 and all(set(each) == set("abc") for each in rounds)
@@ -135,7 +141,7 @@ def test_in_turns_runs_each_in_every_round():
 def test_bytes_by_hand():
     """A network of one linear layer and one norm: both read and write, and the parameters are read."""
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6))
-    sizes = tool.watch(model)
+    sizes = tool.record_sizes(model)
     model(torch.zeros(5, 4))
     assert sizes == {"read": [20, 30], "written": [30, 30], "residual": []}
 
@@ -143,7 +149,7 @@ def test_bytes_by_hand():
 def test_bytes_of_a_block_by_hand():
     """LSA: norm, qkv, attention, proj, residual, norm, fc1, fc2, residual, of T tokens of C channels."""
     model = tool.gvt.Twins(tool.gvt.VARIANTS["alt_gvt_demo"]).eval()
-    sizes = tool.watch(model.blocks[0][0])
+    sizes = tool.record_sizes(model.blocks[0][0])
     T, C = 2 * 14 * 14, 32
     model.blocks[0][0](torch.zeros(2, 14, 14, C))
     assert sum(sizes["read"]) == T * C * (1 + 1 + 3 + 1 + 1 + 1 + 4)
@@ -152,7 +158,7 @@ def test_bytes_of_a_block_by_hand():
 
 
 def test_floors_are_those_of_count_and_grow():
-    one, more, larger = (tool.floors(case(batch=batch, size=size)) for batch, size in ((1, 64), (4, 64), (4, 128)))
+    one, more, larger = (tool.count_step(case(batch=batch, size=size)) for batch, size in ((1, 64), (4, 64), (4, 128)))
     assert one["operations"] == pytest.approx(2e9 * count_of("alt_gvt_demo", 64)["gmacs"])
     for key in ("operations", "bytes"):
         assert one[key] < more[key] < larger[key]
@@ -176,17 +182,19 @@ def test_shares_of_attention_by_hand(size):
         gsa = 2 * side**2 * C * C + keys * (2 * C * C + (r * r * C * C if r > 1 else 0)) + 2 * side**2 * keys * C
         found["LSA"] += depth // 2 * lsa
         found["GSA"] += depth // 2 * gsa
-    floor = tool.floors(case(batch=1, size=size))
+    floor = tool.count_step(case(batch=1, size=size))
     for name, macs in found.items():
         assert floor["shares_of_operations"][name] == pytest.approx(2 * macs / floor["operations"])
-    assert tool.floors(case("training", batch=1, size=size))["shares_of_operations"] == floor["shares_of_operations"]
+    assert (
+        tool.count_step(case("training", batch=1, size=size))["shares_of_operations"] == floor["shares_of_operations"]
+    )
 
 
 def test_floors_of_training_and_of_half_precision():
-    inference, training = (tool.floors(case(task)) for task in ("inference", "training"))
-    assert 2.8 < training["operations"] / inference["operations"] < 3  # the pictures need no gradient
+    inference, training = (tool.count_step(case(task)) for task in ("inference", "training"))
+    assert 2.8 < training["operations"] / inference["operations"] < 3  # the images need no gradient
     assert training["bytes"] > 2 * inference["bytes"]
-    assert tool.floors(case(dtype="bfloat16"))["bytes"] * 2 == inference["bytes"]
+    assert tool.count_step(case(dtype="bfloat16"))["bytes"] * 2 == inference["bytes"]
 
 
 # ---------------------------------------------------------------- the command
@@ -194,14 +202,14 @@ def test_floors_of_training_and_of_half_precision():
 
 @pytest.fixture
 def small_limits(monkeypatch):
-    monkeypatch.setitem(tool.SIDE, "cpu", 64)
-    monkeypatch.setitem(tool.COPIED, "cpu", 2**16)
+    monkeypatch.setitem(tool.GEMM_SIDE, "cpu", 64)
+    monkeypatch.setitem(tool.COPY_BYTES, "cpu", 2**16)
 
 
 @pytest.mark.slow
 def test_results(tmp_path, capsys, small_limits):
     words = ["--tasks", "inference", "training", "--peers", "pvt_v2_b0", "--output", str(tmp_path / "out")]
-    assert tool.run([*EAGER, *words, "--batch-size", "1", "2"]) == 0
+    assert run([*EAGER, *words, "--batch-size", "1", "2"]) == 0
     out, error = capsys.readouterr()
     assert "case 4 of 4: alt_gvt_demo training float32 2 x 64 x 64" in error and "round 3 of 3" in error
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -226,27 +234,27 @@ def test_results(tmp_path, capsys, small_limits):
         assert "share_of_product_rate" not in each["rows"][2]  # another network, whose operations were not counted
     with open(tmp_path / "out" / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4 * 3 and list(rows[0]) == [*tool.COLUMNS, *tool.FIGURES]
+    assert len(rows) == 4 * 3 and list(rows[0]) == COLUMNS
     assert rows[0]["ours_faster"] == "" and float(rows[1]["ours_faster"]) > 0
     assert out.count("timm eager") == 4
     for name in ("bars", "batch"):
-        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
-            assert picture.width > 500
+        with Image.open(tmp_path / "out" / f"{name}.png") as image:
+            assert image.width > 500
     assert not (tmp_path / "out" / "resolution.png").exists()  # of one size
 
 
 def test_json_and_a_bound(capsys, small_limits):
-    assert tool.run([*EAGER, "--json", "--least", "1000"]) == 1
+    assert run([*EAGER, "--json", "--least", "1000"]) == 1
     out, error = capsys.readouterr()
     assert json.loads(out)["cases"][0]["model"] == "alt_gvt_demo"
     assert error.splitlines()[-1].startswith(
         "benchmark.py: too slow (--least 1000): alt_gvt_demo inference float32 eager: "
     )
-    assert tool.run([*EAGER, "--json", "--least", "0.001"]) == 0
+    assert run([*EAGER, "--json", "--least", "0.001"]) == 0
 
 
 def test_a_profile(capsys, small_limits):
-    assert tool.run([*EAGER, "--profile"]) == 0
+    assert run([*EAGER, "--profile"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("timm eager: ")]
     shares = dict(part.rsplit(" ", 2)[:2] for part in line.removeprefix("timm eager: ").split(", "))
     assert {"addmm", "native_layer_norm"} <= set(shares)
@@ -255,7 +263,7 @@ def test_a_profile(capsys, small_limits):
 
 def test_points_of_accuracy_and_speed():
     """Each network that is known once, in each mode, beside others only; of the first batch alone."""
-    top1 = tool.published_top1()
+    top1 = tool.official_top1()
     assert top1["alt_gvt_small"] == ("Twins-SVT-Small", 81.7) and top1["swin_tiny_patch4_window7_224"] == (
         "Swin-T",
         81.3,
@@ -292,7 +300,7 @@ def test_lines_against_the_side():
 
     groups = tool.series([case(64, 12.0, 0.5), case(32, 2.0, 0.25)], "size")
     axis = Figure().subplots()
-    tool.draw_lines(axis, groups, "size")
+    tool.draw_times(axis, groups, "size")
     lines = {line.get_label(): [*zip(*line.get_data())] for line in axis.lines}
     assert {label: [(side, pytest.approx(ms)) for side, ms in line] for label, line in lines.items()} == {
         "alt_gvt_demo, ours eager (batch 1)": [(32, 2.0), (64, 12.0)],
@@ -307,7 +315,7 @@ def test_lines_against_the_side():
 
 
 def test_recomputing_is_measured_beside_ours(capsys, small_limits):
-    assert tool.run([*EAGER, "--tasks", "training", "--recompute", "--batch-size", "1", "--json"]) == 0
+    assert run([*EAGER, "--tasks", "training", "--recompute", "--batch-size", "1", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["cases"]
     assert [each["library"] for each in found["rows"]] == ["ours", "timm", "MLP recomputed"]
     assert set(found["outputs"]["rms_error"]) == {"ours eager", "timm eager", "MLP recomputed eager"}
@@ -332,14 +340,14 @@ def test_a_dense_backbone(capsys, small_limits):
         "--warmup",
         "0",
     ]
-    assert tool.run([*words, "--modes", "eager", "--no-memory", "--json", "--device", "cpu"]) == 0
+    assert run([*words, "--modes", "eager", "--no-memory", "--json", "--device", "cpu"]) == 0
     assert [row["library"] for row in json.loads(capsys.readouterr().out)["cases"][0]["rows"]] == ["ours", "mmseg"]
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 def test_compiled(capsys, small_limits):
-    assert tool.run([*TINY, "--no-memory", "--json"]) == 0
+    assert run([*TINY, "--no-memory", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["cases"]
     names = [(row["library"], row["mode"]) for row in found["rows"]]
     assert names == [(library, mode) for mode in ("eager", "compiled") for library in ("ours", "timm")]
@@ -350,7 +358,7 @@ def test_compiled(capsys, small_limits):
 
 @pytest.mark.slow
 def test_memory(capsys, small_limits):
-    assert tool.run([*TINY, "--modes", "eager", "--tasks", "training", "--json"]) == 0
+    assert run([*TINY, "--modes", "eager", "--tasks", "training", "--json"]) == 0
     for row in json.loads(capsys.readouterr().out)["cases"][0]["rows"]:
         assert 100 < row["rest_mb"] <= row["peak_mb"] < 10_000
 
@@ -368,9 +376,9 @@ WRONG = {
     "unknown peer": (["--peers", "no_such_net"], "unknown model (--peers no_such_net)"),
     "float16 on a CPU": (
         ["--device", "cpu", "--dtype", "float16"],
-        "float16 is for GPUs (--dtype float16, --device cpu): take bfloat16",
+        "float16 is for GPUs (--dtype float16, --device cpu): use bfloat16",
     ),
-    "nothing to recompute": (["--recompute"], "nothing is recomputed without a backward pass (--recompute)"),
+    "nothing to recompute": (["--recompute"], "nothing to recompute without a backward pass (--recompute)"),
     "graphs on a CPU": (["--device", "cpu", "--modes", "graphs"], "CUDA graphs without CUDA"),
     "small": (["--size", "31"], "31 is below 32"),
     "no repeats": (["--repeats", "0"], "'0' is not a number from 1 up"),
@@ -381,7 +389,7 @@ WRONG = {
 @pytest.mark.parametrize(("words", "part"), WRONG.values(), ids=WRONG)
 def test_a_wrong_option_is_one_line(words, part, capsys):
     try:
-        code = tool.run(words)
+        code = run(words)
     except SystemExit as stop:
         code = stop.code
     error = capsys.readouterr().err
@@ -390,7 +398,7 @@ def test_a_wrong_option_is_one_line(words, part, capsys):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_no_cuda_is_one_line(capsys):
-    assert tool.run(["--device", "cuda"]) == 2
+    assert run(["--device", "cuda"]) == 2
     assert "no CUDA device (--device cuda" in capsys.readouterr().err
 
 
@@ -398,13 +406,13 @@ def test_no_bfloat16_on_a_gpu_is_one_line(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **named: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an old GPU")
-    with pytest.raises(tool.UserError, match=r"no bfloat16 \(--dtype bfloat16, an old GPU\): take float16"):
+    with pytest.raises(tool.UserError, match=r"no bfloat16 \(--dtype bfloat16, an old GPU\): use float16"):
         tool.parse_args(["--device", "cuda", "--dtype", "bfloat16"])
 
 
 def test_without_mmsegmentation_features_are_refused(monkeypatch, capsys):
     monkeypatch.setattr("dense.libraries.importlib.util.find_spec", lambda name: None)
-    assert tool.run(["--tasks", "features"]) == 2
+    assert run(["--tasks", "features"]) == 2
     assert (
         capsys.readouterr().err
         == "benchmark.py: error: segmentation needs mmcv, which is not installed: run make dense\n"
@@ -413,12 +421,12 @@ def test_without_mmsegmentation_features_are_refused(monkeypatch, capsys):
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, small_limits):
     (tmp_path / "file").write_text("")
-    assert tool.run([*EAGER, "--output", str(tmp_path / "file" / "out")]) == 2
+    assert run([*EAGER, "--output", str(tmp_path / "file" / "out")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("benchmark.py: error: cannot write (--output ")
 
 
 def test_the_networks_of_others_take_other_sizes():
-    model = tool.build_other("deit_tiny_patch16_224", case(size=64))
+    model = tool.build(case(size=64), "deit_tiny_patch16_224", CPU)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 

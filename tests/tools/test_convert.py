@@ -2,6 +2,7 @@
 write nothing.
 """
 
+import functools
 import json
 import os
 import resource
@@ -17,8 +18,9 @@ from conftest import ROOT, golden_weights
 import gvt
 from tools import convert as tool
 from training import checkpoint, formats
-from training.errors import UserError
+from training.errors import UserError, exit_code
 
+run = functools.partial(exit_code, "convert.py", tool.main)
 HEAD = ["head.weight", "head.bias"]
 
 
@@ -95,9 +97,9 @@ def test_timm_computes_the_same_in_float64(tmp_path, key):
     tool.convert(str(tmp_path / "ours.pth"), tmp_path / "theirs.pth", "timm")
     theirs = timm.create_model(gvt.VARIANTS[key].timm, num_classes=5).double().eval()
     theirs.load_state_dict(torch.load(tmp_path / "theirs.pth", weights_only=True), strict=True)
-    picture = torch.randn(1, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(1, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        assert (ours(picture) - theirs(picture)).abs().max() < 1e-11
+        assert (ours(image) - theirs(image)).abs().max() < 1e-11
 
 
 # ---------------------------------------------------------------- the hub's folder
@@ -169,7 +171,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(files, tmp_path, 
 # ---------------------------------------------------------------- what is taken from a file
 
 
-def test_a_published_segmentor(files, tmp_path):
+def test_an_official_segmentor(files, tmp_path):
     state = files[1]["alt_gvt_demo"]
     file = {f"backbone.{name}": value for name, value in state.items()} | {"decode_head.conv_seg.weight": torch.ones(3)}
     checkpoint.save(tmp_path / "seg.pth", {"meta": {"CLASSES": ("a", "b")}, "state_dict": file, "optimizer": {}})
@@ -252,7 +254,7 @@ def wrong(tmp_path_factory, files):
 )
 def test_errors_are_one_line_and_write_nothing(wrong, tmp_path, name, options, part, capsys):
     try:
-        rc = tool.run([str(wrong / name), str(tmp_path / "x"), *options])
+        rc = run([str(wrong / name), str(tmp_path / "x"), *options])
     except SystemExit as stop:  # of the parser
         rc = stop.code
     captured = capsys.readouterr()
@@ -264,7 +266,7 @@ def test_errors_are_one_line_and_write_nothing(wrong, tmp_path, name, options, p
 def test_debug_raises(wrong, tmp_path, monkeypatch):
     monkeypatch.setenv("TWINS_DEBUG", "1")
     with pytest.raises(UserError):
-        tool.run([str(wrong / "text.pth"), str(tmp_path / "x"), "--to", "timm"])
+        run([str(wrong / "text.pth"), str(tmp_path / "x"), "--to", "timm"])
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tools import scenes
-from tools.digits import parts
+from tools.digits import split_digits
 
 COUNTS = {"train": 12, "val": 5}
 
@@ -34,15 +34,15 @@ def test_both_formats_say_the_same(folders, part):
     names = {category["id"]: category["name"] for category in record["categories"]}
     assert len(record["images"]) == COUNTS[part] and list(names.values()) == list("0123456789")
     assert len({each["id"] for each in record["annotations"]}) == len(record["annotations"])
-    for picture in record["images"]:
-        labels = np.array(Image.open(ade / "annotations" / scenes.ADE[part] / picture["file_name"]))
+    for image in record["images"]:
+        labels = np.array(Image.open(ade / "annotations" / scenes.ADE[part] / image["file_name"]))
         pixels = [
-            np.array(Image.open(folder / picture["file_name"]))
+            np.array(Image.open(folder / image["file_name"]))
             for folder in (ade / "images" / scenes.ADE[part], coco / scenes.COCO[part])
         ]
-        assert np.array_equal(*pixels) and pixels[0].shape == (picture["height"], picture["width"], 3)
+        assert np.array_equal(*pixels) and pixels[0].shape == (image["height"], image["width"], 3)
         expected = np.ones_like(labels)  # background
-        found = [each for each in record["annotations"] if each["image_id"] == picture["id"]]
+        found = [each for each in record["annotations"] if each["image_id"] == image["id"]]
         assert 1 <= len(found) <= scenes.MOST
         for each in found:
             mask = decode(each["segmentation"])
@@ -65,7 +65,7 @@ def test_the_seed_decides(folders, tmp_path):
 
 
 def test_a_digit_of_val_is_not_in_train():
-    train, val = ({number for number, _, _ in digits} for digits in parts(0).values())
+    train, val = ({number for number, _, _ in digits} for digits in split_digits(0).values())
     assert len(train) + len(val) == 1797 and not train & val
 
 

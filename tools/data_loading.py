@@ -1,0 +1,363 @@
+"""Time data loading: python -m tools.data_loading --data-path FOLDER [--gpu-rate N] [--output FOLDER], or --loop.
+
+Images per second that one core reads and augments, step by step, in the ways that lead to the same batches: the
+official pipeline, in float32 in the loading process, and ours, in uint8 until the device, with RandAugment in the
+loading process or on the device (--fast-augment, where torch resizes too). All in turns in one run, on the images as
+they are and on copies enlarged to 375 pixels on the short side (JPEG of quality 90), which is near ImageNet's own size.
+Then whole loading processes, with the CPU time that the operating system counted for them, their start included. Before
+anything is timed, the ways must give the same bits, or with --fast-augment images that differ in few values.
+
+A ratio is of CPU times, as other programs may use the same core: the median of the rounds' ratios, above 1 where ours
+is faster. --loop measures instead what main.py's training loop adds to forward, backward and optimizer, on a CPU.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import gc
+import io
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+import gvt  # noqa: F401
+
+# isort: split
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import engine
+from datasets import InBytes, Keyed, build_loader, build_transform, collate, read_picture, seed_by
+from tools.count import side
+from tools.measurement import environment, progress, quartiles, run_rounds, text_table, write_record
+from training import options
+from training.errors import UserError, exit_code
+from training.options import Parser, above_zero, count, positive
+from utils import keep_freed_memory
+
+OFFICIAL, UINT8, FAST = "float32, official", "uint8 until the device", "--fast-augment"
+MOST_DIFFERENT = 0.04  # share of the values that may differ with --fast-augment
+ENLARGED, QUALITY = 375, 90  # pixels on the short side, and the quality of its JPEG
+SEED, EPOCH = 0, 0
+SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
+CLIP = 5.0  # the official largest norm of gradients
+CLOCKS = {"cpu": time.thread_time, "wall": time.perf_counter}
+CPU = torch.device("cpu")
+LOADING, PROCESS, ON_DEVICE = "loading, total", "loading process, total", "on the device (here this core)"
+
+
+# ---------------------------------------------------------------- images
+
+
+def find_images(root: Path, number: int) -> list[Path]:
+    """Return up to `number` images of the folder and its folders, a random choice that is always the same."""
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"no images (--data-path {root}): expected {', '.join(sorted(SUFFIXES))} in it or its folders")
+    return sorted(random.Random(0).sample(found, min(number, len(found))))
+
+
+def enlarge(paths: Sequence[Path], folder: Path) -> list[Path]:
+    copies = [folder / f"{number}.jpg" for number in range(len(paths))]
+    for path, enlarged in zip(paths, copies):
+        image = read_picture(str(path))
+        size = [round(length * ENLARGED / min(image.size)) for length in image.size]
+        image.resize(size, Image.Resampling.BICUBIC).save(enlarged, quality=QUALITY)
+    return copies
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
+
+
+class Files(torch.utils.data.Dataset):
+    def __init__(self, paths: Sequence[Path], transform: Callable):
+        self.paths, self.transform = paths, transform
+
+    def __getitem__(self, index: int) -> tuple[object, int]:
+        return self.transform(read_picture(str(self.paths[index]))), 0
+
+
+# ---------------------------------------------------------------- ways and their steps
+
+STEP_NAMES = {
+    "RandomResizedCropAndInterpolation": "crop and resize",
+    "TorchCrop": "crop and resize",
+    "RandomHorizontalFlip": "flip",
+    "MaybeToTensor": "to tensor",
+    "Normalize": "normalize",
+    "RandomErasing": "erase",
+}
+
+
+def build_ways(size: int) -> dict[str, Callable]:
+    pipeline = build_transform(True, options.parse_args(["--input-size", str(size)])[0])
+    return {OFFICIAL: pipeline, UINT8: InBytes(pipeline), FAST: InBytes(pipeline, fast_augment=True)}
+
+
+def steps_of(transform: Callable) -> dict[str, Callable]:
+    """Return the steps from a file's name to what the loading process collates, by name."""
+    uint8 = isinstance(transform, InBytes)
+    steps = {"decode": read_picture}
+    for step in transform.drawing if uint8 else transform.transforms:
+        steps[STEP_NAMES.get(type(step).__name__, type(step).__name__)] = step
+    if uint8:
+        rest = copy.copy(transform)
+        rest.drawing = []
+        steps["to uint8, and draw the rest"] = rest
+    return steps
+
+
+def keyed(paths: Sequence[Path], transform: Callable) -> tuple[Keyed, list[tuple[int, int, int]]]:
+    """Return the data set whose random numbers depend on (seed, epoch, position), and its keys."""
+    return Keyed(Files(paths, transform), SEED), [(EPOCH, position, position) for position in range(len(paths))]
+
+
+def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
+    """Return the share of values that differ with --fast-augment; raise UserError if it is large or others differ."""
+    batches = {}
+    for way, transform in ways.items():
+        dataset, keys = keyed(paths, transform)
+        images, _ = collate([dataset[key] for key in keys])
+        batches[way] = images.to(CPU, memory_format=torch.contiguous_format)
+    different = {way: (images != batches[OFFICIAL]).double().mean().item() for way, images in batches.items()}
+    if different[UINT8] or different[FAST] > MOST_DIFFERENT:
+        expected = f"expected 0, with {FAST} at most {MOST_DIFFERENT}"
+        raise UserError(f"images differ (share of values, {different}): {expected}; nothing was timed")
+    return different[FAST]
+
+
+# ---------------------------------------------------------------- loading, step by step and in a process
+
+
+class Stopwatch:
+    """Adds up the milliseconds of each named step, by each clock."""
+
+    def __init__(self):
+        self.spent = {}
+
+    def __call__(self, name: str, work: Callable, *args: object) -> object:
+        before = {clock: read() for clock, read in CLOCKS.items()}
+        value = work(*args)
+        spent = self.spent.setdefault(name, dict.fromkeys(CLOCKS, 0.0))
+        for clock, read in CLOCKS.items():
+            spent[clock] += 1000 * (read() - before[clock])
+        return value
+
+    def per(self, number: int) -> dict[str, dict[str, float]]:
+        return {name: {clock: ms / number for clock, ms in spent.items()} for name, spent in self.spent.items()}
+
+
+def walk(paths: Sequence[Path], steps: dict[str, Callable], batch_size: int, number: int) -> dict:
+    """Take the images of a round through all steps, and make a batch of them. Return ms per image, step and clock."""
+    watch, items, first = Stopwatch(), [], number * batch_size
+    for position in range(first, first + batch_size):
+        watch("random numbers", seed_by, (SEED, EPOCH, position))
+        value = str(paths[position % len(paths)])
+        for name, step in steps.items():
+            value = watch(name, step, value)
+        items.append((value, 0))
+    images, _ = watch("batch", collate, items)
+    total = {clock: sum(spent[clock] for spent in watch.spent.values()) for clock in CLOCKS}
+    watch(ON_DEVICE, lambda: images.to(CPU, memory_format=torch.contiguous_format))
+    watch.spent[LOADING] = total
+    return watch.per(batch_size)
+
+
+def load(paths: Sequence[Path], transform: Callable, batch_size: int, number: int) -> dict:
+    """Load all images through one process. Return the ms of CPU per image in it, its start included."""
+    dataset, keys = keyed(paths, transform)
+    gc.collect()
+    before = children_seconds()
+    loader = build_loader(dataset, keys, batch_size=batch_size, workers=1, pin_memory=False, drop_last=False)
+    for _ in loader:
+        pass
+    # The process ends, and its time counts.
+    del loader
+    gc.collect()
+    return {PROCESS: {"cpu": 1000 * (children_seconds() - before) / len(paths)}}
+
+
+def children_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def measure(label: str, paths: Sequence[Path], args: argparse.Namespace) -> dict:
+    ways = build_ways(args.size)
+    case = {"images": label, "number": len(paths), "size": args.size}
+    case["median_width"], case["median_height"] = map(median, zip(*map(size_of, paths)))
+    case["different_with_fast_augment"] = check_equal(paths[: args.batch_size], ways)
+    case |= {"rows": [], "ratios": [], "cores": []}
+    partial, size = functools.partial, args.batch_size
+    walks = {way: partial(walk, paths, steps_of(transform), size) for way, transform in ways.items()}
+    loads = {way: partial(load, paths, transform, size) for way, transform in ways.items()}
+    totals = {LOADING: run_rounds(walks, repeats=args.repeats, warmup=args.warmup)}
+    if args.processes:
+        totals[PROCESS] = run_rounds(loads, repeats=args.processes, label="loading process")
+    for total, results in totals.items():
+        for way, rounds in results.items():
+            case["rows"] += [{"way": way, "step": step} | summary(rounds, step) for step in rounds[0]]
+            rate = 1000 / median(each[total]["cpu"] for each in rounds)
+            need = {"gpu_rate": args.gpu_rate, "cores_per_gpu": args.gpu_rate / rate}
+            case["cores"].append({"way": way, "of": total, "images_per_s_and_core": rate} | need)
+            if way != OFFICIAL:
+                ratios = [a[total]["cpu"] / b[total]["cpu"] for a, b in zip(results[OFFICIAL], rounds)]
+                case["ratios"].append({"way": way, "of": total} | quartiles(ratios))
+    return case
+
+
+def summary(rounds: list[dict], step: str) -> dict[str, dict[str, float]]:
+    return {f"{clock}_ms": quartiles([each[step][clock] for each in rounds]) for clock in rounds[0][step]}
+
+
+# ---------------------------------------------------------------- the training loop
+
+
+def measure_loop(args: argparse.Namespace) -> dict:
+    """Time a training step of main.py's loop beside forward, backward and optimizer alone, clipped and not."""
+    # For all, as main.py does: otherwise the bare step waits for the kernel's pages.
+    keep_freed_memory()
+    torch.manual_seed(0)
+    model = timm.create_model(args.model, num_classes=100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    shape = args.batch_size, 3, args.size, args.size
+    batches = [(torch.randn(shape), torch.randint(100, shape[:1])) for _ in range(args.steps)]
+
+    def time_step(run: Callable, clip: float | None, _: int) -> dict:
+        watch = Stopwatch()
+        watch("step", run, model, batches, optimizer, clip)
+        return watch.per(args.steps)
+
+    kinds = {"bare step": (run_bare, None), "bare step, clipped": (run_bare, CLIP), "loop": (run_loop, CLIP)}
+    steps = {kind: functools.partial(time_step, *each) for kind, each in kinds.items()}
+    spent = run_rounds(steps, repeats=args.repeats, warmup=args.warmup)
+    times = {kind: [each["step"]["cpu"] for each in rounds] for kind, rounds in spent.items()}
+    added = {
+        kind: quartiles([100 * (loop / bare - 1) for loop, bare in zip(times["loop"], times[kind])])
+        for kind in ("bare step", "bare step, clipped")
+    }
+    rows = [{"kind": kind} | summary(rounds, "step") for kind, rounds in spent.items()]
+    case = {"model": args.model, "batch": args.batch_size, "size": args.size, "steps": args.steps}
+    return case | {"rows": rows, "loop_above_percent": added}
+
+
+def run_bare(model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
+    model.train()
+    for images, labels in batches:
+        F.cross_entropy(model(images), labels).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def run_loop(model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimizer, clip: float) -> None:
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine.train_one_epoch(model, F.cross_entropy, batches, optimizer, CPU, 0, off, clip_grad=clip)
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def flat(results: dict) -> list[dict[str, str]]:
+    """Return a row for each step of each way, or for each kind of step, as text."""
+    if "loop" in results:
+        return [{"kind": row["kind"]} | milliseconds(row) for row in results["loop"]["rows"]]
+    rows = []
+    for case in results["cases"]:
+        faster = {(each["way"], each["of"]): f"{each['median']:.3f}" for each in case["ratios"]}
+        for row in case["rows"]:
+            names = {"images": case["images"], "way": row["way"], "step": row["step"]}
+            rows.append(names | milliseconds(row) | {"ours_faster": faster.get((row["way"], row["step"]), "")})
+    return rows
+
+
+def milliseconds(row: dict) -> dict[str, str]:
+    return {
+        f"{clock}_ms{suffix}": f"{row[f'{clock}_ms'][key]:.3f}" if f"{clock}_ms" in row else ""
+        for clock in CLOCKS
+        for suffix, key in (("", "median"), ("_q1", "q1"), ("_q3", "q3"))
+    }
+
+
+def as_text(results: dict) -> str:
+    lines = [text_table(flat(results))]
+    for case in results["cases"]:
+        size = f"median {case['median_width']:g} x {case['median_height']:g}, cut to {case['size']}"
+        lines.append(f"{case['images']}: {case['number']} images, {size}; ms per image")
+        for each in case["cores"]:
+            rate = f"{each['images_per_s_and_core']:.0f} images/s and core ({each['of']})"
+            gpu = f"a GPU that trains at {each['gpu_rate']:g} images/s (given, not measured here)"
+            lines.append(f"{each['way']}: {rate}; {each['cores_per_gpu']:.1f} cores feed {gpu}")
+    if "loop" in results:
+        loop = results["loop"]
+        lines.append(f"{loop['model']}, {loop['batch']} x {loop['size']} x {loop['size']}; ms per step")
+        for name, added in loop["loop_above_percent"].items():
+            spread = f"{added['q1']:.2f} - {added['q3']:.2f}"
+            lines.append(f"the loop takes {added['median']:.2f} % above the {name} ({spread})")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = Parser(prog="data_loading.py", description=__doc__.splitlines()[0])
+    add, number = parser.add_argument, dict(metavar="N", type=positive)
+    add("--data-path", type=Path, metavar="FOLDER", help="with images, in whatever folders")
+    add("--images", default=1000, help="at most so many of them (%(default)s)", **number)
+    rate = "images/s that a GPU trains at (%(default)g)"
+    add("--gpu-rate", type=above_zero, default=1000.0, metavar="N", help=rate)
+    add("--size", type=side, default=224, metavar="PIXELS", help="side of a training image (%(default)s)")
+    add("--batch-size", default=32, help="images of a batch, and of a round (%(default)s)", **number)
+    add("--repeats", default=30, help="timed rounds (%(default)s)", **number)
+    add("--warmup", type=count, default=2, metavar="N", help="rounds before them (%(default)s)")
+    add("--processes", type=count, default=3, metavar="N", help="loading processes for each way (%(default)s)")
+    add("--loop", action="store_true", help="time the training loop instead, on this CPU")
+    add("--model", default="alt_gvt_small", metavar="NAME", help="of --loop (%(default)s)")
+    add("--steps", default=4, help="of --loop, in a round (%(default)s)", **number)
+    add("--output", type=Path, metavar="FOLDER", help="write data_loading.json, data_loading.csv, table.txt there")
+    args = parser.parse_args(argv)
+    if not args.loop and args.data_path is None:
+        raise UserError("no images (--data-path): give a folder of JPEGs such as ImageNet's val, or --loop")
+    if args.loop and not timm.is_model(args.model):
+        raise UserError(f"unknown model (--model {args.model}): expected a name of timm.list_models()")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    args = parse_args(argv)
+    # A loading process has one.
+    torch.set_num_threads(1)
+    names = ("repeats", "warmup", "processes", "batch_size", "size", "gpu_rate")
+    settings = {name: getattr(args, name) for name in names}
+    results = {"environment": environment(CPU), "settings": settings, "cases": []}
+    if args.loop:
+        results["loop"] = measure_loop(args)
+    else:
+        paths = find_images(args.data_path, args.images)
+        with tempfile.TemporaryDirectory() as folder:
+            progress(f"enlarging {len(paths)} images")
+            for label, files in {"as they are": paths, f"enlarged to {ENLARGED}": enlarge(paths, Path(folder))}.items():
+                progress(f"images {label}")
+                results["cases"].append(measure(label, files, args))
+    shown = as_text(results)
+    if args.output:
+        write_record(args.output, "data_loading", results, flat(results), shown=shown)
+    print(shown)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code("data_loading.py", main, sys.argv[1:]))
