@@ -198,9 +198,11 @@ FIGURES = {figure.__name__: figure for figure in (model, demo, dense, speed)}
 
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", choices=FIGURES, metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", metavar="FOLDER", help="(docs/images)")
     args = parser.parse_args(argv)
+    if unknown := [name for name in args.names if name not in FIGURES]:
+        raise UserError(f"no such image ({unknown[0]}): choose from {', '.join(FIGURES)}")
     args.output.mkdir(parents=True, exist_ok=True)
     for name in args.names or FIGURES:
         path = args.output / f"{name}.png"

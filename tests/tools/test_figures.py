@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tools import figures
@@ -69,9 +70,17 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     assert figures.run(["speed", "--output", str(tmp_path / "images")]) == 0
     with Image.open(tmp_path / "images" / "speed.png") as image:
         assert image.width > 1200
+    assert figures.run(["sped", "--output", str(tmp_path)]) == 2
+    assert "no such image (sped): choose from model" in capsys.readouterr().err
     monkeypatch.setitem(figures.FIGURES, "demo", lambda: figures.demo(tmp_path))
     monkeypatch.setitem(figures.FIGURES, "dense", lambda: figures.dense(tmp_path))
     capsys.readouterr()
     for name, command in (("demo", "make demo"), ("dense", "make demo-dense")):
         assert figures.run([name, "--output", str(tmp_path)]) == 2
         assert f"run `{command}` first" in capsys.readouterr().err
+
+
+def test_all_images_without_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", {"a": Figure, "b": Figure})
+    assert figures.run(["--output", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
