@@ -62,8 +62,7 @@ def parse_only(path, words, monkeypatch):
 def check_main(words):
     words = words[words.index("main.py") + 1 :]
     if words != ["--help"]:
-        args, given = options.parse_args(words)
-        assert not options.without_effect(args, given)
+        assert not options.without_effect(options.parse_args(words))
 
 
 def check_dense(page, script, words):
