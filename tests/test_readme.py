@@ -1,67 +1,167 @@
-"""What README says can be run and found."""
+"""The pages: every command parses, every link leads somewhere, and named files and tests exist."""
 
+import argparse
 import re
+import runpy
 import shlex
+import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from PIL import Image
 
+from dense import cli
 from training import options
 
-FOLDERS = (".", "tests", "tests/dense", "tests/gvt_ops", "tests/training", "segmentation")  # where names may be meant
-README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(
-    {
-        line
-        for line in re.findall(r"(?:^|`)((?:python|torchrun|srun) [^`\n]*?main\.py[^`\n#]*)", README, re.M)
-        if "..." not in line
-    }
+PAGES = sorted(
+    path
+    for pattern in ("README.md", "docs/*.md", "segmentation/*.md", "detection/*.md", "logs/*.md", "logs/*/*.md")
+    for path in ROOT.glob(pattern)
 )
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+# Where a test or a file may be that is named without its folder.
+FOLDERS = (".", "tests", "tests/dense", "tests/gvt_ops", "tests/training", "tests/tools", "segmentation", "detection")
+STARTS = "python |torchrun |srun |bash |make |cd |pip "
+RECORD = re.compile(r"<!-- table: speed.*?<!-- end table -->", re.S)  # commands of records: as they were typed then
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses(command):
-    words = shlex.split(command)
+def commands(text: str) -> list[str]:
+    """The lines of bash blocks, and the commands of the same kinds in the text, without comments."""
+    text = RECORD.sub("", text)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.S)
+    spans = re.findall(rf"`((?:{STARTS})[^`]+)`", prose.replace("\n", " "))
+    # In the text, a script may be named without what it needs.
+    return [line for line in lines if line] + [span for span in spans if len(span.split()) > 2 or "make" in span]
+
+
+COMMANDS = sorted({(page, command) for page, text in TEXTS.items() for command in commands(text)})
+ALL = [command for _, command in COMMANDS]
+
+
+class Parsed(BaseException):
+    """Raised instead of a tool's work; no tool catches it."""
+
+
+def parse_only(path, words, monkeypatch):
+    """Run a tool until its command line is parsed."""
+    real = argparse.ArgumentParser.parse_args
+
+    def parse_args(parser, *args, **kwargs):
+        real(parser, *args, **kwargs)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", [str(path), *words])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(path), run_name="__main__")
+
+
+def check_main(words):
     words = words[words.index("main.py") + 1 :]
     if words != ["--help"]:
         assert not options.without_effect(options.parse_args(words))
 
 
-def test_the_published_commands_are_there_word_for_word():
-    train = (
-        "python -m torch.distributed.launch --nproc_per_node=8 --use_env main.py --model alt_gvt_base --batch-size 128 "
-    )
-    assert train + "--data-path path_to_imagenet --dist-eval --drop-path 0.3" in COMMANDS
-    assert (
-        "python main.py --eval --resume alt_gvt_large.pth --model alt_gvt_large --data-path path_to_imagenet"
-        in COMMANDS
-    )
-    assert len(COMMANDS) >= 8  # and one for each model
+def check_dense(page, script, words):
+    folder = (ROOT / page).parent
+    if folder == ROOT:
+        folder = ROOT / ("segmentation" if "ade20k" in words[0] else "detection")
+    library = {"segmentation": "mmseg", "detection": "mmdet"}[folder.name]
+    kind = "train" if "train" in script else "test"
+    if script.startswith("dist_"):  # the script moves the number of processes
+        number = words.pop(1 if kind == "train" else 2)
+        assert number.isdigit()
+    parser = cli.train_parser() if kind == "train" else cli.test_parser(library)
+    args = parser.parse_args(words)
+    assert (folder / script).is_file() and (folder / args.config).is_file()
 
 
-def test_files_and_tests_that_are_named_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"`((?:\w+/)?\w+\.py)`", README):
-        assert any((ROOT / folder / path).exists() for folder in FOLDERS), path
-    for file, name in re.findall(r"(test_\w+\.py)::(test_\w+)", README):
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_every_command_parses(page, command, monkeypatch, capsys):
+    words = shlex.split(command)
+    while "=" in words[0] and not words[0].startswith("-"):
+        words = words[1:]  # variables of the environment
+    if "main.py" in words:
+        check_main(words)
+    elif words[:2] == ["python", "-m"] and words[2].startswith(("tools.", "tests.")):
+        if words[2] != "tools.NAME":
+            parse_only(ROOT / f"{words[2].replace('.', '/')}.py", words[3:], monkeypatch)
+    elif words[0] == "make":
+        makefile = (ROOT / "Makefile").read_text()
+        assert all(re.search(rf"^{target}:", makefile, re.M) for target in words[1:])
+    elif words[0] in ("bash", "python") and re.fullmatch(r"(dist_)?(train|test)\.(sh|py)", words[1]):
+        check_dense(page, words[1], words[2:])
+    elif words[0] == "python":
+        assert (ROOT / words[1]).is_file()
+    elif words[0] == "torchrun":
+        assert all(word.startswith("-") for word in words[1:])
+    else:
+        assert words == ["pip", "install", "."], command
+
+
+def test_the_official_commands_are_there_word_for_word():
+    launch = "python -m torch.distributed.launch --nproc_per_node=8 --use_env main.py --model alt_gvt_base"
+    assert f"{launch} --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.3" in ALL
+    assert "python main.py --eval --resume alt_gvt_large.pth --model alt_gvt_large --data-path path_to_imagenet" in ALL
+    upernet = "configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py"
+    assert f"bash dist_train.sh {upernet} 8" in ALL
+    assert f"bash dist_test.sh {upernet} checkpoint_file 8 --eval mIoU" in ALL
+    assert f"bash dist_test.sh {upernet} checkpoint_file 8 --eval mIoU --aug-test" in ALL
+    retinanet = "configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
+    assert f"bash dist_test.sh {retinanet} checkpoint_file 8 --eval mAP" in ALL
+    assert len([command for command in ALL if "main.py" in command]) >= 14  # and one for each model
+    assert {command.split()[1] for command in ALL if command.startswith("make ")} >= {"demo", "demo-dense", "test"}
+
+
+def anchors(text: str) -> set[str]:
+    """As GitHub makes them from headings."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_link_inside_the_repository_is_dead(page):
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", TEXTS[page]):
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.is_relative_to(ROOT) and target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_files_and_tests_that_are_named_exist(page):
+    for name in re.findall(r"`((?:[\w.-]+/)*\w+\.(?:py|sh))`", TEXTS[page]):
+        if name != "configs/mine.py":  # the reader's own
+            assert any((ROOT / folder / name).exists() for folder in FOLDERS), name
+    for name in re.findall(r"`((?:[\w.-]+/)+)`", TEXTS[page]):
+        assert name.split("/")[0] in ("val", "work_dirs") or (ROOT / name).is_dir(), name
+    for file, name in re.findall(r"(test_\w+\.py)::(test_\w+)", TEXTS[page]):
         path = next(path for folder in FOLDERS if (path := ROOT / folder / file).exists())
         assert f"def {name}" in path.read_text(), name
 
 
-def test_the_published_dense_commands_are_there_word_for_word():
-    """And name configs that exist, in the folder that they are said for."""
-    commands = re.findall(r"^bash (dist_\w+\.sh) (configs/\S+) (.*)$", README, re.M)
-    assert ("dist_train.sh", "configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py", "8") in commands
-    assert (
-        "dist_test.sh",
-        "configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py",
-        "checkpoint_file 8 --eval mAP",
-    ) in commands
-    for script, config, _ in commands:
-        folder = ROOT / ("segmentation" if "ade20k" in config else "detection")
-        assert (folder / script).exists() and (folder / config).exists()
+def test_the_python_of_the_readme_runs():
+    """One block after the other, without a download."""
+    names = {"images": torch.randn(1, 3, 64, 64)}
+    for block in re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.S):
+        exec(block.replace("pretrained=True", "pretrained=False"), names)
+    assert [list(each.shape[2:]) for each in names["maps"]] == [[8, 8], [4, 4], [2, 2]]
+    assert len(names["attention"]) == 18
+    assert names["program"].module()(names["images"]).shape == (1, 1000)
 
 
-def test_make_targets_that_are_named_exist():
-    makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make ([\w-]+)", README, re.M):
-        assert re.search(rf"^{target}:", makefile, re.M), target
+def test_the_readme_is_short():
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 200 and len(text.encode()) <= 14 * 1024
+
+
+def test_images_are_there_and_small():
+    named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXTS["README.md"])
+    assert {ROOT / name for name in named} == set((ROOT / "docs" / "images").iterdir()) and len(named) == 4
+    for name in named:
+        assert (ROOT / name).stat().st_size <= 300 * 1024
+        with Image.open(ROOT / name) as image:
+            assert image.format == "PNG" and image.width >= 1200

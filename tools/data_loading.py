@@ -39,7 +39,7 @@ from datasets import build_transform, read_image
 from tools.count import side
 from tools.measurement import columns, environment, progress, quartiles, run_rounds, text_table, write_record
 from training import options
-from training.batches import SeededDataset, Uint8Transform, build_loader, collate
+from training.batches import SeededDataset, Uint8Transform, build_loader, collate, seed_by
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, count, positive
 from utils import keep_freed_memory

@@ -1,17 +1,18 @@
-"""Write the tables of README files from the models and from logs/: python -m tools.readme_tables [--check] [--readme
+"""Write the tables of the Markdown pages from the models and logs/: python -m tools.readme_tables [--check] [--readme
 FILE ...].
 
-What stands between two lines such as these is replaced; after `speed` may come folders of logs/benchmarks, otherwise it
-has all of them:
+The lines between two markers are replaced. After `speed` may stand records of logs/benchmarks, by a folder's name or by
+the end of it, which means the newest such folder; `speed` alone shows all records:
 
     <!-- table: classification (python -m tools.readme_tables) -->
     <!-- end table -->
 
---check writes nothing, and ends with 1 where a table is not what would be written.
+--check writes nothing, and exits with 1 if a table is out of date.
 """
 
 import csv
 import json
+import os
 import re
 import statistics
 import sys
@@ -20,43 +21,60 @@ from pathlib import Path
 
 import gvt
 from tools.count import count, dense_model
-from tools.plot_logs import KEYS, LogError, published_logs, read_log
+from tools.plot_logs import KEYS, published_logs, read_log
 from training import files
-from training.errors import UserError
+from training.errors import UserError, exit_code
 from training.options import Parser, get_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs"
-GPUS = 8  # of the published commands
-READMES = ROOT / "README.md", LOGS / "benchmarks" / "README.md"
+GPUS = 8  # of the official commands
+PAGES = (
+    "README.md",
+    "docs/*.md",
+    "segmentation/README.md",
+    "detection/README.md",
+    "logs/README.md",
+    "logs/*/README.md",
+)
 START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
+FLOPS = "FLOPs (G), with / without attention matmuls"
+SIZES = f"{FLOPS} | FLOPs, paper | #params (M) | #params, paper"
+DRIVE = "https://drive.google.com/file/d/{}/view"
 
 
-# ---------------------------------------------------------------- the tables
+# ---------------------------------------------------------------- the tables; links are relative to the root
 
 
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    header = list(header)
-    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+def markdown(header: str | Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """Return the lines of a table. `header` holds the names of its columns, or is a text with | between them."""
+    columns, rows = header.split(" | ") if isinstance(header, str) else list(header), list(rows)
+    if not rows:
+        return ["none yet"]
+    return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
 
 
-def paper() -> list[dict[str, str]]:
-    """A row for each model of the paper: see logs/README.md."""
-    with open(LOGS / "published" / "paper.csv", newline="") as file:
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def by_config(prefixes: tuple[str, ...]) -> list[tuple[dict[str, str], dict[str, str]]]:
-    """-> what is published of each config that begins so, and what tools/count.py found, which needs the libraries of
-    `make dense`.
-    """
-    with open(LOGS / "published" / "dense.csv", newline="") as file:
-        published = [row for row in csv.DictReader(file) if row["config"].startswith(prefixes)]
-    with open(LOGS / "dense_counts.csv", newline="") as file:
-        counts = {row["model"]: row for row in csv.DictReader(file)}
-    return [(row, counts[dense_model(row["config"])]) for row in published]
+def read_json(path: Path, *keys: str) -> dict:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot be read ({path}): restore the recorded file") from error
+    lacking = [key for key in keys if key not in record]
+    if lacking:
+        raise UserError(f"no {', '.join(lacking)} ({path}): restore the recorded file")
+    return record
+
+
+def paper() -> list[dict[str, str]]:
+    """Return a row for each model of the paper; logs/README.md describes the columns."""
+    return read_csv(LOGS / "published" / "paper.csv")
 
 
 def best(log: list[dict]) -> str:
@@ -65,110 +83,93 @@ def best(log: list[dict]) -> str:
 
 
 def classification() -> list[str]:
-    header = (
-        "Name",
-        "Alias in this code",
-        "Acc@1",
-        "FLOPs (G), with / without attention products",
-        "#params (M)",
-        "URL",
-        "Log: best Acc@1 (epoch)",
-    )
     logs, rows = published_logs(), []
     for row in paper():
-        counts = count(REGISTERED[row["model"]])
-        rows.append(
-            (
-                row["name"],
-                f"`{REGISTERED[row['model']]}`",
-                row["acc1"],
-                f"{counts['gmacs']:.1f} / {counts['gmacs_without_attention']:.1f}",
-                f"{counts['params'] / 1e6:.1f}",
-                f"[{row['model']}.pth](https://drive.google.com/file/d/{row['drive_id']}/view)",
-                f"[{best(logs[row['log']])}](logs/published/classification.csv)",
-            )
-        )
-    return markdown(header, rows)
+        name = REGISTERED[row["model"]]
+        counts = count(name)
+        flops = f"{counts['gmacs']:.1f} / {counts['gmacs_without_attention']:.1f}"
+        url = f"[{row['model']}.pth]({DRIVE.format(row['drive_id'])})"
+        log = f"[{best(logs[row['log']])}](logs/published/classification.csv)"
+        rows.append((row["name"], f"`{name}`", row["acc1"], flops, f"{counts['params'] / 1e6:.1f}", url, log))
+    return markdown(f"Name | Alias in this code | Acc@1 | {FLOPS} | #params (M) | URL | Log: best Acc@1 (epoch)", rows)
 
 
-def together(*figures: str) -> str:
-    return " / ".join(figure or "-" for figure in figures) if any(figures) else ""
+def recipe(row: dict[str, str]) -> tuple[str, int, list[str], str]:
+    """Return name, batch per GPU, [global batch, warm-up epochs, drop path, peak rate] and command of a model's recipe.
+
+    The rate and the command follow from main.py's defaults.
+    """
+    default, name, batch = get_parser().get_default, REGISTERED[row["model"]], int(row["global_batch"])
+    command = (
+        f"python -m torch.distributed.launch --nproc_per_node={GPUS} --use_env main.py --model {name} "
+        f"--batch-size {batch // GPUS} --data-path path_to_imagenet --dist-eval --drop-path {row['drop_path']}"
+    )
+    if int(row["warmup_epochs"]) != default("warmup_epochs"):
+        command += f" --warmup-epochs {row['warmup_epochs']}"
+    settings = [row["global_batch"], row["warmup_epochs"], row["drop_path"], f"{default('lr') * batch / 512:g}"]
+    return f"`{name}`", batch // GPUS, settings, f"`{command}`"
 
 
-def size_columns(counts: dict[str, str]) -> tuple[str, str]:
+def recipes() -> list[str]:
+    rows = [(name, *settings, command) for name, _, settings, command in map(recipe, paper())]
+    return markdown("Model | Global batch | Warm-up epochs | Drop path | Peak lr | Command", rows)
+
+
+def settings() -> list[str]:
+    """The recipes without their commands, for a narrow table."""
+    rows = [(name, f"{GPUS} x {batch}", *settings[1:]) for name, batch, settings, _ in map(recipe, paper())]
+    return markdown("Model | GPUs x `--batch-size` | `--warmup-epochs` | `--drop-path` | Peak lr", rows)
+
+
+def by_config(prefixes: tuple[str, ...]) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """Return the reported numbers and our counts of each config that begins with one of `prefixes`.
+
+    The counts are read from logs/dense_counts.csv, because counting needs the libraries of `make dense`.
+    """
+    published = [row for row in read_csv(LOGS / "published" / "dense.csv") if row["config"].startswith(prefixes)]
+    counts = {row["model"]: row for row in read_csv(LOGS / "dense_counts.csv")}
+    return [(row, counts[dense_model(row["config"])]) for row in published]
+
+
+def together(*numbers: str) -> str:
+    return " / ".join(number or "-" for number in numbers) if any(numbers) else ""
+
+
+def size_columns(row: dict[str, str], counts: dict[str, str]) -> tuple[str, ...]:
     flops = together(*(f"{float(counts[key]):.1f}" for key in ("gmacs", "gmacs_without_attention")))
-    return flops, f"{int(counts['params']) / 1e6:.1f}"
-
-
-SIZES = "FLOPs (G), with / without attention products", "FLOPs, paper", "#params (M)", "#params, paper"
+    return flops, row["flops_g"], f"{int(counts['params']) / 1e6:.1f}", row["params_m"]
 
 
 def segmentation() -> list[str]:
-    header = "Config", "mIoU", "multi-scale", "Log: last mIoU, best (iteration)", *SIZES, "URL"
     rows = []
     for row, counts in by_config(("fpn", "upernet")):
-        log = (
-            f"[{row['log_miou']}, {row['log_best_miou']} ({row['log_best_iteration']})](logs/published/dense.csv)"
-            if row["log_miou"]
-            else ""
-        )
-        flops, params = size_columns(counts)
-        url = (
-            f"[{row['checkpoint']}](https://drive.google.com/file/d/{row['drive_id']}/view)" if row["drive_id"] else ""
-        )
         name = f"[{row['config']}](segmentation/configs/{row['config']}.py)"
-        rows.append((name, row["miou"], row["miou_ms"], log, flops, row["flops_g"], params, row["params_m"], url))
-    return markdown(header, rows)
+        log = f"{row['log_miou']}, {row['log_best_miou']} ({row['log_best_iteration']})"
+        log = f"[{log}](logs/published/dense.csv)" if row["log_miou"] else ""
+        url = f"[{row['checkpoint']}]({DRIVE.format(row['drive_id'])})" if row["drive_id"] else ""
+        rows.append((name, row["miou"], row["miou_ms"], log, *size_columns(row, counts), url))
+    return markdown(f"Config | mIoU | multi-scale | Log: last mIoU, best (iteration) | {SIZES} | URL", rows)
 
 
 def detection() -> list[str]:
     """The paper's sizes of a model stand in its first row."""
-    header = "Config", "Box AP / AP50 / AP75", "small / medium / large", "Mask AP / AP50 / AP75", *SIZES
     rows = []
     for row, counts in by_config(("retinanet", "mask_rcnn")):
         name = f"[{row['config']}](detection/configs/{row['config']}.py)"
-        scores = [
-            together(*(row[key] for key in keys.split()))
-            for keys in ("ap ap50 ap75", "ap_s ap_m ap_l", "mask_ap mask_ap50 mask_ap75")
-        ]
-        flops, params = size_columns(counts)
-        rows.append((name, *scores, flops, row["flops_g"], params, row["params_m"]))
-    return markdown(header, rows)
+        columns = "ap ap50 ap75", "ap_s ap_m ap_l", "mask_ap mask_ap50 mask_ap75"
+        scores = [together(*(row[key] for key in keys.split())) for keys in columns]
+        rows.append((name, *scores, *size_columns(row, counts)))
+    return markdown(f"Config | Box AP / AP50 / AP75 | small / medium / large | Mask AP / AP50 / AP75 | {SIZES}", rows)
 
 
-def recipes() -> list[str]:
-    """The peak learning rate and the command follow from main.py's defaults."""
-    header = "Model", "Global batch", "Warm-up epochs", "Drop path", "Peak lr", "Command"
-    default, rows = get_parser().get_default, []
-    for row in paper():
-        name, batch, warmup = REGISTERED[row["model"]], int(row["global_batch"]), int(row["warmup_epochs"])
-        command = (
-            f"python -m torch.distributed.launch --nproc_per_node={GPUS} --use_env main.py --model {name} --batch-size "
-            f"{batch // GPUS} "
-            f"--data-path path_to_imagenet --dist-eval --drop-path {row['drop_path']}"
-        )
-        if warmup != default("warmup_epochs"):
-            command += f" --warmup-epochs {warmup}"
-        rate = default("lr") * batch / 512
-        rows.append((f"`{name}`", str(batch), str(warmup), row["drop_path"], f"{rate:g}", f"`{command}`"))
-    return markdown(header, rows)
+# ---------------------------------------------------------------- our runs and records
 
 
 def runs(logs: Path = LOGS) -> list[str]:
-    """Ours: the folders of logs/ that main.py wrote."""
-    header = (
-        "Run",
-        "Model",
-        "Data",
-        "Epochs",
-        "Best Acc@1 (epoch)",
-        "Last Acc@1",
-        "Images/s (median)",
-        "Device",
-        "Commit",
-    )
+    """Return the table of our classification runs: the folders of logs/ that main.py wrote."""
     folders = sorted(path.parent for path in logs.glob("*/log.txt") if path.with_name("environment.json").exists())
-    return markdown(header, map(run_row, folders)) if folders else ["none yet"]
+    header = "Run | Model | Data | Epochs | Best Acc@1 (epoch) | Last Acc@1 | Images/s (median) | Device | Commit"
+    return markdown(header, map(run_row, folders))
 
 
 def run_row(folder: Path) -> list[str]:
@@ -188,6 +189,11 @@ def run_row(folder: Path) -> list[str]:
     ]
 
 
+def short(commit: str) -> str:
+    commit, plus, changes = commit.partition("+")
+    return commit[:8] + plus + changes if commit else "unknown"
+
+
 SCORES = {
     "mIoU": "mIoU {:.2f}",
     "coco/bbox_mAP": "box AP {:.3f}",
@@ -202,59 +208,48 @@ def scores(record: dict) -> str:
 
 
 def dense_runs(logs: Path = LOGS) -> list[str]:
-    """Ours: the folders of logs/ that hold what segmentation/train.py or detection/train.py wrote."""
-    header = (
-        "Run",
-        "Iterations",
-        "Loss, first and last",
-        "Last scores",
-        "Of other pictures",
-        "Minutes of training",
-        "Device, threads",
-        "Commit",
-    )
+    """Return the table of our dense runs: the folders of logs/ that train.py of segmentation/ or detection/ wrote."""
     folders = sorted(path.parent for path in logs.glob("*/scalars.json"))
-    return markdown(header, map(dense_run_row, folders)) if folders else ["none yet"]
+    header = (
+        "Run | Iterations | Loss, first and last | Last scores | Scores on other images | Training time (min) | "
+        "Device, threads | Commit"
+    )
+    return markdown(header, map(dense_run_row, folders))
 
 
 def dense_run_row(folder: Path) -> list[str]:
     lines = [json.loads(line) for line in (folder / "scalars.json").read_text().splitlines()]
     environment = read_json(folder / "environment.json", "device", "threads", "commit")
     steps, scored = [line for line in lines if "loss" in line], [line for line in lines if scores(line)]
+    # A line's time is the mean of the iterations since the line before it.
     between = zip(steps, [0, *(line["iter"] for line in steps)])
     seconds = sum(line["time"] * (line["iter"] - before) for line, before in between)
-    others = (
-        f"{path.stem.removeprefix('scores_')}: {scores(json.loads(path.read_text()))}"
-        for path in sorted(folder.glob("scores_*.json"))
-    )
+    others = {path.stem.removeprefix("scores_"): path for path in sorted(folder.glob("scores_*.json"))}
     return [
         f"[{folder.name}](logs/{folder.name})",
         str(lines[-1]["step"]),
         f"{steps[0]['loss']:.3g}, {steps[-1]['loss']:.3g}",
         scores(scored[-1]) if scored else "",
-        "; ".join(others),
+        "; ".join(f"{name}: {scores(json.loads(path.read_text()))}" for name, path in others.items()),
         f"{seconds / 60:.0f}",
         f"{environment['device']}, {environment['threads']}",
         short(environment["commit"]),
     ]
 
 
-def short(commit: str) -> str:
-    commit, plus, changes = commit.partition("+")
-    return commit[:8] + plus + changes if commit else "unknown"
-
-
 MODES = ("eager", "compiled", "graphs")
 
 
-def speed(*folders: str, logs: Path = LOGS) -> list[str]:
-    """What tools/benchmark.py wrote: for each of its folders where it was measured and how, then a row for each
-    case.
-    """
+def record(name: str, logs: Path = LOGS) -> Path:
+    """Return the file of a record of tools/benchmark.py, by its folder's name or the newest by the end of that name."""
+    found = sorted(logs.glob(f"benchmarks/*{name}/results.json"))
+    return found[-1] if found else logs / "benchmarks" / name / "results.json"
+
+
+def speed(*names: str, logs: Path = LOGS) -> list[str]:
+    """Return, for each record, a line of where and how it was measured, then a row for each case."""
     lines = []
-    for path in [logs / "benchmarks" / name / "results.json" for name in folders] or sorted(
-        logs.glob("benchmarks/*/results.json")
-    ):
+    for path in [record(name, logs) for name in names] or sorted(logs.glob("benchmarks/*/results.json")):
         found = read_json(path, "environment", "settings", "cases")
         where = found["environment"]
         versions = f"torch {where['torch']}, timm {where['timm']}"
@@ -264,153 +259,117 @@ def speed(*folders: str, logs: Path = LOGS) -> list[str]:
     return [*lines, ""] if lines else ["none yet"]
 
 
-def speeds(cases: list[dict]) -> list[str]:
-    """Pictures per second of ours / each other, mode for mode, with the ratio; and the faster mode's share of the
-    product's rate.
+def same_mode(case: dict) -> dict[tuple[str, str], float]:
+    """Return the median ratios of ours to each other library, by (library, mode), both in that mode."""
+    return {
+        (ratio["library"], ratio["mode"]): ratio["median"] for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]
+    }
 
-    Where sizes differ, attention's shares of the operations too.
+
+def speeds(cases: list[dict]) -> list[str]:
+    """Return images per second of ours / each other network, with the ratio, and the % of peak GEMM throughput.
+
+    If the cases differ in image size, attention's shares of the operations too.
     """
     sizes = len({case["size"] for case in cases}) > 1
-    pairs = list(
-        dict.fromkeys(
-            (ratio["library"], ratio["mode"])
-            for case in cases
-            for ratio in case["ratios"]
-            if ratio["ours"] == ratio["mode"]
-        )
-    )
-    pairs.sort(key=lambda pair: MODES.index(pair[1]))  # stable: the order of the libraries stays
+    # Sorting is stable: the order of the libraries stays.
+    pairs = sorted(dict.fromkeys(pair for case in cases for pair in same_mode(case)), key=lambda p: MODES.index(p[1]))
     rows = []
     for case in cases:
-        rates = {(row["library"], row["mode"]): row for row in case["rows"]}
-        ahead = {
-            (ratio["library"], ratio["mode"]): ratio["median"]
-            for ratio in case["ratios"]
-            if ratio["ours"] == ratio["mode"]
-        }
+        rates = {(row["library"], row["mode"]): row["pictures_per_s"] for row in case["rows"]}
+        ratios = same_mode(case)
         best = max((row for row in case["rows"] if row["library"] == "ours"), key=lambda row: row["pictures_per_s"])
         row = [f"`{case['model']}`", case["task"], case["dtype"], f"{case['batch']} x {case['size']}"]
-        for library, mode in pairs:
-            both = [rates[name]["pictures_per_s"] for name in (("ours", mode), (library, mode)) if name in rates]
-            row.append(
-                f"{both[0]:.3g} / {both[1]:.3g} = {ahead[library, mode]:.2f}" if (library, mode) in ahead else ""
-            )
-        rows.append([*row, f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})"])
+        for pair in pairs:
+            both = f"{rates['ours', pair[1]]:.3g} / {rates[pair]:.3g} = {ratios[pair]:.2f}" if pair in ratios else ""
+            row.append(both)
+        row.append(f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})")
         if sizes:
-            rows[-1].append(
-                ", ".join(
-                    f"{name} {100 * share:.0f} %" for name, share in case["floor"]["shares_of_operations"].items()
-                )
-            )
-    columns = [
-        "Model",
-        "Task",
-        "dtype",
-        "Batch",
-        *(f"ours / {library}, {mode}" for library, mode in pairs),
-        "Share of product rate",
-    ]
-    return markdown([*columns, *(["Of operations"] if sizes else [])], rows)
-
-
-def read_json(path: Path, *keys: str) -> dict:
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot be read ({path}): put back what was written there") from error
-    lacking = [key for key in keys if key not in record]
-    if lacking:
-        raise UserError(f"no {', '.join(lacking)} ({path}): put back what was written there")
-    return record
+            shares = case["floor"]["shares_of_operations"].items()
+            row.append(", ".join(f"{name} {100 * share:.0f} %" for name, share in shares))
+        rows.append(row)
+    columns = ["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs)]
+    return markdown([*columns, "% of peak GEMM throughput", *["Operations"] * sizes], rows)
 
 
 TABLES = {
-    "classification": classification,
-    "recipes": recipes,
-    "segmentation": segmentation,
-    "detection": detection,
-    "runs": runs,
-    "dense_runs": dense_runs,
-    "speed": speed,
+    table.__name__: table
+    for table in (classification, recipes, settings, segmentation, detection, runs, dense_runs, speed)
 }
 
 
-# ---------------------------------------------------------------- the README
+# ---------------------------------------------------------------- the pages
 
 
-def find_tables(lines: list[str], source: Path) -> list[tuple[str, int, int]]:
-    """-> (name, first, stop) for each pair of markers, in order: lines[first:stop] is what stands between them."""
-    found, opened = [], None
-    for index, line in enumerate(lines):
-        where = f"{source}, line {index + 1}"
+def make_table(name: str, page: Path) -> list[str]:
+    """Return the lines of a table, with links relative to the folder of a page of the project."""
+    kind, *records = name.split()
+    folder = page.resolve().parent
+    start = folder if folder.is_relative_to(ROOT) else ROOT
+
+    def relative(match: re.Match) -> str:
+        return f"]({os.path.relpath(ROOT / match[1], start)})"
+
+    return [re.sub(r"\]\((?!https)([^)]+)\)", relative, line) for line in TABLES[kind](*records)]
+
+
+def fill(lines: list[str], page: Path) -> tuple[list[str], list[str]]:
+    """Return a page's lines with the tables between its markers written anew, and the names of those that differ."""
+    new, changed, name, first = [], [], None, 0
+    for number, line in enumerate(lines, start=1):
+        where = f"{page}, line {number}"
         if line.startswith("<!-- table:"):
-            if opened:
+            if name:
                 break
             match = START.fullmatch(line)
             if not match or match[1].split()[0] not in TABLES:
-                raise UserError(
-                    f"unknown table ({where}): expected <!-- table: NAME (python -m tools.readme_tables) --> of "
-                    f"{', '.join(TABLES)}"
-                )
-            opened = match[1], index + 1
+                expected = f"expected <!-- table: NAME (python -m tools.readme_tables) --> of {', '.join(TABLES)}"
+                raise UserError(f"unknown table ({where}): {expected}")
+            name, first = match[1], number
         elif line == END:
-            if not opened:
-                raise UserError(f"end of no table ({where}): write the line that begins it, or take this one away")
-            found.append((*opened, index))
-            opened = None
-    if opened:
-        raise UserError(f"table {opened[0]} is not closed ({source}, line {opened[1]}): write {END} where it ends")
-    return found
+            if not name:
+                raise UserError(f"end of no table ({where}): write the line that begins it, or delete this one")
+            table = make_table(name, page)
+            changed += [name] if table != lines[first : number - 1] else []
+            new += table
+            name = None
+        elif name:
+            continue
+        new.append(line)
+    if name:
+        raise UserError(f"table {name} is not closed ({page}, line {first}): write {END} after it")
+    return new, changed
 
 
-def fill(lines: list[str], source: Path) -> tuple[list[str], list[str]]:
-    """-> the lines of a README with its tables made anew, and the names of the tables that differ."""
-    new, changed, end = [], [], 0
-    for name, first, stop in find_tables(lines, source):
-        kind, *folders = name.split()
-        table = TABLES[kind](*folders)
-        new += lines[end:first] + table
-        end = stop
-        if table != lines[first:stop]:
-            changed.append(name)
-    return new + lines[end:], changed
+def update(page: Path, *, check: bool) -> int:
+    """Return the exit code for one page."""
+    try:
+        text = page.read_text()
+    except OSError as error:
+        raise UserError(f"cannot be read (--readme {page}): give a file") from error
+    lines, changed = fill(text.split("\n"), page)
+    if check and changed:
+        advice = "run python -m tools.readme_tables"
+        print(f"readme_tables.py: out of date ({page}, {', '.join(changed)}): {advice}", file=sys.stderr)
+        return 1
+    if changed:
+        files.write_text(page, "\n".join(lines))
+    print(f"{page}: {'wrote ' + ', '.join(changed) if changed else 'tables are up to date'}")
+    return 0
 
 
 def main(argv: list[str]) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--check", action="store_true", help="only say whether the tables are up to date, by the exit code"
-    )
-    parser.add_argument("--readme", type=Path, nargs="+", default=READMES, metavar="FILE", help="(the project's)")
+    note = "only report by the exit code whether the tables are up to date"
+    parser.add_argument("--check", action="store_true", help=note)
+    parser.add_argument("--readme", type=Path, nargs="+", metavar="FILE", help="(every page of the project)")
     args = parser.parse_args(argv)
-    return max([update(path, check=args.check) for path in args.readme])
-
-
-def update(readme: Path, *, check: bool) -> int:
-    """-> the exit code for one file."""
-    try:
-        text = readme.read_text()
-    except OSError as error:
-        raise UserError(f"cannot be read (--readme {readme}): give a file") from error
-    lines, changed = fill(text.split("\n"), readme)
-    if check and changed:
-        print(
-            f"readme_tables.py: out of date ({readme}, {', '.join(changed)}): run python -m tools.readme_tables",
-            file=sys.stderr,
-        )
-        return 1
-    if changed:
-        files.write_text(readme, "\n".join(lines))
-    print(f"{readme}: {'wrote ' + ', '.join(changed) if changed else 'tables are up to date'}")
-    return 0
+    pages = args.readme or [path for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
+    return max([update(page, check=args.check) for page in pages])
 
 
 def run(argv: list[str]) -> int:
-    try:
-        return main(argv)
-    except (UserError, LogError) as error:
-        print(f"readme_tables.py: error: {error}", file=sys.stderr)
-        return 2
+    return exit_code("readme_tables.py", main, argv)
 
 
 if __name__ == "__main__":

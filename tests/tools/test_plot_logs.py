@@ -1,4 +1,4 @@
-"""tools/plot_logs.py: the published runs are all there, the picture shows what it was given, and bad logs are one
+"""tools/plot_logs.py: the official runs are all there, the plot shows what it was given, and bad logs are one
 line.
 """
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from tools import plot_logs
 
-# First epoch, epochs, best Acc@1 and its epoch, last Acc@1 of each published run.
+# First epoch, epochs, best Acc@1 and its epoch, last Acc@1 of each official run.
 PUBLISHED = {
     "pcpvt_s": (0, 300, 81.226, 286, 81.140),
     "pcpvt_b": (0, 300, 82.722, 292, 82.720),
@@ -59,15 +59,15 @@ def test_published_runs():
     assert found == PUBLISHED
 
 
-def test_picture(run_folder, tmp_path, capsys):
+def test_plot(run_folder, tmp_path, capsys):
     output = tmp_path / "curves.png"
     assert plot_logs.run([str(run_folder), "-o", str(output)]) == 0
     assert capsys.readouterr().out == f"{output}\n"
-    with Image.open(output) as picture:
-        assert picture.format == "PNG"
-        assert picture.width > 1000 and picture.height > 300
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=2**24)}
-        assert {(255, 255, 255), (31, 119, 180)} <= colours  # the page, and the line of the first log
+    with Image.open(output) as image:
+        assert image.format == "PNG"
+        assert image.width > 1000 and image.height > 300
+        colors = {color for _, color in image.convert("RGB").getcolors(maxcolors=2**24)}
+        assert {(255, 255, 255), (31, 119, 180)} <= colors  # the page, and the line of the first log
 
 
 def test_a_log_over_the_published_ones(run_folder, figures):

@@ -243,12 +243,37 @@ def test_speed(tmp_path):
     assert found[1] == "A CPU, 2 threads, torch 2.13.0, timm 1.0.31, 2026-11-24, 30 rounds. `python -m tools.benchmark`"
     assert (
         found[3]
-        == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | Share of product rate |"
+        == "| Model | Task | dtype | Batch | ours / timm, eager | ours / timm, compiled | % of peak GEMM throughput |"
     )
     assert cells(found[3:-1]) == [
         ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20 / 10 = 2.01", "", "50 % (eager)"],
         ["`alt_gvt_demo`", "inference", "float32", "8 x 224", "20 / 10 = 2.01", "30 / 20 = 1.50", "75 % (compiled)"],
     ]
+
+
+def test_the_newest_record_by_the_end_of_its_name(tmp_path):
+    for name in ("2026-01-02_cpu_inference", "2026-01-10_other_cpu_inference", "2026-01-11_cpu_training"):
+        (tmp_path / "benchmarks" / name).mkdir(parents=True)
+        (tmp_path / "benchmarks" / name / "results.json").touch()
+    assert readme_tables.record("cpu_inference", tmp_path).parent.name == "2026-01-10_other_cpu_inference"
+    assert readme_tables.record("2026-01-02_cpu_inference", tmp_path).parent.name == "2026-01-02_cpu_inference"
+
+
+def test_settings_are_those_of_the_recipes():
+    for short, long in zip(cells(readme_tables.settings()), cells(readme_tables.recipes())):
+        gpus, batch = map(int, short[1].split(" x "))
+        assert [short[0], str(gpus * batch), *short[2:]] == long[:5]
+
+
+def test_links_are_relative_to_the_page():
+    for page, logs, config in (
+        ("README.md", "logs", "segmentation/configs"),
+        ("segmentation/README.md", "../logs", "configs"),
+        ("logs/benchmarks/README.md", "..", "../../segmentation/configs"),
+    ):
+        lines = "\n".join(readme_tables.make_table("segmentation", ROOT / page))
+        assert f"]({logs}/published/dense.csv)" in lines and f"]({config}/fpn" in lines
+        assert "](https://drive.google.com" in lines
 
 
 def test_attentions_shares_where_sizes_differ():
@@ -259,7 +284,7 @@ def test_attentions_shares_where_sizes_differ():
         for size, gsa in ((224, 0.1), (512, 0.304))
     ]
     table = readme_tables.speeds(cases)
-    assert table[0].endswith("| Share of product rate | Of operations |")
+    assert table[0].endswith("| % of peak GEMM throughput | Operations |")
     assert [row[-1] for row in cells(table)] == ["LSA 20 %, GSA 10 %", "LSA 20 %, GSA 30 %"]
 
 
@@ -357,7 +382,7 @@ BAD = {
     "unknown table": ([BEGIN.format("throughput"), END], "unknown table"),
     "a folder that is not there": (
         [BEGIN.format("speed no_such-folder"), END],
-        "no_such-folder/results.json): put back",
+        "no_such-folder/results.json): restore",
     ),
     "a folder of no speed": ([BEGIN.format("runs mine"), END], "unknown table"),
     "no name": ([BEGIN.format("  "), END], "unknown table"),
@@ -385,7 +410,7 @@ def test_other_errors_are_one_line(tmp_path, capsys, monkeypatch):
     (folder / "args.json").write_text("{}")
     assert_one_line(["--readme", str(path)], "no model, data_path, epochs", capsys)
     (folder / "args.json").unlink()
-    assert_one_line(["--readme", str(path)], "args.json): put back", capsys)
+    assert_one_line(["--readme", str(path)], "args.json): restore", capsys)
     (folder / "log.txt").write_text("")
     assert_one_line(["--readme", str(path)], "empty log", capsys)
 
