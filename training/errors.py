@@ -54,5 +54,16 @@ def exit_code(program: str, main: Callable[[list[str]], int | None], argv: list[
     try:
         return main(argv) or 0
     except UserError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
+
+
+def short_reason(error: Exception) -> str:
+    """The type and the message of another library's exception, in at most 200 characters."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    first_line = (str(error.args[0] if error.args else error).strip().splitlines() or [""])[0]
+    message = " ".join(first_line.split())[:200]
+    if isinstance(error, KeyError) and " " not in message:
+        return f"{message!r} is missing"
+    return f"{type(error).__name__}: {message}"

@@ -1,4 +1,4 @@
-"""Segmentors and detectors learn: the configs of configs/small, and the config that the README shows."""
+"""Segmentors and detectors learn: the configs of configs/small, and the config in the README."""
 
 import importlib.util
 import json
@@ -75,7 +75,7 @@ def digits(tmp_path_factory):
     "task, name, iterations",
     [("segmentation", "fpn_alt_gvt_demo_digits", 400), ("detection", "mask_rcnn_alt_gvt_demo_digits", 200)],
 )
-def test_the_demo_learns_from_fresh_weights(digits, tmp_path, task, name, iterations):
+def test_the_demo_learns_from_scratch(digits, tmp_path, task, name, iterations):
     data = digits / task
     options = [
         "model.backbone.pretrained=None",
@@ -116,9 +116,9 @@ GOALS = {
 @pytest.mark.parametrize("name", GOALS)
 @pytest.mark.skipif(
     not (ROOT / "detection/data/coco-mini").exists(),
-    reason="no pictures of COCO in detection/data/coco-mini: ten minutes each",
+    reason="no images of COCO in detection/data/coco-mini: ten minutes each",
 )
-def test_a_detector_learns_eight_pictures_by_heart(tmp_path, name):
+def test_a_detector_overfits_eight_images(tmp_path, name):
     command = [sys.executable, "train.py", f"configs/small/{name}.py", "--seed", "0", "--work-dir", tmp_path]
     result = run(command, ROOT / "detection", timeout=2300)
     assert result.returncode == 0, result.stderr[-2000:]
