@@ -1,5 +1,6 @@
 """Checks of a config before a run, and of models and data at its start. Each error is one line that says what to do."""
 
+import logging
 from pathlib import Path
 
 from mmengine.config import Config
@@ -67,7 +68,7 @@ def check_batch(cfg: Config) -> None:
             f"total batch size {total} ({get_world_size()} processes x {images} images), the recipe's is {recipe}: the "
             "learning rate is not scaled, set optim_wrapper.optimizer.lr with --cfg-options",
             logger="current",
-            level=30,
+            level=logging.WARNING,
         )
 
 

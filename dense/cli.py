@@ -38,7 +38,9 @@ def add_shared_options(parser: Parser) -> None:
         text = "set values of the config, as model.backbone.pad=zero"
         parser.add_argument(name, nargs="+", default=[], metavar="KEY=VALUE", help=text)
     launchers = ["none", "pytorch", "slurm", "mpi"]
-    parser.add_argument("--launcher", choices=launchers, default="none", help="starts the processes (%(default)s)")
+    parser.add_argument(
+        "--launcher", choices=launchers, default="none", help="what started the processes (%(default)s)"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help="ignored: launchers set it in the environment")
 
 
@@ -156,7 +158,7 @@ def build_runner(args, cfg, payload: dict):
         with libraries.quiet():
             runner = TwinsRunner.from_cfg(cfg)
     except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot build from the config ({args.config}): {short_reason(error)}") from error
+        raise UserError(f"cannot build from the config ({args.config}): {short_reason(error)}; fix it") from error
     runner.register_hook(StartChecks())
     runner.opened = {cfg.load_from: payload}
     if is_main_process():
@@ -168,14 +170,9 @@ def build_runner(args, cfg, payload: dict):
 
 def run_training(args, library: str) -> None:
     if args.gpus or args.gpu_ids:
-        raise UserError(
-            "not supported (--gpus, --gpu-ids): use bash dist_train.sh CONFIG GPUS, and CUDA_VISIBLE_DEVICES to choose"
-        )
+        raise UserError("not supported (--gpus, --gpu-ids): use bash dist_train.sh CONFIG GPUS, CUDA_VISIBLE_DEVICES")
     if args.resume_from and args.load_from:
-        raise UserError(
-            "both --resume-from and --load-from (command line): the first continues a training run, the second starts "
-            "a new one; pass one of them"
-        )
+        raise UserError("both --resume-from (continue a run) and --load-from (start a new one): pass one of them")
     libraries.load(library)
     from dense.checks import check_batch, check_data, check_pretrained
     from training import checkpoint
@@ -223,12 +220,8 @@ def run_test(args, library: str) -> None:
     check_data(cfg, "test")
     cfg.load_from, cfg.resume, cfg.model.backbone.pretrained = args.checkpoint, False, None
     payload = checkpoint.load(args.checkpoint)
-    options = key_values(args.eval_options, "--eval-options")
-    label_folder = None
-    if library == "mmseg":
-        label_folder = set_segmentation_metric(args, cfg, options)
-    else:
-        set_detection_metric(args, cfg, options)
+    set_metric = set_segmentation_metric if library == "mmseg" else set_detection_metric
+    label_folder = set_metric(args, cfg, key_values(args.eval_options, "--eval-options"))
     set_drawing(args, cfg)
     if args.aug_test:
         if "tta_model" not in cfg:

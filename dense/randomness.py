@@ -36,17 +36,9 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 class KeyedIndex(int):
-    """The index of an image, with the key (process, epoch, position) of its random numbers."""
+    """The index of an image, with the key of its random numbers: process, epoch, position."""
 
-    key: tuple[int, ...]
-
-    def __new__(cls, index: int, key: tuple[int, ...]):
-        keyed = super().__new__(cls, index)
-        keyed.key = key
-        return keyed
-
-    def __reduce__(self):
-        return KeyedIndex, (int(self), self.key)
+    key: tuple[int, ...] = ()
 
 
 @DATA_SAMPLERS.register_module()
@@ -61,7 +53,9 @@ class KeyedSampler(Sampler):
 
     def __iter__(self) -> Iterator[KeyedIndex]:
         for position, index in zip(itertools.count(self.start), self.inner):
-            yield KeyedIndex(index, (get_rank(), self.epoch, position))
+            keyed = KeyedIndex(index)
+            keyed.key = get_rank(), self.epoch, position
+            yield keyed
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -76,14 +70,13 @@ class KeyedSampler(Sampler):
 
 
 class SeededPrepareData:
-    """Replace prepare_data and _rand_another of a data set, in place, by the same seeded with the index's key and the
-    number of the attempt: mmengine uses another image if the pipeline rejects one.
+    """A data set's prepare_data and _rand_another, seeded by the index's key and the number of the attempt: mmengine
+    uses another image if the pipeline rejects one.
     """
 
     def __init__(self, dataset, seed: int):
         self.prepare_data, self.rand_another, self.seed = dataset.prepare_data, dataset._rand_another, seed
         self.key, self.attempt = (), 0
-        dataset.prepare_data, dataset._rand_another = self.prepare, self.another
 
     def prepare(self, index: int) -> object:
         self.key, self.attempt = (index.key, 0) if isinstance(index, KeyedIndex) else (self.key, self.attempt + 1)
@@ -93,6 +86,12 @@ class SeededPrepareData:
     def another(self) -> int:
         with seeded(self.seed, IMAGES, *self.key, self.attempt, 0):
             return self.rand_another()
+
+
+def seed_by_index(dataset, seed: int) -> None:
+    """Make a data set, in place, seed what it does for each KeyedIndex."""
+    data = SeededPrepareData(dataset, seed)
+    dataset.prepare_data, dataset._rand_another = data.prepare, data.another
 
 
 class StepRandomness(Hook):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dense.libraries import quiet
-from dense.randomness import SeededPrepareData, StepRandomness
+from dense.randomness import StepRandomness, seed_by_index
 from dense.transforms import CheckedPrepareData, with_checks
 from training import checkpoint
 from training.errors import UserError, short_reason
@@ -132,14 +132,14 @@ class TwinsRunner(Runner):
         if hasattr(loader.dataset, "prepare_data"):
             loader.dataset.prepare_data = CheckedPrepareData(loader.dataset)
             if shuffled:
-                SeededPrepareData(loader.dataset, seed)
+                seed_by_index(loader.dataset, seed)
         return loader
 
     def build_evaluator(self, evaluator: dict | list | Evaluator) -> Evaluator:
         try:
             return super().build_evaluator(with_checks(evaluator, self.default_scope.scope_name))
         except Exception as error:
-            raise UserError(f"cannot build the evaluator (of the config): {short_reason(error)}") from error
+            raise UserError(f"cannot build the evaluator (of the config): {short_reason(error)}; fix it") from error
 
     def dump_config(self) -> None:
         """Do nothing: an earlier run's config stays in the folder until this one has begun, see DumpConfig."""
@@ -151,9 +151,7 @@ class TwinsRunner(Runner):
 
     # ------------------------------------------------------------ files
 
-    def load_checkpoint(
-        self, filename: str, map_location: str = "cpu", strict: bool = False, revise_keys: list | None = None
-    ) -> dict:
+    def load_checkpoint(self, filename: str) -> dict:
         """Load a file's weights. In a new training run that starts from them, heads of another shape keep their initial
         weights; any other difference is an error.
         """
@@ -177,13 +175,7 @@ class TwinsRunner(Runner):
             self.logger.info(f"in the file, not used: {', '.join(unused)}")
         return payload
 
-    def resume(
-        self,
-        filename: str,
-        resume_optimizer: bool = True,
-        resume_param_scheduler: bool = True,
-        map_location: str = "cpu",
-    ) -> None:
+    def resume(self, filename: str) -> None:
         """Continue the run that wrote a file. Unlike mmengine's, this reads tensors and plain values only."""
         payload = self.load_checkpoint(filename)
         try:

@@ -114,7 +114,7 @@ def scoring(library, *words):
         (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--gpus", "2"], "dist_train.sh CONFIG GPUS"),
         (
             ["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--resume-from", "a", "--load-from", "b"],
-            "both --resume-from and --load-from",
+            "both --resume-from .* and --load-from",
         ),
         (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--cfg-options", "model.backbone.pad"], "not KEY=VALUE"),
         (
