@@ -73,9 +73,7 @@ def check_batch(cfg: Config) -> None:
 
 
 class StartChecks(Hook):
-    """Check the heads' classes and the annotations that scores need at the start, for the validation of a training run
-    too.
-    """
+    """Check at the start the heads' classes and the annotations for scores, also those of a later validation."""
 
     def before_train(self, runner) -> None:
         check_classes(runner.model, runner.train_dataloader.dataset)
@@ -116,8 +114,8 @@ def check_classes(model: nn.Module, dataset) -> None:
     found = getattr(dataset, "cat_ids", classes)  # in COCO's format: those that the annotations list
     if len(found) != len(classes):
         raise UserError(
-            f"classes without annotations ({dataset.ann_file}): {len(found)} of {len(classes)} are listed there, set "
-            "metainfo.classes of the data set"
+            f"classes missing in the annotations ({dataset.ann_file}): {len(found)} of {len(classes)} are listed; set "
+            "metainfo.classes of the data set to those"
         )
     for name, module in model.named_modules():
         number = getattr(module, "num_classes", None)
@@ -125,6 +123,6 @@ def check_classes(model: nn.Module, dataset) -> None:
         head = "head" in name and not name.endswith("rpn_head") and isinstance(number, int)
         if classes and head and number != len(classes):
             raise UserError(
-                f"a head for another number of classes ({name}: {number}): the data set has {len(classes)}, set "
-                "num_classes of this head"
+                f"a head for another number of classes ({name}: {number}): the data set has {len(classes)}, set its "
+                "num_classes with --cfg-options"
             )

@@ -170,7 +170,7 @@ def build_runner(args, cfg, payload: dict):
 
 def run_training(args, library: str) -> None:
     if args.gpus or args.gpu_ids:
-        raise UserError("not supported (--gpus, --gpu-ids): use bash dist_train.sh CONFIG GPUS, CUDA_VISIBLE_DEVICES")
+        raise UserError("not supported (--gpus, --gpu-ids): run dist_train.sh CONFIG GPUS, set CUDA_VISIBLE_DEVICES")
     if args.resume_from and args.load_from:
         raise UserError("both --resume-from (continue a run) and --load-from (start a new one): pass one of them")
     libraries.load(library)
@@ -188,7 +188,7 @@ def run_training(args, library: str) -> None:
     payload = {}
     if cfg.load_from:
         payload = checkpoint.load(cfg.load_from)
-        cfg.model.backbone.pretrained = None  # a whole model's weights follow
+        cfg.model.backbone.pretrained = None  # the weights of the complete model follow
     if cfg.resume and args.seed is None:
         cfg.randomness.seed = seed_of(payload, cfg.load_from)  # which the order of images depends on
     check_pretrained(cfg)

@@ -89,7 +89,7 @@ class SeededPrepareData:
 
 
 def seed_by_index(dataset, seed: int) -> None:
-    """Make a data set, in place, seed what it does for each KeyedIndex."""
+    """Change a data set, in place, to seed its random numbers for each KeyedIndex."""
     data = SeededPrepareData(dataset, seed)
     dataset.prepare_data, dataset._rand_another = data.prepare, data.another
 

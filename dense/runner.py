@@ -29,7 +29,7 @@ from dense.transforms import CheckedPrepareData, with_checks
 from training import checkpoint
 from training.errors import UserError, short_reason
 
-# In official checkpoints of whole models, but in no model here: the classifier and the final norm of their backbones
+# In official checkpoints of segmentors and detectors, but in no model here: the backbone's classifier and final norm
 UNUSED = ("backbone.head.", "backbone.norm.")
 
 
@@ -126,7 +126,7 @@ class TwinsRunner(Runner):
         except Exception as error:  # an annotation file may be wrong in any way
             empty = "need at least one array" in str(error)  # what mmengine makes of an empty list
             if not empty:
-                raise UserError(f"cannot build the data set ({where}): {short_reason(error)}") from error
+                raise UserError(f"cannot build the data set ({where}): {short_reason(error)}; fix it") from error
         if empty:
             raise UserError(f"no images with labels ({where}): check the folders, the suffixes and the annotations")
         if hasattr(loader.dataset, "prepare_data"):

@@ -5,8 +5,6 @@ TwinsLoadAnnotations, TwinsResize and TwinsRandomFlip do what the transforms of 
 have these names without Twins. They also accept images of a single row or column.
 """
 
-from collections.abc import Iterator
-
 import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform
@@ -62,7 +60,7 @@ class TwinsRandomFlip(BaseTransform):
 
     def transform(self, results: dict) -> dict:
         results = self.flip.transform(results)
-        # NumPy calls a flipped row contiguous, so that nothing copies it later, but torch refuses its negative stride.
+        # NumPy calls a flipped row contiguous, so that nothing copies it later, but torch rejects its negative stride.
         if 1 in results["img"].shape[:2]:
             results["img"] = results["img"].copy()
         return results
@@ -124,7 +122,9 @@ class CheckedPrepareData:
         except Exception as error:  # the transforms of three libraries raise anything
             reason = short_reason(error).replace(f": {info.get('img_path')}", "")
             raise UserError(f"cannot use an image ({info.get('img_path')}): {reason}; fix or remove it") from error
-        for sample in samples(data):
+        # Several samples with test-time augmentation, none if the pipeline rejected the image
+        samples = (data or {}).get("data_samples", [])
+        for sample in samples if isinstance(samples, list) else [samples]:
             self.check(sample, info)
         return data
 
@@ -144,9 +144,3 @@ class CheckedPrepareData:
                     f"a label of no class ({info['seg_map_path']}): {int(wrong.max()) + first}; the data set has "
                     f"{self.classes} classes, labels {first} to {self.classes - 1 + first}"
                 )
-
-
-def samples(data: dict | None) -> Iterator[object]:
-    """Yield the samples of a pipeline's output: several with test-time augmentation, none if the image was rejected."""
-    found = (data or {}).get("data_samples", [])
-    yield from found if isinstance(found, list) else [found]

@@ -82,8 +82,8 @@ def dataset_of(config, part, **options):
     return TwinsRunner.build_dataloader(loader, seed=0).dataset
 
 
-def refusal(start, *args):
-    """The one line of what must be refused."""
+def error_of(start, *args):
+    """The one line of a call that must fail."""
     with pytest.raises(UserError) as caught:
         start(*args)
     line = str(caught.value)
@@ -171,7 +171,7 @@ def test_an_image_that_cannot_be_read(library, part, content, tmp_path):
     if content is None and library == "mmseg":
         pytest.skip("the folder is the list")
     path.unlink() if content is None else path.write_bytes(content)
-    assert re.match(rf"cannot use an image \({path}\): .*; fix or remove it", refusal(use_all, config, part))
+    assert re.match(rf"cannot use an image \({path}\): .*; fix or remove it", error_of(use_all, config, part))
 
 
 # ---------------------------------------------------------------- labels
@@ -203,7 +203,7 @@ def test_labels_that_cannot_be_used(part, labels, says, tmp_path):
             path.write_bytes(labels)
         elif labels is not None:
             Image.fromarray(labels.astype(np.uint16 if labels.dtype == np.uint16 else np.uint8)).save(path)
-        assert re.search(says, refusal(use_all, config, part))
+        assert re.search(says, error_of(use_all, config, part))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
@@ -314,7 +314,7 @@ def test_wrong_annotations(name, part, tmp_path, capsys):
         config, data = toy(tmp_path, "mmdet")
         with annotations(data, f"{part}2017") as content:
             change(content)
-        line = refusal(use_all, config, part)
+        line = error_of(use_all, config, part)
         assert re.search(says, line)
         assert re.search(r"instances_(train|val)2017.json|/000000000000.jpg", line)
 
@@ -346,7 +346,7 @@ def test_annotations_that_cannot_be_scored(change, says, tmp_path, capsys):
         check_scores(Evaluator(scores), dataset)
         with annotations(data, "val2017") as content:
             change(content)
-        assert re.match(says, refusal(check_scores, Evaluator(scores), dataset))
+        assert re.match(says, error_of(check_scores, Evaluator(scores), dataset))
 
 
 @pytest.mark.parametrize("text", ["", "{not json", "[1]", '"x"', "{}", "\x00\xff"])
@@ -354,7 +354,9 @@ def test_annotations_that_are_none(text, tmp_path, capsys):
     with within("mmdet"):
         config, data = toy(tmp_path, "mmdet")
         (data / "annotations" / "instances_val2017.json").write_text(text)
-        assert re.match(r"cannot build the data set \(.*instances_val2017.json\): ", refusal(dataset_of, config, "val"))
+        assert re.match(
+            r"cannot build the data set \(.*instances_val2017.json\): ", error_of(dataset_of, config, "val")
+        )
 
 
 def test_no_image_has_a_box(tmp_path, capsys):
@@ -366,7 +368,7 @@ def test_no_image_has_a_box(tmp_path, capsys):
         with annotations(data, "train2017") as content:
             content["annotations"] = []
         cfg = Config.fromfile(config).train_dataloader | dict(persistent_workers=False)
-        assert "no images with labels" in refusal(TwinsRunner.build_dataloader, cfg, 0)
+        assert "no images with labels" in error_of(TwinsRunner.build_dataloader, cfg, 0)
 
 
 @pytest.mark.slow
@@ -521,7 +523,7 @@ def test_checkpoints_of_something_else(runners, library, which, tmp_path):
         for value in runner.model.state_dict().values():
             value.zero_()
         checkpoint.save(tmp_path / "other.pth", payload)
-        assert re.search(says, refusal(runner.load_checkpoint, str(tmp_path / "other.pth"))), name
+        assert re.search(says, error_of(runner.load_checkpoint, str(tmp_path / "other.pth"))), name
         assert not any(value.any() for value in runner.model.state_dict().values())
 
 
@@ -534,7 +536,7 @@ def test_a_checkpoint_that_is_not_there(library, tmp_path, monkeypatch):
         parser, start = (cli.train_parser(), cli.run_training) if option else (cli.test_parser(library), cli.run_test)
         words = [str(config), *([option] if option else []), "run/epoch_13.pth"]
         assert (
-            refusal(start, parser.parse_args(words), library)
+            error_of(start, parser.parse_args(words), library)
             == "no such file (run/epoch_13.pth): did you mean epoch_12.pth?"
         )
     assert not (tmp_path / "work_dirs").exists()
@@ -551,7 +553,7 @@ def test_a_checkpoint_that_is_not_there(library, tmp_path, monkeypatch):
 def test_missing_data_of_a_detector(part, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, _ = toy(tmp_path, "mmdet")
-    line = refusal(cli.run_training, cli.train_parser().parse_args([str(config), "--cfg-options", *words]), "mmdet")
+    line = error_of(cli.run_training, cli.train_parser().parse_args([str(config), "--cfg-options", *words]), "mmdet")
     assert "none" in line and f"set {part}_" in line
     assert not (tmp_path / "work_dirs").exists()
 
@@ -569,7 +571,7 @@ def contents(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def refused(library, program, *words):
+def command_error(library, program, *words):
     """The one line of a command that ends with 2."""
     result = command(library, program, *words)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-2000:]
@@ -579,7 +581,7 @@ def refused(library, program, *words):
 
 
 @pytest.mark.slow
-def test_what_is_refused_leaves_everything(library, tmp_path):
+def test_an_error_leaves_everything(library, tmp_path):
     """An earlier run's folder and an earlier test's labels or results stay, whatever goes wrong and whenever:
     before a run, or in it.
     """
@@ -600,20 +602,20 @@ def test_what_is_refused_leaves_everything(library, tmp_path):
     before = contents(tmp_path / "run")
     assert {"segmentor.py", "detector.py"} & set(before) and file.name in before and len(before) > 3
     head = "decode_head" if library == "mmseg" else "roi_head.bbox_head"
-    assert "another number of classes" in refused(
+    assert "another number of classes" in command_error(
         library, "train", config, *train, "--cfg-options", f"model.{head}.num_classes=7"
     )
-    assert "do not fit" in refused(
+    assert "do not fit" in command_error(
         library, "test", config, file, *score, "--cfg-options", f"model.{head}.num_classes=7"
     )
     last = sorted((data / "images" / "validation" if library == "mmseg" else data / "val2017").iterdir())[-1]
     last.write_bytes(jpeg()[:500])
     for workers in (0, 1):
         words = [*score, "--cfg-options", f"test_dataloader.num_workers={workers}"]
-        assert f"cannot use an image ({last})" in refused(library, "test", config, file, *words)
+        assert f"cannot use an image ({last})" in command_error(library, "test", config, file, *words)
     shutil.rmtree(last.parent)
-    assert "no image folder" in refused(library, "test", config, file, *score)
-    assert "no image folder" in refused(library, "train", config, *train)
+    assert "no image folder" in command_error(library, "test", config, file, *score)
+    assert "no image folder" in command_error(library, "train", config, *train)
     assert contents(tmp_path / "run") == before
     assert not [path for path in (tmp_path / "run").iterdir() if "unfinished" in path.name]
 
@@ -680,7 +682,7 @@ def test_states_that_cannot_be_resumed(library, tmp_path, monkeypatch):
         damage(payload)
         checkpoint.save(tmp_path / "state.pth", payload)
         words = [str(config), "--work-dir", "again", "--no-validate", "--resume-from", "state.pth"]
-        line = refusal(cli.run_training, cli.train_parser().parse_args(words), library)
+        line = error_of(cli.run_training, cli.train_parser().parse_args(words), library)
         assert line.startswith("cannot resume (state.pth): ") and line.endswith(
             "; --load-from starts a new training run from its weights"
         ), name

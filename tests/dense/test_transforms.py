@@ -12,6 +12,7 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 
 from dense import libraries
 from dense.transforms import CHECKED, with_checks
+from training.errors import short_reason
 
 SIZES = [(1, 1), (1, 4000), (4000, 1), (37, 53)]
 
@@ -112,3 +113,21 @@ def test_private_names_that_are_used_exist():
         assert (progress.epoch, progress.iter) == (3, 70)
     assert callable(BaseDataset._rand_another)  # dense/randomness.py seeds it
     assert CocoMetric(metric="bbox")._coco_api is None  # dense/checks.py looks into it
+
+
+# ---------------------------------------------------------------- errors of the libraries
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyError("bbox"), "'bbox' is missing"),
+        (KeyError("X is not in the registry"), "KeyError: X is not in the registry"),
+        (FileNotFoundError(2, "No such file", "a.png"), "No such file: a.png"),
+        (ValueError("  two   words\nand a second line"), "ValueError: two words"),
+        (RuntimeError(), "RuntimeError: "),
+        (ValueError("x" * 300), "ValueError: " + "x" * 200),
+    ],
+)
+def test_short_reason(error, reason):
+    assert short_reason(error) == reason
