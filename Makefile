@@ -18,7 +18,7 @@ DEMO_TRAINING := --epochs 20 --warmup-epochs 0 --lr 4e-3 --hflip 0 --mixup 0 --c
 # $(call learn,CONFIG,NAME,SCORES): train, score and draw, from inside segmentation/ or detection/
 define learn
 ../$(RUN) train.py $(1) --work-dir ../output/$(2) --seed 0 --no-validate && \
-../$(RUN) test.py $(1) "$$(cat ../output/$(2)/last_checkpoint)" --work-dir ../output/$(2) --eval $(3) --show-dir ../output/$(2)/pictures
+../$(RUN) test.py $(1) "$$(cat ../output/$(2)/last_checkpoint)" --work-dir ../output/$(2) --eval $(3) --show-dir ../output/$(2)/images
 endef
 
 .DEFAULT_GOAL := help
@@ -69,10 +69,10 @@ demo-dense: dense
 	cd segmentation && $(call learn,configs/small/fpn_alt_gvt_demo_digits.py,segmentor,mIoU)
 	cd detection && $(call learn,configs/small/mask_rcnn_alt_gvt_demo_digits.py,detector,bbox segm --show-score-thr 0.5)
 	@echo
-	@echo "pictures with labels segmentation/data/digits, detection/data/digits"
+	@echo "images with labels   segmentation/data/digits, detection/data/digits"
 	@echo "weights              output/segmentor/iter_600.pth, output/detector/iter_300.pth"
-	@echo "truth and findings   output/segmentor/pictures/vis_data/vis_image, output/detector/pictures"
-	@echo "next: your own pictures, with a copy of one of these configs"
+	@echo "truth, predictions   output/segmentor/images/vis_data/vis_image, output/detector/images"
+	@echo "next: your own images, with a copy of one of these configs"
 
 test: dense
 	$(RUN) -m pytest

@@ -1,1 +1,1 @@
-"""What segmentation and detection share: the backbone, the parts of a config that depend on it, and the commands."""
+"""What segmentation and detection share: the backbone, the parts of configs, and the commands."""

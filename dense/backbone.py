@@ -1,8 +1,8 @@
-"""Twins as the backbone of segmentors and detectors, known to mmsegmentation and mmdetection by `type="TwinsBackbone"`.
+"""Twins as the backbone of segmentors and detectors: `type="TwinsBackbone"` in configs of mmsegmentation and
+mmdetection.
 
-Importing this file registers it once, in mmengine's root registry, where both libraries look. The class names of the
-published segmentation and detection folders are registered beside it, in the registry of the library that each folder
-was written for.
+Importing this file registers it in mmengine's root registry, where both libraries look. The class names of the official
+segmentation and detection folders are registered beside it, each in the registry of its library.
 """
 
 from gvt import SMALLEST, VARIANTS, Twins
@@ -21,22 +21,21 @@ from torch import Tensor, nn
 from training import checkpoint
 
 STAGES = (0, 1, 2, 3)
-PARTS = ("patch_embeds", "pos_drops", "blocks", "pos_block")  # lists with an entry for each stage
+PARTS = ("patch_embeds", "pos_drops", "blocks", "pos_block", "norm_list")  # lists with an entry for each stage
 
 
-def say(message: str) -> None:
+def warn(message: str) -> None:
     print_log(message, logger="current", level=logging.WARNING)
 
 
 @MODELS.register_module()
 class TwinsBackbone(Twins):
-    """(B, 3, H, W) -> the maps (B, C_k, H / 2^(k+2), W / 2^(k+2)) of the stages k in out_indices. A side under 32 is
-    padded to 32.
+    """(B, 3, H, W) -> maps (B, C_k, H / 2^(k+2), W / 2^(k+2)) of stages k in out_indices. Sides under 32 are padded.
 
-    variant: a key of gvt.VARIANTS. pad: what a window does beyond the map, see gvt.LocalAttention. pretrained: a file
-    of weights, read by init_weights(), which a training from the start calls and nothing else. Twins-SVT has a norm for
-    each map (`norm_list`), PCPVT has none, as published. There is no classifier and no final norm, so that every
-    parameter gets a gradient.
+    variant: a key of gvt.VARIANTS. pad: how windows treat what lies outside the map, see gvt.LocalAttention.
+    pretrained: a weight file, read by init_weights(), which only a training run from the start calls. As in the
+    official code, Twins-SVT has a norm for each map (`norm_list`) and PCPVT has none. There is no classifier and no
+    final norm, so every parameter gets a gradient.
     """
 
     def __init__(
@@ -57,26 +56,25 @@ class TwinsBackbone(Twins):
         self.set_grad_checkpointing(grad_checkpointing)
         self.norm_list = None
         if VARIANTS[variant].window is not None:
-            self.norm_list = nn.ModuleList(
-                nn.LayerNorm(dim, eps=1e-6) for dim in VARIANTS[variant].dims[: len(self.blocks)]
-            )
+            dims = VARIANTS[variant].dims[: len(self.blocks)]
+            self.norm_list = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
 
     def init_weights(self) -> None:
-        """Take the weights of `pretrained`, if there is one, and say what was and what was not in it."""
+        """Load the weights of `pretrained`, if given, and log what was loaded, missing and unused."""
         if self.pretrained is None:
             return
-        state = checkpoint.weights(checkpoint.load(self.pretrained), source=self.pretrained)
-        pruned = tuple(f"{part}.{stage}." for part in (*PARTS, "norm_list") for stage in STAGES[len(self.blocks) :])
-        unused = ("head.", "norm.", *pruned)
+        file = self.pretrained
+        state = checkpoint.weights(checkpoint.load(file), source=file)
+        pruned = tuple(f"{part}.{stage}." for part in PARTS for stage in STAGES[len(self.blocks) :])
+        may_have = ("head.", "norm.", *pruned)
         checkpoint.load_into(
-            self, state, source=self.pretrained, may_lack=("norm_list.",), may_have=unused, lists_all="TWINS_DEBUG=1"
+            self, state, source=file, may_lack=("norm_list.",), may_have=may_have, lists_all="TWINS_DEBUG=1"
         )
         own = self.state_dict()
-        fresh, left = [name for name in own if name not in state], [name for name in state if name not in own]
-        found = f"{len(own) - len(fresh)} of {len(own)} tensors from {self.pretrained}"
-        say(
-            f"{self.variant}: {found}; not in it, so left fresh: {parts_of(fresh)}; in it, but not used: "
-            f"{parts_of(left)}"
+        missing, unused = own.keys() - state.keys(), state.keys() - own.keys()
+        warn(
+            f"{self.variant}: loaded {len(own) - len(missing)} of {len(own)} tensors from {file}; missing in the file, "
+            f"randomly initialized: {parts_of(missing, own)}; in the file, not used: {parts_of(unused, state)}"
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -86,53 +84,53 @@ class TwinsBackbone(Twins):
         return tuple(each.permute(0, 3, 1, 2).contiguous() for each in maps)
 
 
-def parts_of(names: list[str]) -> str:
-    return ", ".join(dict.fromkeys(name.split(".")[0] for name in names)) or "nothing"
+def parts_of(names: set[str], order: dict[str, Tensor]) -> str:
+    """The parts of a model that some of its tensors belong to, in the model's order."""
+    return ", ".join(dict.fromkeys(name.split(".")[0] for name in order if name in names)) or "nothing"
 
 
-# ---------------------------------------------------------------- the published class names
+# ---------------------------------------------------------------- the official class names
 
-# What the published configs inherit from a ResNet's, or write, and what the published classes never read.
-LEFTOVERS = {"depth", "num_stages", "out_indices", "norm_cfg", "norm_eval", "style"}
-# library: leftovers, padding, drop path (of all, and of the exceptions), and the published names of our variants
-PUBLISHED = {
+# Keys that the official configs inherit from a ResNet's, or set, and that the official classes never read.
+UNREAD = {"depth", "num_stages", "out_indices", "norm_cfg", "norm_eval", "style"}
+# By library: unread keys, padding, the variants whose drop path is not DROP_PATH, and names that are not the variant's
+OFFICIAL = {
     "mmseg": dict(
-        leftovers=LEFTOVERS | {"dilations", "strides", "contract_dilation", "drop_path_rate"},
+        unread=UNREAD | {"dilations", "strides", "contract_dilation", "drop_path_rate"},
         pad="mask",
         drop_path={"alt_gvt_large": 0.3},
         names=dict(pcpvt_small="pcpvt_small_v0", pcpvt_base="pcpvt_base_v0"),
     ),
-    "mmdet": dict(leftovers=LEFTOVERS | {"frozen_stages"}, pad="zero", drop_path={}, names={}),
+    "mmdet": dict(unread=UNREAD | {"frozen_stages"}, pad="zero", drop_path={}, names={}),
 }
 DROP_PATH = 0.2
 
 
-def published_drop_path(library: str, variant: str) -> float:
-    """What the published run of a variant had, whatever its config said: the classes held it, and differ in one."""
-    return PUBLISHED[library]["drop_path"].get(variant, DROP_PATH)
+def official_drop_path(library: str, variant: str) -> float:
+    """The drop path of a variant's official run, which its class set, whatever the config said."""
+    return OFFICIAL[library]["drop_path"].get(variant, DROP_PATH)
 
 
-def register_published(registry: Registry, library: str, variant: str) -> None:
-    """Register a variant under its published class name, with the padding and the drop path that this class had."""
-    facts = PUBLISHED[library]
-    rate = published_drop_path(library, variant)
+def register_official(registry: Registry, library: str, variant: str) -> None:
+    """Register a variant under its official class name, with the padding and the drop path of that class."""
+    facts, rate = OFFICIAL[library], official_drop_path(library, variant)
 
-    def build(*, pretrained: str | None = None, **others) -> TwinsBackbone:
-        dropped = {key: others.pop(key) for key in sorted(facts["leftovers"] & others.keys())}
-        if dropped:
-            words = ", ".join(f"{key}={value!r}" for key, value in dropped.items())
-            say(
-                f"{build.__name__}: without effect, as published: {words} (drop path is {rate}; type='TwinsBackbone' "
-                "takes another)"
+    def build(*, pretrained: str | None = None, **options) -> TwinsBackbone:
+        ignored = {key: options.pop(key) for key in sorted(facts["unread"] & options.keys())}
+        if ignored:
+            keys = ", ".join(f"{key}={value!r}" for key, value in ignored.items())
+            warn(
+                f"{build.__name__}: ignored, as in the official code: {keys}; for a drop path other than {rate}, use "
+                "type='TwinsBackbone'"
             )
-        return TwinsBackbone(variant, drop_path_rate=rate, pad=facts["pad"], pretrained=pretrained, **others)
+        return TwinsBackbone(variant, drop_path_rate=rate, pad=facts["pad"], pretrained=pretrained, **options)
 
     build.__name__ = build.__qualname__ = facts["names"].get(variant, variant)
     registry.register_module(module=build)
 
 
-for _library in PUBLISHED:
+for _library in OFFICIAL:
     if importlib.util.find_spec(_library):
         for _variant in VARIANTS:
             if _variant != "alt_gvt_demo":
-                register_published(importlib.import_module(f"{_library}.registry").MODELS, _library, _variant)
+                register_official(importlib.import_module(f"{_library}.registry").MODELS, _library, _variant)

@@ -1,6 +1,4 @@
-"""The published commands of segmentation and detection: train.py and test.py of both folders call train() and test()
-here.
-"""
+"""The official commands of segmentation and detection: train.py and test.py of both folders call train() and test()."""
 
 import argparse
 import contextlib
@@ -21,7 +19,7 @@ import torch.distributed
 
 from dense import libraries
 from training import files
-from training.errors import UserError, one_line
+from training.errors import UserError, exit_code, library_reason
 from utils import environment, is_main_process, keep_freed_memory, process_group
 
 METRICS = {
@@ -30,71 +28,53 @@ METRICS = {
 }
 
 
-def shared_options(parser: Parser) -> None:
+# ---------------------------------------------------------------- options
+
+
+def add_shared_options(parser: Parser) -> None:
     parser.add_argument("config", help="a config file")
-    parser.add_argument(
-        "--work-dir", metavar="FOLDER", help="where everything is written (work_dirs/NAME OF THE CONFIG)"
-    )
+    parser.add_argument("--work-dir", metavar="FOLDER", help="output folder (work_dirs/NAME OF THE CONFIG)")
     for name in ("--options", "--cfg-options"):
-        parser.add_argument(
-            name,
-            nargs="+",
-            default=[],
-            metavar="KEY=VALUE",
-            help="set values of the config, as model.backbone.pad=zero",
-        )
+        text = "set values of the config, as model.backbone.pad=zero"
+        parser.add_argument(name, nargs="+", default=[], metavar="KEY=VALUE", help=text)
+    launchers = ["none", "pytorch", "slurm", "mpi"]
     parser.add_argument(
-        "--launcher",
-        choices=["none", "pytorch", "slurm", "mpi"],
-        default="none",
-        help="what started the processes (%(default)s)",
+        "--launcher", choices=launchers, default="none", help="what started the processes (%(default)s)"
     )
-    parser.add_argument("--local_rank", type=int, default=0, help="ignored: launchers tell it through the environment")
+    parser.add_argument("--local_rank", type=int, default=0, help="ignored: launchers set it in the environment")
 
 
 def train_parser() -> Parser:
-    parser = Parser(description="Train on a config.")
-    shared_options(parser)
-    parser.add_argument("--resume-from", metavar="FILE", help="go on with the training that wrote this checkpoint")
-    parser.add_argument("--load-from", metavar="FILE", help="start a new training from the weights of this checkpoint")
-    parser.add_argument("--no-validate", action="store_true", help="no scores during the training")
-    parser.add_argument("--seed", type=int, help="(drawn, and written to the log)")
+    parser = Parser(description="Train a model on a config.")
+    add_shared_options(parser)
+    parser.add_argument("--resume-from", metavar="FILE", help="continue the training run that wrote this checkpoint")
+    parser.add_argument("--load-from", metavar="FILE", help="start a new training run from the weights in this file")
+    parser.add_argument("--no-validate", action="store_true", help="no scores during training")
+    parser.add_argument("--seed", type=int, help="(random, and written to the log)")
     parser.add_argument("--deterministic", action="store_true", help="the same bits each time on a GPU, at some cost")
-    parser.add_argument("--gpus", help="refused: start that many processes with dist_train.sh")
-    parser.add_argument("--gpu-ids", nargs="+", help="refused: name GPUs with CUDA_VISIBLE_DEVICES")
+    parser.add_argument("--gpus", help="not supported: start that many processes with dist_train.sh")
+    parser.add_argument("--gpu-ids", nargs="+", help="not supported: choose GPUs with CUDA_VISIBLE_DEVICES")
     return parser
 
 
 def test_parser(library: str) -> Parser:
-    parser = Parser(description="Score a checkpoint.")
-    shared_options(parser)
+    parser = Parser(description="Evaluate a checkpoint.")
+    add_shared_options(parser)
     parser.add_argument("checkpoint", help="the weights of a segmentor or a detector")
-    parser.add_argument(
-        "--eval",
-        nargs="+",
-        choices=METRICS[library],
-        metavar="NAME",
-        help=f"scores: {', '.join(METRICS[library])} (the config's)",
-    )
-    parser.add_argument(
-        "--aug-test", action="store_true", help="segmentation: the mean over six sizes, each as it is and mirrored"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="FILE",
-        help="write the results: detection a .pkl, segmentation a folder with a PNG for each picture",
-    )
-    parser.add_argument(
-        "--format-only", action="store_true", help="write the results as a test server wants them, without scores"
-    )
-    parser.add_argument("--show", action="store_true", help="show each picture with its result")
-    parser.add_argument("--show-dir", metavar="FOLDER", help="write each picture with its result there")
-    parser.add_argument(
-        "--show-score-thr", type=float, default=0.3, help="detection: draw what scores at least this (%(default)s)"
-    )
-    parser.add_argument(
-        "--eval-options", nargs="+", default=[], metavar="KEY=VALUE", help="options of the metric, as classwise=True"
-    )
+    names = METRICS[library]
+    parser.add_argument("--eval", nargs="+", choices=names, metavar="NAME", help=f"{', '.join(names)} (the config's)")
+    text = "segmentation: the mean over six sizes, each as it is and flipped"
+    parser.add_argument("--aug-test", action="store_true", help=text)
+    text = "write the results: detection to a .pkl file, segmentation to a folder with a PNG for each image"
+    parser.add_argument("--out", metavar="FILE", help=text)
+    text = "write the results in the format of a test server, without scores"
+    parser.add_argument("--format-only", action="store_true", help=text)
+    parser.add_argument("--show", action="store_true", help="show each image with its result")
+    parser.add_argument("--show-dir", metavar="FOLDER", help="write each image with its result to this folder")
+    text = "detection: draw boxes that score at least this (%(default)s)"
+    parser.add_argument("--show-score-thr", type=float, default=0.3, help=text)
+    text = "options of the metric, as classwise=True"
+    parser.add_argument("--eval-options", nargs="+", default=[], metavar="KEY=VALUE", help=text)
     parser.add_argument("--gpu-collect", action="store_true", help="gather the processes' results over GPUs")
     parser.add_argument("--tmpdir", metavar="FOLDER", help="gather the processes' results through this folder")
     return parser
@@ -110,53 +90,76 @@ def key_values(words: list[str], option: str) -> dict:
     try:
         DictAction(option, "values")(None, parsed, words)
     except (AssertionError, ValueError, IndexError) as error:
-        raise UserError(f"not a value ({option}, {' '.join(words)}): {error}") from None
+        raise UserError(f"cannot read the value ({option}, {' '.join(words)}): {error}") from None
     return parsed.values
 
 
-def configure(args, library: str):
-    """The config with what the command line says, for this machine, and the processes of the run joined."""
-    from dense.checks import read_config
-    from dense.runner import for_this_machine
+# ---------------------------------------------------------------- a run
 
+
+def train(library: str, argv: list[str] | None = None) -> None:
+    sys.exit(run(lambda argv: run_training(train_parser().parse_args(argv), library), argv))
+
+
+def test(library: str, argv: list[str] | None = None) -> None:
+    sys.exit(run(lambda argv: run_test(test_parser(library).parse_args(argv), library), argv))
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
+    """Call main as one of the processes of a run; return the exit code."""
+
+    def in_group(argv: list[str] | None) -> None:
+        with process_group():
+            main(argv)
+            # The runner is a cycle: its model must release the group before the group ends, or the process may abort.
+            gc.collect()
+
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    return exit_code(Path(sys.argv[0]).name, in_group, argv)
+
+
+def print_once(line: str) -> None:
+    """Print in one process, also before the processes are joined."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
+
+
+def configure(args, library: str):
+    """Return the config with the command line's values, adapted to this machine, and join the processes of the run."""
+    from dense.checks import read_config
+    from dense.runner import adapt_to_machine
+
+    if library == "mmseg":
+        from dense import segmentor  # noqa: F401  registers what a user's config may not import
     cfg = read_config(args.config)
-    if cfg.get("default_scope") != library:
-        raise UserError(
-            f"a config for {cfg.get('default_scope')} ({args.config}): {libraries.TASKS[library]} reads those for "
-            f"{library}"
-        )
+    scope = cfg.get("default_scope")
+    if scope != library:
+        raise UserError(f"a config for {scope} ({args.config}): {libraries.TASKS[library]} needs one for {library}")
     try:
         cfg.merge_from_dict(key_values(args.options, "--options") | key_values(args.cfg_options, "--cfg-options"))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot set that in the config (--cfg-options): {str(error).strip()}") from None
+        raise UserError(f"no such key in the config (--cfg-options): {str(error).strip()}") from None
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
-    for line in for_this_machine(cfg):
-        say(line)
+    for line in adapt_to_machine(cfg):
+        print_once(line)
     if args.launcher == "pytorch" and not torch.cuda.is_available():
         torch.distributed.init_process_group("gloo")
     return cfg
 
 
-def say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
-
-
-def start(args, cfg, payload: dict):
-    """The runner of a config, which will not read the file of `payload` again; what the config's parts refuse is one
-    line.
-    """
-    from dense.checks import ClassesCheck
-    from dense.pictures import reason
+def build_runner(args, cfg, payload: dict):
+    """Return the runner of a config, which will not read the file of `payload` again."""
+    from dense.checks import StartChecks
     from dense.runner import TwinsRunner
 
     try:
         with libraries.quiet():
             runner = TwinsRunner.from_cfg(cfg)
     except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot build what the config says ({args.config}): {reason(error)}") from error
-    runner.register_hook(ClassesCheck())
+        raise UserError(f"cannot build from the config ({args.config}): {library_reason(error)}; fix it") from error
+    runner.register_hook(StartChecks())
     runner.opened = {cfg.load_from: payload}
     if is_main_process():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -165,40 +168,11 @@ def start(args, cfg, payload: dict):
     return runner
 
 
-def train(library: str, argv: list[str] | None = None) -> None:
-    sys.exit(finish(lambda: run_training(train_parser().parse_args(argv), library)))
-
-
-def test(library: str, argv: list[str] | None = None) -> None:
-    sys.exit(finish(lambda: run_test(test_parser(library).parse_args(argv), library)))
-
-
-def finish(run: Callable[[], None]) -> int:
-    """Errors of the user are one line and exit code 2."""
-    if not torch.cuda.is_available():
-        keep_freed_memory()
-    try:
-        with process_group():
-            run()
-            # the runner is a cycle: its model must let go of the group before the group ends, or the process may abort
-            gc.collect()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr, flush=True)
-        return 2
-    return 0
-
-
 def run_training(args, library: str) -> None:
     if args.gpus or args.gpu_ids:
-        raise UserError(
-            "--gpus and --gpu-ids are gone (command line): bash dist_train.sh CONFIG GPUS, with CUDA_VISIBLE_DEVICES "
-            "to choose them"
-        )
+        raise UserError("not supported (--gpus, --gpu-ids): run dist_train.sh CONFIG GPUS, set CUDA_VISIBLE_DEVICES")
     if args.resume_from and args.load_from:
-        raise UserError(
-            "both --resume-from and --load-from (command line): the first goes on with a training, the second starts "
-            "a new one"
-        )
+        raise UserError("both --resume-from (continue a run) and --load-from (start a new one): pass one of them")
     libraries.load(library)
     from dense.checks import check_batch, check_data, check_pretrained
     from training import checkpoint
@@ -209,29 +183,28 @@ def run_training(args, library: str) -> None:
     check_data(cfg, "train", *([] if args.no_validate else ["val"]))
     cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = None
     cfg.randomness = dict(seed=args.seed, deterministic=args.deterministic)
-    cfg.resume, cfg.load_from = (
-        bool(args.resume_from or cfg.get("resume")),
-        args.resume_from or args.load_from or cfg.get("load_from"),
-    )
-    payload = checkpoint.load(cfg.load_from) if cfg.load_from else {}
+    cfg.resume = bool(args.resume_from or cfg.get("resume"))
+    cfg.load_from = args.resume_from or args.load_from or cfg.get("load_from")
+    payload = {}
     if cfg.load_from:
-        cfg.model.backbone.pretrained = None  # a whole model's weights follow
+        payload = checkpoint.load(cfg.load_from)
+        cfg.model.backbone.pretrained = None  # the weights of the complete model follow
     if cfg.resume and args.seed is None:
-        cfg.randomness.seed = seed_of(payload, cfg.load_from)  # the order of pictures is the seed's
+        cfg.randomness.seed = seed_of(payload, cfg.load_from)  # which the order of images depends on
     check_pretrained(cfg)
-    runner = start(args, cfg, payload)
+    runner = build_runner(args, cfg, payload)
     check_batch(cfg)
     runner.train()
 
 
 def seed_of(payload: dict, source: str) -> int | None:
-    """Of the training that wrote a checkpoint; None where another program did."""
+    """The seed of the run that wrote a checkpoint; None if another program did."""
+    from dense.runner import cannot_resume
+
     meta = payload.get("meta")
     seed = meta.get("seed") if isinstance(meta, dict) else None
     if not isinstance(seed, int | None):
-        raise UserError(
-            f"no training to resume ({source}): its seed is no number; --load-from starts a new one from its weights"
-        )
+        raise cannot_resume(source, "its seed is not a number")
     return seed
 
 
@@ -247,16 +220,20 @@ def run_test(args, library: str) -> None:
     check_data(cfg, "test")
     cfg.load_from, cfg.resume, cfg.model.backbone.pretrained = args.checkpoint, False, None
     payload = checkpoint.load(args.checkpoint)
-    labels = score(args, cfg, library)
-    draw(args, cfg)
+    set_metric = set_segmentation_metric if library == "mmseg" else set_detection_metric
+    label_folder = set_metric(args, cfg, key_values(args.eval_options, "--eval-options"))
+    set_drawing(args, cfg)
     if args.aug_test:
         if "tta_model" not in cfg:
-            raise UserError(f"no test-time augmentation ({args.config}): its config has no tta_model and tta_pipeline")
+            raise UserError(f"no test-time augmentation ({args.config}): add a tta_model and a tta_pipeline")
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(cfg.tta_model, module=cfg.model)
-    runner = start(args, cfg, payload)
-    with written_whole(labels) if labels is not None else contextlib.nullcontext():
+    runner = build_runner(args, cfg, payload)
+    with all_or_nothing(label_folder) if label_folder else contextlib.nullcontext():
         runner.test()
+
+
+# ---------------------------------------------------------------- results of a test
 
 
 def unfinished(folder: Path) -> Path:
@@ -264,10 +241,8 @@ def unfinished(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def written_whole(folder: Path) -> Iterator[None]:
-    """What is written to unfinished(folder) meanwhile takes its place in `folder` when all is there; after an error
-    nothing does.
-    """
+def all_or_nothing(folder: Path) -> Iterator[None]:
+    """Move what is written to unfinished(folder) meanwhile into `folder` at the end; after an error, delete it."""
     first = is_main_process()
     try:
         if first:
@@ -279,67 +254,62 @@ def written_whole(folder: Path) -> Iterator[None]:
             for path in unfinished(folder).iterdir():
                 path.replace(folder / path.name)
     except OSError as error:
-        raise UserError(f"cannot write the labels ({folder}): {error.strerror or error}") from error
+        raise UserError(f"cannot write the labels ({folder}): {error.strerror or error}; pass another --out") from error
     finally:
         if first:
             shutil.rmtree(unfinished(folder), ignore_errors=True)
 
 
-def score(args, cfg, library: str) -> Path | None:
-    """--eval, --format-only, --out, --eval-options, --gpu-collect and --tmpdir, in the words of today's metrics. Gives
-    the folder of labels.
-    """
+def set_segmentation_metric(args, cfg, options: dict) -> Path | None:
+    """Set the metric by the options of a test; return the folder for labels, if they are to be written."""
     metric, labels = cfg.test_evaluator, None
-    names = list(args.eval or [])
-    options = key_values(args.eval_options, "--eval-options")
-    if library == "mmseg":
-        metric.iou_metrics = names or metric.iou_metrics
-        folder = args.out or options.pop("imgfile_prefix", None)
-        if folder or args.format_only:
-            labels = Path(folder or os.path.join(cfg.work_dir, "labels")).with_suffix("")
-            metric.output_dir, metric.keep_results, metric.format_only = str(unfinished(labels)), True, args.format_only
-            say(f"a PNG of labels for each picture: {labels}")
-        if options.pop("efficient_test", None) is not None:
-            say("--eval-options efficient_test: not needed, results are counted picture by picture")
-    else:
-        if "mAP" in names:
-            # The published README's word. Of boxes, and of masks where the model finds masks.
-            names = [
-                *(name for name in names if name != "mAP"),
-                "bbox",
-                *(["segm"] if "mask_head" in cfg.model.get("roi_head", {}) else []),
-            ]
-            say(f"--eval mAP: {' and '.join(dict.fromkeys(names))}")
-        metric.metric = list(dict.fromkeys(names)) or metric.metric
-        prefix = options.pop("jsonfile_prefix", None)
-        if prefix or args.format_only:
-            metric.outfile_prefix, metric.format_only = (
-                prefix or os.path.join(cfg.work_dir, "results"),
-                args.format_only,
-            )
-            say(f"results in COCO's format: {metric.outfile_prefix}.*.json")
-        if args.out:
-            if not args.out.endswith((".pkl", ".pickle")):
-                raise UserError(f"not a .pkl (--out {args.out}): results in COCO's format come with --format-only")
-            cfg.test_evaluator = [metric, dict(type="DumpDetResults", out_file_path=args.out)]
-    metric.update(options)
-    metric.collect_device = "gpu" if args.gpu_collect else "cpu"
-    if args.tmpdir and library == "mmseg":
-        say("--tmpdir: not needed, processes send each other a few counts")
-    elif args.tmpdir:
-        metric.collect_dir = args.tmpdir
+    metric.iou_metrics = args.eval or metric.iou_metrics
+    folder = args.out or options.pop("imgfile_prefix", None)
+    if folder or args.format_only:
+        labels = Path(folder or os.path.join(cfg.work_dir, "labels")).with_suffix("")
+        metric.output_dir, metric.format_only = str(unfinished(labels)), args.format_only
+        print_once(f"a PNG of labels for each image: {labels}")
+    if options.pop("efficient_test", None) is not None:
+        print_once("--eval-options efficient_test: not needed, each image is counted at once")
+    metric.update(options, collect_device="gpu" if args.gpu_collect else "cpu")
+    if args.tmpdir:
+        print_once("--tmpdir: not needed, processes exchange a few counts only")
     return labels
 
 
-def draw(args, cfg) -> None:
-    """--show, --show-dir and --show-score-thr."""
+def set_detection_metric(args, cfg, options: dict) -> None:
+    """Set the metric by the options of a test. mAP, the official README's name, is that of boxes, and of masks too if
+    the model has a mask head.
+    """
+    metric, names = cfg.test_evaluator, list(args.eval or [])
+    if "mAP" in names:
+        names = [name for name in names if name != "mAP"] + ["bbox"]
+        names += ["segm"] if "mask_head" in cfg.model.get("roi_head", {}) else []
+        print_once(f"--eval mAP: {' and '.join(dict.fromkeys(names))}")
+    metric.metric = list(dict.fromkeys(names)) or metric.metric
+    prefix = options.pop("jsonfile_prefix", None)
+    if prefix or args.format_only:
+        metric.outfile_prefix = prefix or os.path.join(cfg.work_dir, "results")
+        metric.format_only = args.format_only
+        print_once(f"results in COCO's format: {metric.outfile_prefix}.*.json")
+    metric.update(options, collect_device="gpu" if args.gpu_collect else "cpu")
+    if args.tmpdir:
+        metric.collect_dir = args.tmpdir
+    if args.out:
+        if not args.out.endswith((".pkl", ".pickle")):
+            raise UserError(f"not a .pkl file (--out {args.out}): for results in COCO's format, pass --format-only")
+        cfg.test_evaluator = [metric, dict(type="DumpDetResults", out_file_path=args.out)]
+
+
+def set_drawing(args, cfg) -> None:
+    """Set the visualization by --show, --show-dir and --show-score-thr."""
     if args.show and not os.environ.get("DISPLAY"):
-        raise UserError("no display (--show): --show-dir FOLDER writes the pictures")
-    if args.show or args.show_dir:
-        cfg.default_hooks.visualization.update(draw=True, show=args.show, interval=1)
-        if cfg.default_scope == "mmdet":
-            cfg.default_hooks.visualization.update(
-                score_thr=args.show_score_thr, test_out_dir=os.path.abspath(args.show_dir) if args.show_dir else None
-            )
-        elif args.show_dir:
-            cfg.visualizer.save_dir = args.show_dir
+        raise UserError("no display (--show): pass --show-dir FOLDER to write the images to files")
+    if not (args.show or args.show_dir):
+        return
+    cfg.default_hooks.visualization.update(draw=True, show=args.show, interval=1)
+    if cfg.default_scope == "mmdet":
+        folder = os.path.abspath(args.show_dir) if args.show_dir else None
+        cfg.default_hooks.visualization.update(score_thr=args.show_score_thr, test_out_dir=folder)
+    elif args.show_dir:
+        cfg.visualizer.save_dir = args.show_dir

@@ -1,6 +1,4 @@
-"""mmsegmentation and mmdetection, imported whole, or named in one line with the command that installs them. Their noise
-ends here.
-"""
+"""Import all of mmsegmentation or mmdetection without their noise, or name the command that installs them."""
 
 import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
@@ -15,31 +13,24 @@ from collections.abc import Iterator
 from training.errors import UserError
 
 TASKS = {"mmseg": "segmentation", "mmdet": "detection"}
-PARTS = (
-    "datasets",
-    "engine",
-    "evaluation",
-    "models",
-    "structures",
-    "visualization",
-)  # importing them fills a library's registries
+# Importing these packages of a library fills its registries.
+PACKAGES = ("datasets", "engine", "evaluation", "models", "structures", "visualization")
 
-# What the libraries say to their own developers, or about what we chose on purpose. Each is silenced where it is said,
-# and nowhere else.
+# The beginnings of warnings for the libraries' own developers, or about choices that are made on purpose here.
 NOISE = [
-    "`torch.jit",  # they compile small functions in a way that torch means to drop
+    "`torch.jit",  # they compile small functions in a way that torch will drop
     "faster_coco_eval is not installed",  # one more metric, which nothing here uses
     "``MultiScaleDeformableAttention`` has been moved",
-    "`broadcast_buffers` is deprecated",  # mmengine's word for torch's forward_sync_buffers
-    "The draw is False",  # of their picture hooks: --show and --show-dir turn them on
-    "Default ``avg_non_ignore`` is False",  # on purpose: as published
+    "`broadcast_buffers` is deprecated",  # mmengine's name for torch's forward_sync_buffers
+    "The draw is False",  # of their visualization hooks: --show and --show-dir turn them on
+    "Default ``avg_non_ignore`` is False",  # on purpose: as in the official code
 ]
 SKIPPED = "Could not import OneDL"  # an optional service of the forks' makers
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the lines above."""
+    """Silence the warnings of NOISE."""
     with warnings.catch_warnings():
         for begin in NOISE:
             warnings.filterwarnings("ignore", message=begin)
@@ -61,8 +52,8 @@ def load(library: str) -> None:
             raise UserError(f"{TASKS[library]} needs {name}, which is not installed: run make dense")
     printed = io.StringIO()
     with quiet(), contextlib.redirect_stdout(printed):
-        for part in PARTS:
-            importlib.import_module(f"{library}.{part}")
+        for package in PACKAGES:
+            importlib.import_module(f"{library}.{package}")
     for line in printed.getvalue().splitlines():
         if not line.startswith(SKIPPED):
             print(line)

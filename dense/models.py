@@ -1,23 +1,18 @@
-"""What a segmentor or a detector must know about a Twins variant: its name, its weights and its widths. For the
-configs.
-"""
+"""Parts of configs: models of a Twins variant, learning rate schedules, data loaders and pipelines."""
 
 from gvt import VARIANTS
 
 
 def backbone(variant: str, **options) -> dict:
-    """The variant with its published weights. options: those of dense.backbone.TwinsBackbone that differ from the
-    setting's.
-    """
+    """The variant with its classification weights. options: those of dense.backbone.TwinsBackbone that differ."""
     return dict(variant=variant, pretrained=f"pretrained/{variant}.pth") | options
 
 
 def upernet(variant: str, *, num_classes: int = 150, **options) -> dict:
     dims = list(VARIANTS[variant].dims)
-    decode = dict(in_channels=dims, num_classes=num_classes)
     return dict(
         backbone=backbone(variant, **options),
-        decode_head=decode,
+        decode_head=dict(in_channels=dims, num_classes=num_classes),
         auxiliary_head=dict(in_channels=dims[2], num_classes=num_classes),
     )
 
@@ -27,103 +22,107 @@ def with_fpn(variant: str, **options) -> dict:
     return dict(backbone=backbone(variant, **options), neck=dict(in_channels=list(VARIANTS[variant].dims)))
 
 
-def steps(*, epochs: int, down_at: list[int], warmup: int = 500) -> list[dict]:
-    """The detectors' learning rates: from a thousandth in `warmup` iterations, then a tenth less at each epoch of
-    `down_at`.
+# ---------------------------------------------------------------- learning rates
 
-    A schedule of mmengine takes end - begin - 1 steps, hence the end of the first.
+
+def step_schedule(*, epochs: int, milestones: list[int], warmup: int = 500) -> list[dict]:
+    """A detector's: linear warm-up from a thousandth in `warmup` iterations, then a tenth at each milestone (epochs).
+
+    mmengine's schedules take end - begin - 1 steps, hence the end of the first.
     """
     return [
         dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=warmup + 1),
-        dict(type="MultiStepLR", gamma=0.1, by_epoch=True, begin=0, end=epochs, milestones=down_at),
+        dict(type="MultiStepLR", gamma=0.1, by_epoch=True, begin=0, end=epochs, milestones=milestones),
     ]
 
 
-def poly(
+def poly_schedule(
     *, iterations: int, power: float = 1.0, eta_min: float = 0.0, warmup: int = 0, start_factor: float = 1e-6
 ) -> list[dict]:
-    """A segmentor's learning rates: (1 - i / iterations)^power from the rate to eta_min, times a straight line up in
-    `warmup` iterations.
-
-    Ends as in `steps`.
-    """
+    """A segmentor's: (1 - i / iterations)^power from the rate to eta_min, times a linear warm-up. Ends as above."""
     line = [dict(type="LinearLR", start_factor=start_factor, by_epoch=False, begin=0, end=warmup + 1)] if warmup else []
     return [*line, dict(type="PolyLR", power=power, eta_min=eta_min, by_epoch=False, begin=0, end=iterations + 1)]
 
 
-def endless(batch_size: int, workers: int, **dataset) -> dict:
-    """A segmentor's training data, in one order after another."""
+# ---------------------------------------------------------------- segmentation data
+
+
+def train_loader(batch_size: int, workers: int, **dataset) -> dict:
+    """Batches in one random order after another, without an end."""
     sampler = dict(type="InfiniteSampler", shuffle=True)
     return dict(batch_size=batch_size, num_workers=workers, persistent_workers=True, sampler=sampler, dataset=dataset)
 
 
-def one_by_one(workers: int, **dataset) -> dict:
-    """A segmentor's data for scores."""
+def eval_loader(workers: int, **dataset) -> dict:
+    """One image at a time, in order."""
     sampler = dict(type="DefaultSampler", shuffle=False)
     return dict(batch_size=1, num_workers=workers, persistent_workers=True, sampler=sampler, dataset=dataset)
 
 
-def crops(scale: tuple[int, int], *, ratio_range: tuple[float, float], side: int) -> list[dict]:
-    """A segmentor's training pipeline: squares of `side` pixels from pictures within `scale` times a ratio."""
+def crop_pipeline(scale: tuple[int, int], *, ratio_range: tuple[float, float], crop_size: int) -> list[dict]:
+    """For training: squares of crop_size pixels, from images resized to fit `scale` times a random ratio."""
     return [
         dict(type="LoadImageFromFile"),
-        dict(type="LoadAnnotations"),
-        dict(type="RandomResize", scale=scale, ratio_range=ratio_range, keep_ratio=True),
-        dict(type="RandomCrop", crop_size=(side, side), cat_max_ratio=0.75),
-        dict(type="RandomFlip", prob=0.5),
+        dict(type="TwinsLoadAnnotations"),
+        dict(type="RandomResize", scale=scale, ratio_range=ratio_range, keep_ratio=True, resize_type="TwinsResize"),
+        dict(type="RandomCrop", crop_size=(crop_size, crop_size), cat_max_ratio=0.75),
+        dict(type="TwinsRandomFlip", prob=0.5),
         dict(type="PhotoMetricDistortion"),
         dict(type="PackSegInputs"),
     ]
 
 
-def whole(scale: tuple[int, int]) -> list[dict]:
-    """A segmentor's pipeline for scores: pictures within `scale`."""
+def eval_pipeline(scale: tuple[int, int]) -> list[dict]:
+    """For scores: whole images, resized to fit `scale`."""
     return [
         dict(type="LoadImageFromFile"),
-        dict(type="Resize", scale=scale, keep_ratio=True),
-        dict(type="LoadAnnotations"),  # after Resize: the labels keep the picture's own size
+        dict(type="TwinsResize", scale=scale, keep_ratio=True),
+        dict(type="TwinsLoadAnnotations"),  # after the resize: labels keep the image's own size
         dict(type="PackSegInputs"),
     ]
 
 
-def one_size(scale: tuple[int, int], *, with_mask: bool = False, flip: float = 0.5) -> list[dict]:
-    """A detector's training pipeline: whole pictures within `scale`, the longer and the shorter side at most, mirrored
-    in a share of `flip`.
-    """
+# ---------------------------------------------------------------- detection data
+
+
+def single_scale_pipeline(scale: tuple[int, int], *, with_mask: bool = False, flip: float = 0.5) -> list[dict]:
+    """For training: whole images, resized to fit `scale` (longer and shorter side), flipped with probability `flip`."""
     return [
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=with_mask),
-        dict(type="Resize", scale=scale, keep_ratio=True),
-        dict(type="RandomFlip", prob=flip),
+        dict(type="TwinsResize", scale=scale, keep_ratio=True),
+        dict(type="TwinsRandomFlip", prob=flip),
         dict(type="PackDetInputs"),
     ]
 
 
-def for_scores(scale: tuple[int, int], *, with_mask: bool = False, more: tuple[str, ...] = ()) -> list[dict]:
-    """A detector's pipeline for tests: whole pictures within `scale`, as in one_size. more: what a metric wants to know
-    beside the usual.
-    """
+def detection_eval_pipeline(
+    scale: tuple[int, int], *, with_mask: bool = False, meta_keys: tuple[str, ...] = ()
+) -> list[dict]:
+    """For scores: whole images, resized to fit `scale`. meta_keys: what a metric needs beside the usual."""
+    usual = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
     return [
         dict(type="LoadImageFromFile"),
-        dict(type="Resize", scale=scale, keep_ratio=True),
-        dict(
-            type="LoadAnnotations", with_bbox=True, with_mask=with_mask
-        ),  # after Resize: boxes are for the picture's own size
-        dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", *more)),
+        dict(type="TwinsResize", scale=scale, keep_ratio=True),
+        # after the resize: boxes are for the image's own size
+        dict(type="LoadAnnotations", with_bbox=True, with_mask=with_mask),
+        dict(type="PackDetInputs", meta_keys=(*usual, *meta_keys)),
     ]
 
 
-def many_sizes(*, with_mask: bool) -> list[dict]:
-    """The 36-epoch training pipeline: a short side of 480 to 800, half of the time after a crop of 384 to 600 from a
-    smaller picture.
-    """
-    resized = dict(type="RandomChoiceResize", scales=[(short, 1333) for short in range(480, 801, 32)], keep_ratio=True)
-    smaller = dict(type="RandomChoiceResize", scales=[(short, 1333) for short in (400, 500, 600)], keep_ratio=True)
-    cropped = dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True)
+def multiscale_pipeline(*, with_mask: bool) -> list[dict]:
+    """For 36 epochs: a shorter side of 480 to 800, half of the time after a crop of 384 to 600 from a smaller image."""
+
+    def resize(*sides: int) -> dict:
+        scales = [(side, 1333) for side in sides]
+        return dict(type="RandomChoiceResize", scales=scales, keep_ratio=True, resize_type="TwinsResize")
+
+    last = resize(*range(480, 801, 32))
+    crop = dict(type="RandomCrop", crop_type="absolute_range", crop_size=(384, 600), allow_negative_crop=True)
     return [
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=with_mask),
-        dict(type="RandomFlip", prob=0.5),
-        dict(type="RandomChoice", transforms=[[resized], [smaller, cropped, resized]]),
+        dict(type="TwinsRandomFlip", prob=0.5),
+        dict(type="RandomChoice", transforms=[[last], [resize(400, 500, 600), crop, last]]),
         dict(type="PackDetInputs"),
     ]

@@ -1,8 +1,8 @@
-"""Random numbers of a training that depend on its seed and on where it is, and on nothing else.
+"""Random numbers of a training run that depend on its seed and its progress, and on nothing else.
 
-A picture's augmentation is drawn from the seed, the process, the epoch and the picture's position in the process's
-order; a step's dropout and sampling from the seed, the process and the iteration. So a training that was resumed gives
-the same bits as one that was not, for any number of workers, and whatever drew random numbers in between.
+An image's augmentation is drawn from the seed, the process, the epoch and the image's position in the process's order;
+a step's dropout and sampling from the seed, the process and the iteration. So a resumed run gives the same bits as an
+uninterrupted one, for any number of workers, and whatever else drew random numbers in between.
 """
 
 import contextlib
@@ -17,51 +17,45 @@ from torch.utils.data import Sampler
 
 from utils import get_random_state, seed_everything, set_random_state
 
-PICTURES, STEPS = 0, 1  # two uses of a seed that must not meet
+IMAGES, STEPS = 0, 1  # two uses of a seed, with different random numbers
 
 
-def seed_from(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+def seed_from(*key: int) -> int:
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextlib.contextmanager
-def drawn_from(*parts: int) -> Iterator[None]:
-    """Python's, numpy's and torch's random numbers by `parts`; the states around are left as they were."""
+def seeded(*key: int) -> Iterator[None]:
+    """Seed Python, NumPy and torch by `key`, and restore their states at the end."""
     before = get_random_state()
-    seed_everything(seed_from(*parts))
+    seed_everything(seed_from(*key))
     try:
         yield
     finally:
         set_random_state(before)
 
 
-class Place(int):
-    """A picture's index that knows where in a training it stands."""
+class KeyedIndex(int):
+    """The index of an image, with the key of its random numbers: process, epoch, position."""
 
-    key: tuple[int, ...]
-
-    def __new__(cls, index: int, key: tuple[int, ...]):
-        place = super().__new__(cls, index)
-        place.key = key
-        return place
-
-    def __reduce__(self):
-        return Place, (int(self), self.key)
+    key: tuple[int, ...] = ()
 
 
 @DATA_SAMPLERS.register_module()
-class PlacedSampler(Sampler):
-    """The order of another sampler (a config), each index with its process, epoch and position."""
+class KeyedSampler(Sampler):
+    """The order of another sampler (a config), as KeyedIndex."""
 
     def __init__(self, dataset, seed: int, *, sampler: dict):
         self.inner = DATA_SAMPLERS.build(sampler, default_args=dict(dataset=dataset, seed=seed))
         self.dataset, self.epoch, self.start = dataset, 0, 0
-        if hasattr(self.inner, "skip"):  # an endless order, in which a resumed training starts further on
+        if hasattr(self.inner, "skip"):  # an endless order, in which a resumed run starts further on
             self.skip = self._skip
 
-    def __iter__(self) -> Iterator[Place]:
+    def __iter__(self) -> Iterator[KeyedIndex]:
         for position, index in zip(itertools.count(self.start), self.inner):
-            yield Place(index, (get_rank(), self.epoch, position))
+            keyed = KeyedIndex(index)
+            keyed.key = get_rank(), self.epoch, position
+            yield keyed
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -75,33 +69,33 @@ class PlacedSampler(Sampler):
         self.inner.skip(count)
 
 
-class PlacedPictures:
-    """What stands for a data set's `prepare_data` and `_rand_another`: the same, with random numbers drawn from the
-    place and the try.
+class SeededPrepareData:
+    """A data set's prepare_data and _rand_another, seeded by the index's key and the number of the attempt: mmengine
+    uses another image if the pipeline rejects one.
     """
 
     def __init__(self, dataset, seed: int):
         self.prepare_data, self.rand_another, self.seed = dataset.prepare_data, dataset._rand_another, seed
-        self.key, self.tries = (), 0
+        self.key, self.attempt = (), 0
 
     def prepare(self, index: int) -> object:
-        self.key, self.tries = (index.key, 0) if isinstance(index, Place) else (self.key, self.tries + 1)
-        with drawn_from(self.seed, PICTURES, *self.key, self.tries):
+        self.key, self.attempt = (index.key, 0) if isinstance(index, KeyedIndex) else (self.key, self.attempt + 1)
+        with seeded(self.seed, IMAGES, *self.key, self.attempt):
             return self.prepare_data(index)
 
     def another(self) -> int:
-        """Another picture's index, where the pipeline could not use one."""
-        with drawn_from(self.seed, PICTURES, *self.key, self.tries, 0):
+        with seeded(self.seed, IMAGES, *self.key, self.attempt, 0):
             return self.rand_another()
 
 
-def place_pictures(dataset, seed: int) -> None:
-    placed = PlacedPictures(dataset, seed)
-    dataset.prepare_data, dataset._rand_another = placed.prepare, placed.another
+def seed_by_index(dataset, seed: int) -> None:
+    """Change a data set, in place, to seed its random numbers for each KeyedIndex."""
+    data = SeededPrepareData(dataset, seed)
+    dataset.prepare_data, dataset._rand_another = data.prepare, data.another
 
 
 class StepRandomness(Hook):
-    """Each step draws from the seed, the process and the iteration."""
+    """Seed each step by the seed, the process and the iteration."""
 
     priority = "LOWEST"  # after every other hook that runs before the step
 

@@ -1,5 +1,7 @@
-"""mmengine's Runner with this project's ways: files through checkpoint.py, random numbers by place, and a CPU where
-there is no GPU.
+"""mmengine's Runner, with safe checkpoint files, random numbers by progress, checked data, and a CPU where there is no
+GPU.
+
+Of mmengine's private names it sets train_loop._epoch and _iter, as mmengine's own resume does.
 """
 
 import copy
@@ -16,83 +18,80 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dense.libraries import quiet
-from dense.pictures import CheckedPictures, reason
-from dense.randomness import StepRandomness, place_pictures
+from dense.randomness import StepRandomness, seed_by_index
+from dense.transforms import CheckedPrepareData, with_checks
 from training import checkpoint
-from training.errors import UserError
+from training.errors import UserError, library_reason
 
-# What whole published checkpoints hold and no model here has: the classifier and the final norm of their backbones.
+# In official checkpoints of segmentors and detectors, but in no model here: the backbone's classifier and final norm
 UNUSED = ("backbone.head.", "backbone.norm.")
 
 
-def for_this_machine(cfg: Config) -> list[str]:
-    """Change what a machine without a GPU cannot do, and say what was changed."""
+def adapt_to_machine(cfg: Config) -> list[str]:
+    """Change in the config what a machine without a GPU cannot do; return a line for each change that matters."""
     for part in ("train_dataloader", "val_dataloader", "test_dataloader"):
         if cfg.get(part) and not cfg[part].get("num_workers"):
             cfg[part].persistent_workers = False
     if torch.cuda.is_available():
         return []
-    said = []
     cfg.model_wrapper_cfg = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
     cfg.env_cfg.dist_cfg = dict(backend="gloo")
-    if cfg.get("optim_wrapper", {}).get("type") == "AmpOptimWrapper":
-        cfg.optim_wrapper.type = "OptimWrapper"
-        del cfg.optim_wrapper["loss_scale"]
-        said.append("no GPU: steps are made in float32, not in float16 with a loss scale")
-    return said
+    if cfg.get("optim_wrapper", {}).get("type") != "AmpOptimWrapper":
+        return []
+    cfg.optim_wrapper.type = "OptimWrapper"
+    del cfg.optim_wrapper["loss_scale"]
+    return ["no GPU: training in float32, not in float16 with a loss scale"]
 
 
-def tensors(payload: Mapping, source: str) -> dict[str, Tensor]:
-    """The whole model's weights by name, in what checkpoint.load gave for a file of a segmentor or a detector."""
+def model_state(payload: Mapping, source: str) -> dict[str, Tensor]:
+    """The weights by name in what checkpoint.load returned; UserError if they are not a segmentor's or detector's."""
     state = payload.get("state_dict", payload)
-    state = (
-        {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
-        if isinstance(state, Mapping)
-        else {}
-    )
+    items = state.items() if isinstance(state, Mapping) else ()
+    state = {name.removeprefix("module."): value for name, value in items if isinstance(value, Tensor)}
     if not any(name.startswith("backbone.") for name in state):
         raise UserError(
-            f"no segmentor or detector ({source}): its weights have no backbone; model.backbone.pretrained takes "
-            "classification weights"
+            f"not a segmentor or detector ({source}): its weights have no backbone; for classification weights, set "
+            "model.backbone.pretrained"
         )
     return state
 
 
-def plain(value: object) -> object:
-    """A value as a checkpoint may hold it: a number of numpy's as Python's, and what is no value at all as its text."""
+def to_plain(value: object) -> object:
+    """A value as a checkpoint may hold it: NumPy's numbers and arrays as Python's, and other objects as their text."""
     if isinstance(value, Mapping):
-        return {str(name): plain(each) for name, each in value.items()}
+        return {str(name): to_plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [to_plain(each) for each in value]
     if isinstance(value, np.generic | np.ndarray):
         return value.tolist()
     return value if isinstance(value, Tensor | str | int | float | bool | None) else str(value)
 
 
-def bare(model: nn.Module) -> nn.Module:
-    """The model inside what wraps it: several processes, test-time augmentation."""
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of several processes and of test-time augmentation."""
     while is_model_wrapper(model) or hasattr(model, "merge_preds"):
         model = model.module
     return model
 
 
-class SharedStatistics(Hook):
-    """Batch norm's running statistics are the first process's in all, where there is no synchronized norm (on a
-    CPU).
+class BroadcastBuffers(Hook):
+    """Before a validation, give all processes the first one's running statistics, which differ without a synchronized
+    batch norm (on a CPU).
     """
 
     def before_val(self, runner: Runner) -> None:
-        for buffer in bare(runner.model).buffers():
+        for buffer in unwrap(runner.model).buffers():
             broadcast(buffer)
 
 
-class WrittenConfig(Hook):
-    """The config as it was taken, in the work folder, when nothing was found wrong with it."""
+class DumpConfig(Hook):
+    """Write the config to the work folder after all checks."""
 
     priority = "LOWEST"
 
@@ -101,7 +100,7 @@ class WrittenConfig(Hook):
 
 
 class TwinsRunner(Runner):
-    opened: dict[str, dict] = {}  # by name: files that were read already
+    opened: dict[str, dict] = {}  # files that were read already, by name
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         with quiet():
@@ -112,15 +111,13 @@ class TwinsRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """As mmengine's, but a training's random numbers depend on the place of a picture, and a set without pictures
-        is refused.
-        """
+        """As mmengine's, with checked data; augmentation is seeded by progress, and an empty data set is an error."""
         if isinstance(dataloader, DataLoader):
             return dataloader
-        dataloader = copy.deepcopy(dataloader)
+        dataloader = with_checks(copy.deepcopy(dataloader), DefaultScope.get_current_instance().scope_name)
         shuffled = dataloader["sampler"].get("shuffle", True)
         if shuffled:
-            dataloader["sampler"] = dict(type="PlacedSampler", sampler=dataloader["sampler"])
+            dataloader["sampler"] = dict(type="KeyedSampler", sampler=dataloader["sampler"])
         dataset = dataloader["dataset"]
         where = os.path.normpath(os.path.join(dataset.get("data_root") or "", dataset.get("ann_file") or ""))
         try:
@@ -129,77 +126,62 @@ class TwinsRunner(Runner):
         except Exception as error:  # an annotation file may be wrong in any way
             empty = "need at least one array" in str(error)  # what mmengine makes of an empty list
             if not empty:
-                raise UserError(f"cannot make the data set ({where}): {reason(error)}") from error
+                raise UserError(f"cannot build the data set ({where}): {library_reason(error)}; fix it") from error
         if empty:
-            raise UserError(
-                f"no pictures with labels there ({where}): look at the folders, the suffixes and the annotations"
-            )
+            raise UserError(f"no images with labels ({where}): check the folders, the suffixes and the annotations")
         if hasattr(loader.dataset, "prepare_data"):
-            loader.dataset.prepare_data = CheckedPictures(loader.dataset)
+            loader.dataset.prepare_data = CheckedPrepareData(loader.dataset)
             if shuffled:
-                place_pictures(loader.dataset, seed)
+                seed_by_index(loader.dataset, seed)
         return loader
 
     def build_evaluator(self, evaluator: dict | list | Evaluator) -> Evaluator:
         try:
-            return super().build_evaluator(evaluator)
+            return super().build_evaluator(with_checks(evaluator, self.default_scope.scope_name))
         except Exception as error:
-            raise UserError(f"cannot make the scores (the config's evaluator): {reason(error)}") from error
+            raise UserError(f"cannot build the evaluator (of the config): {library_reason(error)}; fix it") from error
 
     def dump_config(self) -> None:
-        """Not yet: what the folder says of an earlier training stays until this one has begun."""
+        """Do nothing: an earlier run's config stays in the folder until this one has begun, see DumpConfig."""
 
     def train(self) -> nn.Module:
-        self.register_hook(WrittenConfig())
-        self.register_hook(StepRandomness())
-        self.register_hook(SharedStatistics())
+        for hook in (DumpConfig(), StepRandomness(), BroadcastBuffers()):
+            self.register_hook(hook)
         return super().train()
 
     # ------------------------------------------------------------ files
 
-    def load_checkpoint(
-        self, filename: str, map_location: str = "cpu", strict: bool = False, revise_keys: list | None = None
-    ) -> dict:
-        """Take a file's weights. A training that starts from them may have heads of another shape, which stay fresh;
-        nothing else may.
+    def load_checkpoint(self, filename: str) -> dict:
+        """Load a file's weights. In a new training run that starts from them, heads of another shape keep their initial
+        weights; any other difference is an error.
         """
         payload = self.opened.get(filename) or checkpoint.load(filename)
         self.call_hook("after_load_checkpoint", checkpoint=payload)
-        state, model = tensors(payload, filename), bare(self.model)
+        state, model = model_state(payload, filename), unwrap(self.model)
         own = model.state_dict()
-        fresh = ()
-        if self._train_loop is not None and not self._resume:
-            fresh = tuple(
-                k
-                for k, v in own.items()
-                if not k.startswith("backbone.") and (k not in state or state[k].shape != v.shape)
-            )
-            state = {name: value for name, value in state.items() if name not in fresh}
-        checkpoint.load_into(model, state, source=filename, may_lack=fresh, may_have=UNUSED, lists_all="TWINS_DEBUG=1")
-        self._has_loaded = True
+        missing = ()
+        if self.cfg.get("train_cfg") and not self.cfg.get("resume"):
+            heads = [name for name in own if not name.startswith("backbone.")]
+            missing = tuple(name for name in heads if name not in state or state[name].shape != own[name].shape)
+            state = {name: value for name, value in state.items() if name not in missing}
+        checkpoint.load_into(
+            model, state, source=filename, may_lack=missing, may_have=UNUSED, lists_all="TWINS_DEBUG=1"
+        )
         unused = sorted(name for name in state if name not in own)
-        self.logger.info(f"Load checkpoint from {filename}: {len(own) - len(fresh)} of {len(own)} tensors")
-        for names, what in (
-            (fresh, "left fresh, because the file has none of that shape"),
-            (unused, "in the file, but not used"),
-        ):
-            if names:
-                self.logger.info(f"{what}: {', '.join(names)}")
+        self.logger.info(f"loaded {len(own) - len(missing)} of {len(own)} tensors from {filename}")
+        if missing:
+            self.logger.info(f"randomly initialized, because the file has none of that shape: {', '.join(missing)}")
+        if unused:
+            self.logger.info(f"in the file, not used: {', '.join(unused)}")
         return payload
 
-    def resume(
-        self,
-        filename: str,
-        resume_optimizer: bool = True,
-        resume_param_scheduler: bool = True,
-        map_location: str = "cpu",
-    ) -> None:
-        """Go on where a file was written. Unlike mmengine's, it reads tensors and plain values only."""
+    def resume(self, filename: str) -> None:
+        """Continue the run that wrote a file. Unlike mmengine's, this reads tensors and plain values only."""
         payload = self.load_checkpoint(filename)
         try:
             meta = payload["meta"]
             if not all(isinstance(meta[name], int) and meta[name] >= 0 for name in ("epoch", "iter")):
-                raise ValueError("its epoch and iter are no counts")
+                raise ValueError("its epoch and iter must be integers from 0")
             self.train_loop._epoch, self.train_loop._iter = meta["epoch"], meta["iter"]
             self.optim_wrapper.load_state_dict(payload["optimizer"])
             for scheduler, state in zip(self.param_schedulers, payload["param_schedulers"], strict=True):
@@ -208,13 +190,12 @@ class TwinsRunner(Runner):
             hub["log_scalars"] = {name: HistoryBuffer(*history) for name, history in hub["log_scalars"].items()}
             self.message_hub.load_state_dict(hub)
         except Exception as error:  # a state may be wrong in any way
-            raise UserError(
-                f"no training to resume ({filename}): {reason(error)}; --load-from starts a new one from its weights"
-            ) from error
-        if meta.get("processes", get_world_size()) != get_world_size():
+            raise cannot_resume(filename, library_reason(error)) from error
+        processes = meta.get("processes", get_world_size())
+        if processes != get_world_size():
             self.logger.warning(
-                f"{filename} was written by {meta['processes']} processes, not {get_world_size()}: the training will "
-                "be another"
+                f"{filename} was written by {processes} processes, this run has {get_world_size()}: results will "
+                "differ from those of an uninterrupted run"
             )
         self.logger.info(f"resumed epoch: {self.epoch}, iter: {self.iter}")
 
@@ -230,7 +211,7 @@ class TwinsRunner(Runner):
         by_epoch: bool = True,
         backend_args: dict | None = None,
     ) -> None:
-        """What mmengine writes, in tensors and plain values only."""
+        """Write what mmengine writes, in tensors and plain values only."""
         epoch, iteration = (self.epoch + 1, self.iter) if by_epoch else (self.epoch, self.iter + 1)
         facts = dict(
             cfg=self.cfg.pretty_text,
@@ -244,9 +225,9 @@ class TwinsRunner(Runner):
         hub = self.message_hub.state_dict()
         hub["log_scalars"] = {name: history.data for name, history in hub["log_scalars"].items()}
         payload = dict(
-            meta=plain(dict(epoch=epoch, iter=iteration) | (meta or {}) | facts),
-            state_dict=bare(self.model).state_dict(),
-            message_hub=plain(hub),
+            meta=to_plain(dict(epoch=epoch, iter=iteration) | (meta or {}) | facts),
+            state_dict=unwrap(self.model).state_dict(),
+            message_hub=to_plain(hub),
         )
         if save_optimizer:
             payload["optimizer"] = self.optim_wrapper.state_dict()
@@ -254,3 +235,7 @@ class TwinsRunner(Runner):
             payload["param_schedulers"] = [scheduler.state_dict() for scheduler in self.param_schedulers]
         self.call_hook("before_save_checkpoint", checkpoint=payload)
         checkpoint.save(os.path.join(out_dir, filename), payload)
+
+
+def cannot_resume(source: str, reason: str) -> UserError:
+    return UserError(f"cannot resume ({source}): {reason}; --load-from starts a new training run from its weights")

@@ -1,4 +1,4 @@
-"""Score a segmentor: python test.py CONFIG CHECKPOINT [--eval NAME ...]. Several processes: dist_test.sh."""
+"""Evaluate a segmentor: python test.py CONFIG CHECKPOINT [--eval NAME]. With several processes: dist_test.sh."""
 
 import sys
 from pathlib import Path

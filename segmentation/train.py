@@ -1,6 +1,4 @@
-"""Train a segmentor: python train.py CONFIG [--work-dir FOLDER] [--cfg-options KEY=VALUE ...]. Several processes:
-dist_train.sh.
-"""
+"""Train a segmentor: python train.py CONFIG [--work-dir FOLDER]. With several processes: dist_train.sh."""
 
 import sys
 from pathlib import Path

@@ -46,12 +46,14 @@ ARROWS = {
     "dense/backbone": {"gvt", "training/checkpoint"},
     "dense/segmentor": {"gvt"},
     "dense/randomness": {"utils"},
-    "dense/pictures": {"training/errors"},
-    "dense/labels": {"dense/pictures", "training/errors"},
-    "dense/checks": {"dense/pictures", "training/errors"},
-    "dense/runner": {"dense/libraries", "dense/pictures", "dense/randomness", "training/checkpoint", "training/errors"},
+    "dense/transforms": {"training/errors"},
+    "dense/checks": {"training/errors"},
+    "dense/runner": {
+        *("dense/libraries", "dense/randomness", "dense/transforms"),
+        *("training/checkpoint", "training/errors"),
+    },
     "dense/cli": {
-        *("dense/checks", "dense/libraries", "dense/pictures", "dense/runner"),
+        *("dense/checks", "dense/libraries", "dense/runner", "dense/segmentor"),
         *("training/checkpoint", "training/errors", "training/files", "training/options", "utils"),
     },
     "main": {

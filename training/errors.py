@@ -60,3 +60,14 @@ def exit_code(program: str, main: Callable[[list[str]], int | None], argv: list[
             raise
         print(f"{program}: error: {short_reason(error)}", file=sys.stderr)
         return 2
+
+
+def library_reason(error: BaseException) -> str:
+    """Return the type and the message of another library's exception in at most 200 characters."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}"
+    first_line = (str(error.args[0] if error.args else error).strip().splitlines() or [""])[0]
+    message = " ".join(first_line.split())[:200]
+    if isinstance(error, KeyError) and " " not in message:
+        return f"{message!r} is missing"
+    return f"{type(error).__name__}: {message}"

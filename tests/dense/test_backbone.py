@@ -1,6 +1,4 @@
-"""The backbone: equal to the published one through the wrapper, what it takes, what it refuses, and whose weights it
-reads.
-"""
+"""The backbone: equal to the official one through the wrapper, its options and errors, and the weights that it reads."""
 
 import importlib
 
@@ -13,7 +11,7 @@ import torch
 from conftest import golden, golden_pictures, golden_weights, relative
 
 from dense import libraries
-from dense.backbone import PUBLISHED, TwinsBackbone, published_drop_path
+from dense.backbone import OFFICIAL, TwinsBackbone, official_drop_path
 from gvt import MODEL_NAMES, VARIANTS
 from training import checkpoint
 from training.errors import UserError
@@ -31,7 +29,7 @@ def small(**options):
 
 @pytest.mark.parametrize("case", [pytest.param(k, marks=[] if k == EVERYDAY else pytest.mark.slow) for k in DENSE])
 def test_golden_maps(case):
-    """The published segmentation and detection backbones, at every size that was recorded."""
+    """The official segmentation and detection backbones, at every size that was recorded."""
     task, name = case.split("/")
     model = golden_weights(TwinsBackbone(name.removesuffix("_v0"), drop_path_rate=0.2, pad=PADS[task])).eval()
     assert (
@@ -52,7 +50,7 @@ def test_golden_maps(case):
 
 
 @pytest.mark.parametrize("variant", PAPER)
-def test_names_are_the_published_ones(variant):
+def test_names_are_the_official_ones(variant):
     """Those of the classification model without norm and head, and SVT's norms of the maps."""
     with torch.device("meta"):
         own = set(TwinsBackbone(variant, drop_path_rate=0.2).state_dict())
@@ -119,7 +117,7 @@ def registry(library):
     return importlib.import_module(f"{library}.registry").MODELS
 
 
-@pytest.mark.parametrize("library", PUBLISHED)
+@pytest.mark.parametrize("library", OFFICIAL)
 def test_registered_once_for_both_libraries(library):
     model = registry(library).build(dict(type="TwinsBackbone", variant="alt_gvt_demo", drop_path_rate=0.1))
     assert type(model) is TwinsBackbone
@@ -128,7 +126,7 @@ def test_registered_once_for_both_libraries(library):
         registry(library).build(dict(type="TwinsBackbone", variant="alt_gvt_demo", drop_path_rate=0.1, depth=50))
 
 
-# Class name, padding and drop path, as the published folders have them.
+# Class name, padding and drop path, as in the official folders.
 NAMES = {
     "mmseg": {
         "pcpvt_small_v0": ("mask", 0.2), "pcpvt_base_v0": ("mask", 0.2), "pcpvt_large": ("mask", 0.2),
@@ -142,33 +140,31 @@ NAMES = {
 RESNET = dict(
     depth=50, num_stages=4, out_indices=(0, 1, 2, 3), norm_cfg=dict(type="BN"), norm_eval=True, style="pytorch"
 )
-LEFT = {
+UNREAD = {
     "mmseg": RESNET | dict(dilations=(1, 1, 1, 1), strides=(1, 2, 2, 2), contract_dilation=True, drop_path_rate=0.3),
     "mmdet": RESNET | dict(frozen_stages=1),
 }
 
 
 @pytest.mark.parametrize(("library", "name"), [(library, name) for library in NAMES for name in NAMES[library]])
-def test_published_class_names(library, name, monkeypatch):
-    said = lines(monkeypatch)
+def test_official_class_names(library, name, monkeypatch):
+    warnings = captured_warnings(monkeypatch)
     pad, rate = NAMES[library][name]
     with torch.device("meta"):
-        model = registry(library).build(dict(type=name, pretrained="x.pth", **LEFT[library]))
+        model = registry(library).build(dict(type=name, pretrained="x.pth", **UNREAD[library]))
     assert model.variant == name.removesuffix("_v0") and model.pretrained == "x.pth"
-    assert (
-        model.blocks[-1][-1].drop_path.drop_prob == pytest.approx(rate) == published_drop_path(library, model.variant)
-    )
+    assert model.blocks[-1][-1].drop_path.drop_prob == pytest.approx(rate) == official_drop_path(library, model.variant)
     assert {block.attn.pad for stage in model.blocks for block in stage if hasattr(block.attn, "pad")} == (
         {pad} if "alt" in name else set()
     )
-    (line,) = said
-    assert line.startswith(f"{name}: without effect, as published: ")
-    assert all(f"{key}=" in line for key in LEFT[library])
+    (line,) = warnings
+    assert line.startswith(f"{name}: ignored, as in the official code: ")
+    assert all(f"{key}=" in line for key in UNREAD[library])
 
 
-@pytest.mark.parametrize("library", PUBLISHED)
+@pytest.mark.parametrize("library", OFFICIAL)
 @pytest.mark.parametrize("wrong", ["pad", "variant", "with_cp"])
-def test_published_class_names_take_nothing_else(library, wrong):
+def test_official_class_names_take_nothing_else(library, wrong):
     with torch.device("meta"), pytest.raises(TypeError, match=wrong):
         registry(library).build(dict(type="alt_gvt_small", **{wrong: "zero"}))
 
@@ -182,10 +178,10 @@ def saved(folder, payload):
     return str(path)
 
 
-def lines(monkeypatch):
-    said = []
-    monkeypatch.setattr("dense.backbone.say", said.append)
-    return said
+def captured_warnings(monkeypatch):
+    lines = []
+    monkeypatch.setattr("dense.backbone.warn", lines.append)
+    return lines
 
 
 @pytest.mark.parametrize(
@@ -193,16 +189,16 @@ def lines(monkeypatch):
 )
 def test_classification_weights(wrap, tmp_path, monkeypatch):
     source = timm.create_model("alt_gvt_demo").state_dict()
-    said = lines(monkeypatch)
+    warnings = captured_warnings(monkeypatch)
     model = small(pretrained=saved(tmp_path, wrap(source)))
     before = model.patch_embeds[0].proj.weight.clone()
-    assert torch.equal(model.patch_embeds[0].proj.weight, before) and not said  # the constructor reads nothing
+    assert torch.equal(model.patch_embeds[0].proj.weight, before) and not warnings  # the constructor reads nothing
     model.init_weights()
     own = model.state_dict()
     assert all(torch.equal(value, own[name]) for name, value in source.items() if name in own)
     total = len(own)
-    assert said == [
-        f"alt_gvt_demo: {total - 8} of {total} tensors from {model.pretrained}; not in it, so left fresh: norm_list; in it, but not used: norm, head"
+    assert warnings == [
+        f"alt_gvt_demo: loaded {total - 8} of {total} tensors from {model.pretrained}; missing in the file, randomly initialized: norm_list; in the file, not used: norm, head"
     ]
 
 
@@ -214,9 +210,9 @@ def test_weights_for_the_first_stages_only(tmp_path):
 
 
 def test_no_pretrained_is_silent(monkeypatch):
-    said = lines(monkeypatch)
+    warnings = captured_warnings(monkeypatch)
     small().init_weights()
-    assert not said
+    assert not warnings
 
 
 @pytest.mark.parametrize("payload", [{"something.else": torch.zeros(3)}, "pcpvt_small_v0", "alt_gvt_small"])

@@ -1,5 +1,5 @@
-"""Whatever people have for pictures, labels, annotations and checkpoints: a result, or one line that says what to do,
-and nothing is lost.
+"""Whatever people have for images, labels, annotations and checkpoints: a result, or one line that says what to do, and
+nothing is lost.
 """
 
 import copy
@@ -23,9 +23,10 @@ from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.registry import DefaultScope
 from PIL import Image
-from toys import DETECTOR, ROOT, SEGMENTOR, STRANGE, ade_toy, annotations, coco_toy, give_picture, noise, run, write
+from toys import DETECTOR, ROOT, SEGMENTOR, STRANGE, ade_toy, annotations, coco_toy, give_image, noise, run, write
 
 from dense import cli, libraries
+from dense.transforms import with_checks
 from training import checkpoint
 from training.errors import UserError
 
@@ -67,22 +68,22 @@ def parsed(name):
         return Config.fromfile(write(Path(folder, name), DETECTOR, data="", setting="mask_rcnn_3x_swin", masks=True))
 
 
-def pictures(config, part, **options):
-    """What a command's loader gives."""
-    from dense.runner import TwinsRunner, for_this_machine
+def dataset_of(config, part, **options):
+    """The data set of a command's loader."""
+    from dense.runner import TwinsRunner, adapt_to_machine
 
     cfg = copy.deepcopy(parsed(config.name))
-    for_this_machine(cfg)
+    adapt_to_machine(cfg)
     loader = cfg[f"{part}_dataloader"]
     loader.dataset.data_root = f"{config.parent / 'data'}/"
     loader.dataset.update(serialize_data=False, **options)  # which takes a whole garbage collection
     if part == "train":
-        loader.dataset.pop("filter_cfg", None)  # of COCO's: it leaves small pictures out
+        loader.dataset.pop("filter_cfg", None)  # of COCO's: it leaves small images out
     return TwinsRunner.build_dataloader(loader, seed=0).dataset
 
 
-def refusal(start, *args):
-    """The one line of what must be refused."""
+def error_of(start, *args):
+    """The one line of a call that must fail."""
     with pytest.raises(UserError) as caught:
         start(*args)
     line = str(caught.value)
@@ -94,7 +95,7 @@ def use_all(config, part, **options):
     with libraries.quiet():
         for data in (
             each
-            for dataset in [pictures(config, part, **options)]
+            for dataset in [dataset_of(config, part, **options)]
             for each in (dataset[i] for i in range(len(dataset)))
         ):
             assert data is not None
@@ -104,30 +105,30 @@ def command(library, program, *words):
     return run([cli.sys.executable, ROOT / libraries.TASKS[library] / f"{program}.py", *words], words[0].parent)
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------------------------------------------------------- images
 
 
-def test_pictures_of_every_kind(library, tmp_path):
+def test_images_of_every_kind(library, tmp_path):
     """They come out of the training's and the test's pipelines with labels and boxes of their own size, and a model
-    looks at the smallest.
+    takes the smallest.
     """
     config, data = toy(tmp_path, library)
     found = {}
     model = build(parsed(config.name))
     for name, make in STRANGE.items():
-        picture = make()
-        give_picture(data, 0, picture)
+        image = make()
+        give_image(data, 0, image)
         indices = dict(indices=[0] if library == "mmseg" else [-1])
         for part in ("train", "val"):
-            sample = pictures(config, part, **indices)[0]
+            sample = dataset_of(config, part, **indices)[0]
             facts = sample["data_samples"].metainfo
-            assert facts["ori_shape"] == picture.size[::-1], name
+            assert facts["ori_shape"] == image.size[::-1], name
             if library == "mmseg":
-                expected = sample["inputs"].shape[1:] if part == "train" else picture.size[::-1]
+                expected = sample["inputs"].shape[1:] if part == "train" else image.size[::-1]
                 assert sample["data_samples"].gt_sem_seg.data.shape == (1, *expected), name
             else:
                 assert len(sample["data_samples"].gt_instances) == 1, name
-        if min(picture.size) > 1:
+        if min(image.size) > 1:
             continue
         with torch.inference_mode():
             (result,) = model.test_step({key: [value] for key, value in sample.items()})
@@ -157,11 +158,11 @@ def jpeg():
 
 @pytest.mark.parametrize(
     "content",
-    [jpeg()[:-200], jpeg()[:300], b"", b"no picture", None],
+    [jpeg()[:-200], jpeg()[:300], b"", b"not an image", None],
     ids=["nearly whole", "cut", "empty", "text", "missing"],
 )
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_a_picture_that_cannot_be_read(library, part, content, tmp_path):
+def test_an_image_that_cannot_be_read(library, part, content, tmp_path):
     config, data = toy(tmp_path, library)
     path = (
         data / "images" / dict(train="training", val="validation")[part] if library == "mmseg" else data / f"{part}2017"
@@ -170,9 +171,7 @@ def test_a_picture_that_cannot_be_read(library, part, content, tmp_path):
     if content is None and library == "mmseg":
         pytest.skip("the folder is the list")
     path.unlink() if content is None else path.write_bytes(content)
-    assert re.match(
-        rf"a picture that cannot be used \({path}\): .*; mend it or take it out", refusal(use_all, config, part)
-    )
+    assert re.match(rf"cannot use an image \({path}\): .*; fix or remove it", error_of(use_all, config, part))
 
 
 # ---------------------------------------------------------------- labels
@@ -181,16 +180,16 @@ def test_a_picture_that_cannot_be_read(library, part, content, tmp_path):
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        (np.ones((50, 80)), r"of another size than their picture \(.*_0.png\): 50 x 80, the picture has 48 x 80"),
+        (np.ones((50, 80)), r"of another size than their image \(.*_0.png\): 50 x 80, the image is 48 x 80"),
         (np.ones((80, 48)), "of another size"),
         (np.ones((1, 1)), "of another size"),
-        (noise(48, 80), r"of several channels \(.*_0.png, RGB\)"),
-        (noise(48, 80, 4), r"of several channels \(.*_0.png, RGBA\)"),
-        (np.full((48, 80), 4), r"a label that no class has \(.*_0.png\): 4; the data has 3 classes, 1 to 3"),
-        (np.full((48, 80), 254), "a label that no class has"),
-        (np.full((48, 80), 256, np.uint16), r"a label beyond 255 \(.*_0.png\): 256"),
-        (b"no picture", r"labels that cannot be read \(.*_0.png\): UnidentifiedImageError"),
-        (None, r"labels that cannot be read \(.*_0.png\): No such file"),
+        (noise(48, 80), r"with several channels \(.*_0.png, RGB\)"),
+        (noise(48, 80, 4), r"with several channels \(.*_0.png, RGBA\)"),
+        (np.full((48, 80), 4), r"a label of no class \(.*_0.png\): 4; the data set has 3 classes, labels 1 to 3"),
+        (np.full((48, 80), 254), "a label of no class"),
+        (np.full((48, 80), 256, np.uint16), r"a label above 255 \(.*_0.png\): 256"),
+        (b"not an image", r"cannot read the labels \(.*_0.png\): UnidentifiedImageError"),
+        (None, r"cannot read the labels \(.*_0.png\): No such file"),
     ],
 )
 @pytest.mark.parametrize("part", ["train", "val"])
@@ -204,38 +203,36 @@ def test_labels_that_cannot_be_used(part, labels, says, tmp_path):
             path.write_bytes(labels)
         elif labels is not None:
             Image.fromarray(labels.astype(np.uint16 if labels.dtype == np.uint16 else np.uint8)).save(path)
-        assert re.search(says, refusal(use_all, config, part))
+        assert re.search(says, error_of(use_all, config, part))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "I;16"])
 def test_labels_of_every_kind_of_file(mode, tmp_path):
-    """0 is unlabelled, 255 as well, and k is class k - 1."""
+    """0 is unlabeled, 255 as well, and k is class k - 1."""
     with within("mmseg"):
         config, data = toy(tmp_path, "mmseg")
         known = np.arange(48 * 80).reshape(48, 80) % (2 if mode == "1" else 4)
         if mode != "1":
             known[0] = 255
-        picture = (
-            Image.fromarray(known.astype(np.uint16)) if mode == "I;16" else Image.fromarray(known.astype(np.uint8))
-        )
+        image = Image.fromarray(known.astype(np.uint16)) if mode == "I;16" else Image.fromarray(known.astype(np.uint8))
         if mode == "P":
-            picture.putpalette(list(range(256)) * 3)
-        picture = Image.fromarray(known.astype(bool)) if mode == "1" else picture
-        picture.save(data / "annotations" / "validation" / "validation_0.png")
+            image.putpalette(list(range(256)) * 3)
+        image = Image.fromarray(known.astype(bool)) if mode == "1" else image
+        image.save(data / "annotations" / "validation" / "validation_0.png")
         with Image.open(data / "annotations" / "validation" / "validation_0.png") as written:
             assert written.mode == mode
-        labels = pictures(config, "val")[0]["data_samples"].gt_sem_seg.data[0].numpy()
+        labels = dataset_of(config, "val")[0]["data_samples"].gt_sem_seg.data[0].numpy()
         assert np.array_equal(labels, np.where((known == 0) | (known == 255), 255, known - 1))
 
 
 def test_labels_of_chosen_classes(tmp_path):
-    """A part of ADE20K's classes: the others are unlabelled, and numbers follow the choice."""
+    """A part of ADE20K's classes: the others are unlabeled, and numbers follow the choice."""
     from mmseg.datasets import ADE20KDataset
 
     with within("mmseg"):
         config, data = toy(tmp_path, "mmseg")
         wall, sky = (ADE20KDataset.METAINFO["classes"].index(name) for name in ("wall", "sky"))
-        pipeline = parsed(config.name).val_dataloader.dataset.pipeline
+        pipeline = with_checks(parsed(config.name).val_dataloader.dataset.pipeline, "mmseg")
         Image.fromarray(noise(1, 4)).save(data / "images" / "validation" / "validation_0.jpg", "PNG")
         Image.fromarray(np.array([[0, wall + 1, sky + 1, 9]], np.uint8)).save(
             data / "annotations" / "validation" / "validation_0.png"
@@ -252,13 +249,13 @@ def test_labels_of_chosen_classes(tmp_path):
 
 
 @pytest.mark.parametrize("labels", [0, 255])
-def test_a_picture_without_a_label(labels, tmp_path):
-    """It trains with a loss of nothing, and counts for nothing in a score."""
+def test_an_image_without_a_label(labels, tmp_path):
+    """It trains with a loss of 0, and does not count in a score."""
     with within("mmseg"):
         config, data = toy(tmp_path, "mmseg")
         for part in ("training", "validation"):
             Image.fromarray(np.full((48, 80), labels, np.uint8)).save(data / "annotations" / part / f"{part}_0.png")
-        sample = pictures(config, "train")[0]
+        sample = dataset_of(config, "train")[0]
         assert (sample["data_samples"].gt_sem_seg.data == 255).all()
         model = build(parsed(config.name)).train()
         batch = model.data_preprocessor({key: [value, value] for key, value in sample.items()}, training=True)
@@ -290,7 +287,7 @@ def without(kind, name=None):
 
 
 WRONG_ANNOTATIONS = {
-    "no images": (without("images"), "no pictures with labels there"),
+    "no images": (without("images"), "no images with labels"),
     "no categories": (without("categories"), "'categories' is missing"),
     "no file names": (without("images", "file_name"), "'file_name' is missing"),
     "no sizes": (without("images", "height"), "'height' is missing"),
@@ -300,11 +297,11 @@ WRONG_ANNOTATIONS = {
     "no image": (without("annotations", "image_id"), "'image_id' is missing"),
     "no names": (without("categories", "name"), "'name' is missing"),
     "no outlines": (without("annotations", "segmentation"), "'mask' is missing"),
-    "boxes of text": (each("annotations", bbox="ab"), "cannot make the data set"),
+    "boxes of text": (each("annotations", bbox="ab"), "cannot build the data set"),
     "ids twice": (each("annotations", id=1), "not unique"),
     "other sizes": (
         each("images", height=40, width=64),
-        "annotations for another size than their picture's .* 40 x 64, the picture has 48 x 64",
+        "annotations for another image size .* 40 x 64, the image is 48 x 64",
     ),
 }
 
@@ -317,7 +314,7 @@ def test_wrong_annotations(name, part, tmp_path, capsys):
         config, data = toy(tmp_path, "mmdet")
         with annotations(data, f"{part}2017") as content:
             change(content)
-        line = refusal(use_all, config, part)
+        line = error_of(use_all, config, part)
         assert re.search(says, line)
         assert re.search(r"instances_(train|val)2017.json|/000000000000.jpg", line)
 
@@ -327,29 +324,29 @@ def test_wrong_annotations(name, part, tmp_path, capsys):
     [
         (
             without("annotations", "iscrowd"),
-            r"an annotation that cannot be scored \(.*instances_val2017.json, id 0\): 'iscrowd' is missing",
+            r"cannot score an annotation \(.*instances_val2017.json, id 0\): 'iscrowd' is missing",
         ),
-        (each("annotations", segmentation=[[1, 2]]), "an annotation that cannot be scored"),
+        (each("annotations", segmentation=[[1, 2]]), "cannot score an annotation"),
         (
             lambda content: content.update(images=content["images"][1:]),
-            r"scores for other pictures than the data's \(.*instances_val2017.json\)",
+            r"scores for other images than the data set's \(.*instances_val2017.json\)",
         ),
     ],
 )
 def test_annotations_that_cannot_be_scored(change, says, tmp_path, capsys):
-    """It is said before a picture is looked at, not after the last."""
+    """The error comes before the first image, not after the last."""
     from dense.checks import check_scores
 
     with within("mmdet"):
         config, data = toy(tmp_path, "mmdet")
-        dataset = pictures(config, "val")
+        dataset = dataset_of(config, "val")
         scores = dict(
             type="CocoMetric", ann_file=str(data / "annotations" / "instances_val2017.json"), metric=["bbox", "segm"]
         )
         check_scores(Evaluator(scores), dataset)
         with annotations(data, "val2017") as content:
             change(content)
-        assert re.match(says, refusal(check_scores, Evaluator(scores), dataset))
+        assert re.match(says, error_of(check_scores, Evaluator(scores), dataset))
 
 
 @pytest.mark.parametrize("text", ["", "{not json", "[1]", '"x"', "{}", "\x00\xff"])
@@ -357,11 +354,13 @@ def test_annotations_that_are_none(text, tmp_path, capsys):
     with within("mmdet"):
         config, data = toy(tmp_path, "mmdet")
         (data / "annotations" / "instances_val2017.json").write_text(text)
-        assert re.match(r"cannot make the data set \(.*instances_val2017.json\): ", refusal(pictures, config, "val"))
+        assert re.match(
+            r"cannot build the data set \(.*instances_val2017.json\): ", error_of(dataset_of, config, "val")
+        )
 
 
-def test_no_picture_has_a_box(tmp_path, capsys):
-    """None of them is trained with, as published."""
+def test_no_image_has_a_box(tmp_path, capsys):
+    """None of them is trained with, as in the official code."""
     from dense.runner import TwinsRunner
 
     with within("mmdet"):
@@ -369,17 +368,17 @@ def test_no_picture_has_a_box(tmp_path, capsys):
         with annotations(data, "train2017") as content:
             content["annotations"] = []
         cfg = Config.fromfile(config).train_dataloader | dict(persistent_workers=False)
-        assert "no pictures with labels there" in refusal(TwinsRunner.build_dataloader, cfg, 0)
+        assert "no images with labels" in error_of(TwinsRunner.build_dataloader, cfg, 0)
 
 
 @pytest.mark.slow
-def test_pictures_without_boxes(tmp_path, capsys):
+def test_images_without_boxes(tmp_path, capsys):
     """Where the config keeps them, each head learns that there is nothing."""
     with within("mmdet"):
         config, data = toy(tmp_path, "mmdet")
         with annotations(data, "train2017") as content:
             content["annotations"] = []
-        dataset = pictures(config, "train")
+        dataset = dataset_of(config, "train")
         samples = [dataset[0], dataset[1]]
         assert not len(samples[0]["data_samples"].gt_instances)
         model = build(parsed(config.name)).train()
@@ -400,7 +399,7 @@ def test_pictures_without_boxes(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def runners(library, tmp_path_factory):
-    """A training and a test of the toy, built and not begun, and what a whole file of its model holds."""
+    """A training run and a test of the toy, built and not begun, and a state dict of its model."""
     folder = tmp_path_factory.mktemp("runners")
     config, _ = toy(folder, library, setting="retinanet_1x_pvt")
     built = []
@@ -425,12 +424,12 @@ def runners(library, tmp_path_factory):
         )
         if built:
             cfg.update(optim_wrapper=None, param_scheduler=None)
-        built.append(cli.start(args, cfg, {}))
+        built.append(cli.build_runner(args, cfg, {}))
     return (*built, {name: torch.full_like(value, 0.25) for name, value in built[0].model.state_dict().items()})
 
 
-def published(state, width):
-    """A file as the published code wrote it: the classifier and the final norm of the backbone, and text about the
+def official(state, width):
+    """A file as the official code wrote it: the classifier and the final norm of the backbone, and text about the
     run.
     """
     unused = {
@@ -454,30 +453,30 @@ def published(state, width):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("which", [0, 1], ids=["--load-from", "test"])
-def test_published_checkpoints(runners, which, prefix, tmp_path, monkeypatch):
-    """All that the model has is taken; head and norm are named as not used."""
+def test_official_checkpoints(runners, which, prefix, tmp_path, monkeypatch):
+    """All weights of the model are loaded; head and norm are logged as not used."""
     runner, state = runners[which], runners[2]
-    payload = published(state, 256)
+    payload = official(state, 256)
     payload["state_dict"] = {prefix + name: value for name, value in payload["state_dict"].items()}
-    checkpoint.save(tmp_path / "published.pth", payload)
-    said = []
-    monkeypatch.setattr(runner.logger, "info", said.append)
+    checkpoint.save(tmp_path / "official.pth", payload)
+    lines = []
+    monkeypatch.setattr(runner.logger, "info", lines.append)
     for value in runner.model.state_dict().values():
         value.zero_()
-    runner.load_checkpoint(str(tmp_path / "published.pth"))
+    runner.load_checkpoint(str(tmp_path / "official.pth"))
     assert all(torch.equal(value, state[name]) for name, value in runner.model.state_dict().items())
-    assert said == [
-        f"Load checkpoint from {tmp_path / 'published.pth'}: {len(state)} of {len(state)} tensors",
-        "in the file, but not used: backbone.head.bias, backbone.head.weight, backbone.norm.bias, backbone.norm.weight",
+    assert lines == [
+        f"loaded {len(state)} of {len(state)} tensors from {tmp_path / 'official.pth'}",
+        "in the file, not used: backbone.head.bias, backbone.head.weight, backbone.norm.bias, backbone.norm.weight",
     ]
 
 
-NO_BACKBONE = "no segmentor or detector .* model.backbone.pretrained takes classification weights"
-UNFIT = "the weights do not fit the model .*TWINS_DEBUG=1 lists all"
+NO_BACKBONE = "not a segmentor or detector .* for classification weights, set model.backbone.pretrained"
+OTHER_MODEL = "the weights do not fit the model .*TWINS_DEBUG=1 lists all"
 
 
 def other_checkpoints(library, state):
-    """Files of other things than the model, and what is said of them."""
+    """Files of other things than the model, and the errors."""
     classifier = timm.create_model("alt_gvt_demo").state_dict()
     other = "mmdet" if library == "mmseg" else "mmseg"
     heads = {"mmseg": "decode_head.", "mmdet": "bbox_head."}
@@ -495,7 +494,7 @@ def other_checkpoints(library, state):
         "optimizer only": (dict(optimizer=dict(state={}, param_groups=[])), NO_BACKBONE),
         "nothing": ({}, NO_BACKBONE),
         "state_dict is no dictionary": (dict(state_dict=[torch.zeros(1)]), NO_BACKBONE),
-        "another variant": (dict(state_dict=wider), UNFIT),
+        "another variant": (dict(state_dict=wider), OTHER_MODEL),
         "a layer more": (
             dict(state_dict=state | {"backbone.blocks.9.0.norm1.weight": torch.zeros(8)}),
             "1 unknown .backbone.blocks.9.0.norm1.weight",
@@ -508,7 +507,7 @@ def other_checkpoints(library, state):
             dict(state_dict={k: v for k, v in state.items() if k != "backbone.blocks.0.0.norm1.weight"}),
             "1 missing",
         ),
-        "the other library's": (dict(state_dict=foreign), UNFIT),
+        "the other library's": (dict(state_dict=foreign), OTHER_MODEL),
         "not finite": (
             dict(state_dict=state | {"backbone.blocks.0.0.norm1.weight": torch.full((32,), float("nan"))}),
             "1 not finite",
@@ -518,13 +517,13 @@ def other_checkpoints(library, state):
 
 @pytest.mark.parametrize("which", [0, pytest.param(1, marks=pytest.mark.slow)], ids=["--load-from", "test"])
 def test_checkpoints_of_something_else(runners, library, which, tmp_path):
-    """None is taken in part: the model stays as it was."""
+    """None is loaded in part: the model stays as it was."""
     runner, state = runners[which], runners[2]
     for name, (payload, says) in other_checkpoints(library, state).items():
         for value in runner.model.state_dict().values():
             value.zero_()
         checkpoint.save(tmp_path / "other.pth", payload)
-        assert re.search(says, refusal(runner.load_checkpoint, str(tmp_path / "other.pth"))), name
+        assert re.search(says, error_of(runner.load_checkpoint, str(tmp_path / "other.pth"))), name
         assert not any(value.any() for value in runner.model.state_dict().values())
 
 
@@ -537,7 +536,7 @@ def test_a_checkpoint_that_is_not_there(library, tmp_path, monkeypatch):
         parser, start = (cli.train_parser(), cli.run_training) if option else (cli.test_parser(library), cli.run_test)
         words = [str(config), *([option] if option else []), "run/epoch_13.pth"]
         assert (
-            refusal(start, parser.parse_args(words), library)
+            error_of(start, parser.parse_args(words), library)
             == "no such file (run/epoch_13.pth): did you mean epoch_12.pth?"
         )
     assert not (tmp_path / "work_dirs").exists()
@@ -554,7 +553,7 @@ def test_a_checkpoint_that_is_not_there(library, tmp_path, monkeypatch):
 def test_missing_data_of_a_detector(part, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, _ = toy(tmp_path, "mmdet")
-    line = refusal(cli.run_training, cli.train_parser().parse_args([str(config), "--cfg-options", *words]), "mmdet")
+    line = error_of(cli.run_training, cli.train_parser().parse_args([str(config), "--cfg-options", *words]), "mmdet")
     assert "none" in line and f"set {part}_" in line
     assert not (tmp_path / "work_dirs").exists()
 
@@ -572,8 +571,8 @@ def contents(folder):
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def refused(library, program, *words):
-    """A command that says one line and ends with 2."""
+def command_error(library, program, *words):
+    """The one line of a command that ends with 2."""
     result = command(library, program, *words)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-2000:]
     *_, line = result.stderr.splitlines()
@@ -582,8 +581,8 @@ def refused(library, program, *words):
 
 
 @pytest.mark.slow
-def test_what_is_refused_leaves_everything(library, tmp_path):
-    """An earlier training's folder and an earlier score's labels or results stay, whatever goes wrong and whenever:
+def test_an_error_leaves_everything(library, tmp_path):
+    """An earlier run's folder and an earlier test's labels or results stay, whatever goes wrong and whenever:
     before a run, or in it.
     """
     config, data = toy(tmp_path, library)
@@ -603,31 +602,31 @@ def test_what_is_refused_leaves_everything(library, tmp_path):
     before = contents(tmp_path / "run")
     assert {"segmentor.py", "detector.py"} & set(before) and file.name in before and len(before) > 3
     head = "decode_head" if library == "mmseg" else "roi_head.bbox_head"
-    assert "another number of classes" in refused(
+    assert "another number of classes" in command_error(
         library, "train", config, *train, "--cfg-options", f"model.{head}.num_classes=7"
     )
-    assert "do not fit" in refused(
+    assert "do not fit" in command_error(
         library, "test", config, file, *score, "--cfg-options", f"model.{head}.num_classes=7"
     )
     last = sorted((data / "images" / "validation" if library == "mmseg" else data / "val2017").iterdir())[-1]
     last.write_bytes(jpeg()[:500])
     for workers in (0, 1):
         words = [*score, "--cfg-options", f"test_dataloader.num_workers={workers}"]
-        assert f"a picture that cannot be used ({last})" in refused(library, "test", config, file, *words)
+        assert f"cannot use an image ({last})" in command_error(library, "test", config, file, *words)
     shutil.rmtree(last.parent)
-    assert "no folder of pictures" in refused(library, "test", config, file, *score)
-    assert "no folder of pictures" in refused(library, "train", config, *train)
+    assert "no image folder" in command_error(library, "test", config, file, *score)
+    assert "no image folder" in command_error(library, "train", config, *train)
     assert contents(tmp_path / "run") == before
     assert not [path for path in (tmp_path / "run").iterdir() if "unfinished" in path.name]
 
 
 @pytest.mark.slow
-def test_training_and_scoring_on_pictures_of_every_kind(library, tmp_path):
+def test_training_and_scoring_on_images_of_every_kind(library, tmp_path):
     """With 4000 x 3000 pixels among them, and at the toy's sizes without distortion of any."""
     config, data = toy(tmp_path, library)
     kinds = [*(make() for make in STRANGE.values()), Image.fromarray(noise(3000, 4000))]
-    for number, picture in enumerate(kinds):
-        give_picture(data, number, picture)
+    for number, image in enumerate(kinds):
+        give_image(data, number, image)
     options = (
         ["train_cfg.max_iters=10"]
         if library == "mmseg"
@@ -647,14 +646,14 @@ def test_training_and_scoring_on_pictures_of_every_kind(library, tmp_path):
         assert re.search(r"coco/segm_mAP: \d", scored.stdout + scored.stderr)
         return
     assert re.search(r"mIoU: \d", scored.stdout + scored.stderr)
-    for number, picture in enumerate(kinds):
+    for number, image in enumerate(kinds):
         with Image.open(tmp_path / "labels" / f"validation_{number}.png") as found:
-            assert found.size == picture.size and 1 <= np.array(found).min() <= np.array(found).max() <= 3
+            assert found.size == image.size and 1 <= np.array(found).min() <= np.array(found).max() <= 3
     again = command(library, "test", config, file, "--aug-test")
     assert again.returncode == 0 and re.search(r"mIoU: \d", again.stdout + again.stderr), again.stderr[-2000:]
 
 
-# Each damages a training state in one place.
+# Each damages a checkpoint in one place.
 STATES = {
     "no text about it": lambda payload: payload.update(meta="x"),
     "no count": lambda payload: payload["meta"].update(iter="a"),
@@ -683,8 +682,8 @@ def test_states_that_cannot_be_resumed(library, tmp_path, monkeypatch):
         damage(payload)
         checkpoint.save(tmp_path / "state.pth", payload)
         words = [str(config), "--work-dir", "again", "--no-validate", "--resume-from", "state.pth"]
-        line = refusal(cli.run_training, cli.train_parser().parse_args(words), library)
-        assert line.startswith("no training to resume (state.pth): ") and line.endswith(
-            "; --load-from starts a new one from its weights"
+        line = error_of(cli.run_training, cli.train_parser().parse_args(words), library)
+        assert line.startswith("cannot resume (state.pth): ") and line.endswith(
+            "; --load-from starts a new training run from its weights"
         ), name
         assert not [path for path in (tmp_path / "again").glob("*") if path.is_file()], name

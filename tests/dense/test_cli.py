@@ -1,4 +1,4 @@
-"""The published commands: they parse, train, resume, score, and say in one line what they cannot do."""
+"""The official commands: they parse, train, resume, score, and report in one line what they cannot do."""
 
 import json
 import re
@@ -58,21 +58,21 @@ def python(library, program):
     return [sys.executable, ROOT / FOLDERS[library] / f"{program}.py"]
 
 
-# ---------------------------------------------------------------- the published words
+# ---------------------------------------------------------------- the official command lines
 
 
 TRAIN = "--work-dir --resume-from --load-from --no-validate --seed --deterministic --options --cfg-options --launcher --local_rank --gpus --gpu-ids"
 TEST = "--out --format-only --eval --show --show-dir --aug-test --eval-options --gpu-collect --tmpdir --options --cfg-options --launcher --local_rank"
 
 
-def test_published_options_parse():
+def test_official_options_parse():
     known = cli.train_parser()._option_string_actions
     assert set(TRAIN.split()) <= set(known)
     for library in FOLDERS:
         assert set(TEST.split()) <= set(cli.test_parser(library)._option_string_actions)
 
 
-def test_published_commands_parse():
+def test_official_commands_parse():
     words = "configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py checkpoint_file --eval mIoU --aug-test --launcher pytorch --local-rank=3"
     args = cli.test_parser("mmseg").parse_args(words.split())
     assert args.eval == ["mIoU"] and args.aug_test and args.checkpoint == "checkpoint_file" and args.local_rank == 3
@@ -109,15 +109,18 @@ def scoring(library, *words):
         (["nothing.py"], "no such config"),
         (
             ["fpn_alt_gvt_s_512x512_80k_ade20k.py"],
-            r"no folder of pictures \(data/ade/ADEChallengeData2016/images/training\)",
+            r"no image folder \(data/ade/ADEChallengeData2016/images/training\)",
         ),
         (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--gpus", "2"], "dist_train.sh CONFIG GPUS"),
         (
             ["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--resume-from", "a", "--load-from", "b"],
-            "both --resume-from and --load-from",
+            "both --resume-from .* and --load-from",
         ),
         (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--cfg-options", "model.backbone.pad"], "not KEY=VALUE"),
-        (["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--cfg-options", "param_scheduler.7.end=3"], "cannot set that"),
+        (
+            ["fpn_alt_gvt_s_512x512_80k_ade20k.py", "--cfg-options", "param_scheduler.7.end=3"],
+            "no such key in the config",
+        ),
     ],
 )
 def test_wrong_words(words, says, tmp_path, monkeypatch):
@@ -137,28 +140,28 @@ def test_a_config_of_the_other_library(detector, tmp_path, monkeypatch):
 
 def test_a_config_that_is_no_program(tmp_path):
     (tmp_path / "broken.py").write_text("model = dict(")
-    with pytest.raises(UserError, match="not a readable config"):
+    with pytest.raises(UserError, match="cannot read the config"):
         training("mmseg", tmp_path / "broken.py")
 
 
 def test_missing_annotations(detector, coco, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no annotations \(.*annotations/none.json\)"):
+    with pytest.raises(UserError, match=r"no annotation file \(.*annotations/none.json\)"):
         training("mmdet", detector, "--cfg-options", "train_dataloader.dataset.ann_file=annotations/none.json")
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (("img_suffix='.jpg'", "img_suffix='.bmp'"), "no pictures with labels there"),
+        (("img_suffix='.jpg'", "img_suffix='.bmp'"), "no images with labels"),
         (
             ("num_classes=3", "num_classes=4"),
-            r"a head for another number of classes \(decode_head: 4\): the data has 3",
+            r"a head for another number of classes \(decode_head: 4\): the data set has 3",
         ),
         (("crop_size", "crop"), "crop"),
         (
             ('with_fpn("alt_gvt_demo")', 'with_fpn("alt_gvt_demo", depth=50)'),
-            "cannot build what the config says .*'depth'",
+            "cannot build from the config .*'depth'",
         ),
     ],
 )
@@ -203,7 +206,7 @@ def test_nothing_in_a_checkpoint_can_run(option, segmentor, tmp_path, monkeypatc
 
 @pytest.fixture(scope="session")
 def trained(segmentor, tmp_path_factory):
-    """A training of 4 iterations, with a score and a checkpoint after 2 and 4."""
+    """A training run of 4 iterations, with a score and a checkpoint after 2 and 4."""
     folder = tmp_path_factory.mktemp("trained")
     output = ok(run([*python("mmseg", "train"), segmentor, "--work-dir", "run", "--seed", 3], folder))
     return folder / "run", output
@@ -211,7 +214,7 @@ def trained(segmentor, tmp_path_factory):
 
 def test_a_training_and_its_log(trained):
     folder, output = trained
-    assert "a step has 2 pictures (1 x 2), the recipe's has 32" in output
+    assert "total batch size 2 (1 processes x 2 images), the recipe's is 32" in output
     (log,) = folder.glob("*/vis_data/scalars.json")
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["iter"] for line in lines if "loss" in line] == [1, 2, 3, 4]
@@ -273,7 +276,7 @@ def same_weights_but_iter(one, other):
 
 @pytest.mark.slow
 def test_two_processes(segmentor, tmp_path):
-    """The published scripts: train, resume to the same bits, score as one process scores."""
+    """The official scripts: train, resume to the same bits, score as one process scores."""
     train, test = (
         ["bash", ROOT / "segmentation" / "dist_train.sh", segmentor, 2],
         ["bash", ROOT / "segmentation" / "dist_test.sh", segmentor],
@@ -308,8 +311,8 @@ def test_aug_test(trained, segmentor, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_new_training_from_another_ones_weights(trained, ade, tmp_path):
-    """Heads of another size are left fresh, and said; a test refuses them."""
+def test_a_new_run_from_another_ones_weights(trained, ade, tmp_path):
+    """Heads of another size keep their initial weights, with a log line; a test rejects them."""
     folder, _ = trained
     six = (
         SEGMENTOR.replace("num_classes=3", "num_classes=6")
@@ -327,7 +330,7 @@ def test_a_new_training_from_another_ones_weights(trained, ade, tmp_path):
     ]
     output = ok(run([*python("mmseg", "train"), config, *words], tmp_path))
     assert (
-        "left fresh, because the file has none of that shape: decode_head.conv_seg.weight, decode_head.conv_seg.bias"
+        "randomly initialized, because the file has none of that shape: decode_head.conv_seg.weight, decode_head.conv_seg.bias"
         in output
     )
     test = run([*python("mmseg", "test"), config, folder / "iter_4.pth"], tmp_path)
@@ -335,21 +338,21 @@ def test_a_new_training_from_another_ones_weights(trained, ade, tmp_path):
 
 
 @pytest.mark.slow
-def test_pretrained_weights_are_read_for_a_fresh_training_only(segmentor, trained, tmp_path):
+def test_pretrained_weights_are_read_for_a_new_run_only(segmentor, trained, tmp_path):
     checkpoint.save(tmp_path / "classifier.pth", {"model": timm.create_model("alt_gvt_demo").state_dict()})
     words = ["--no-validate", "--cfg-options", "train_cfg.max_iters=1", "model.backbone.pretrained=classifier.pth"]
-    said = "tensors from classifier.pth; not in it, so left fresh: norm_list; in it, but not used: "
-    assert said in ok(run([*python("mmseg", "train"), segmentor, *words], tmp_path))
+    line = "tensors from classifier.pth; missing in the file, randomly initialized: norm_list; in the file, not used: "
+    assert line in ok(run([*python("mmseg", "train"), segmentor, *words], tmp_path))
     (tmp_path / "classifier.pth").unlink()
     ok(run([*python("mmseg", "test"), segmentor, trained[0] / "iter_4.pth", "--cfg-options", words[-1]], tmp_path))
 
 
 @pytest.mark.slow
 def test_a_detector(detector, tmp_path):
-    """Train in float32 what says float16, resume to the same bits, score boxes and masks by the README's word."""
+    """Train in float32 instead of float16, resume to the same bits, score boxes and masks by the README's mAP."""
     train = [*python("mmdet", "train"), detector, "--work-dir", "run"]
     output = ok(run([*train, "--seed", 3], tmp_path))
-    assert "no GPU: steps are made in float32" in output or torch.cuda.is_available()
+    assert "no GPU: training in float32" in output or torch.cuda.is_available()
     shutil.copy(tmp_path / "run" / "epoch_1.pth", tmp_path)
     first = checkpoint.load(str(tmp_path / "run" / "epoch_2.pth"))
     ok(run([*train, "--resume-from", "epoch_1.pth", "--cfg-options", "train_dataloader.num_workers=2"], tmp_path))
@@ -393,12 +396,12 @@ def test_a_resumed_detector_of_two_processes_has_the_same_bits(detector, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_published_words_for_pcpvt_l(ade, tmp_path):
+def test_the_official_commands_for_pcpvt_l(ade, tmp_path):
     """From inside segmentation/, the README's command with two processes, and options that make it as small as the
     toy.
     """
     config = "configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py"
-    places = [
+    data = [
         f"{part}_dataloader.{key}"
         for part in ("train", "test")
         for key in (f"dataset.data_root={ade}", "num_workers=0")
@@ -414,9 +417,9 @@ def test_the_published_words_for_pcpvt_l(ade, tmp_path):
         "default_hooks.logger.interval=1",
         "model.backbone.pretrained=None",
     ]
-    options = ["--work-dir", tmp_path / "run", "--cfg-options", *places, *small, *short]
+    options = ["--work-dir", tmp_path / "run", "--cfg-options", *data, *small, *short]
     output = ok(run(["bash", "dist_train.sh", config, 2, "--no-validate", *options], ROOT / "segmentation"))
-    assert "a step has 4 pictures (2 x 2), the recipe's has 16" in output
+    assert "total batch size 4 (2 processes x 2 images), the recipe's is 16" in output
     assert len(re.findall(r"Iter\(train\) \[[12]/2\].* loss: \d", output)) == 2
     output = ok(
         run(

@@ -1,6 +1,4 @@
-"""The 34 published configs: each holds the effective settings of the published run, builds, makes a step and looks at a
-picture.
-"""
+"""The 34 official configs: each has the effective settings of the official run, builds, trains a step, and predicts."""
 
 import copy
 import functools
@@ -21,18 +19,18 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 
 from dense import libraries
-from dense.backbone import published_drop_path
-from dense.runner import for_this_machine
+from dense.backbone import official_drop_path
+from dense.runner import adapt_to_machine
 from gvt import VARIANTS
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a family of published runs had, with 8 GPUs."""
+    """The settings of a family of official runs, with 8 GPUs."""
 
     library: str
     pad: str
-    batch: int  # pictures of a GPU
+    batch: int  # images per GPU
     lr: float
     weight_decay: float
     exempt: bool  # norms and position encodings do not decay
@@ -48,7 +46,7 @@ MASK_3X = Setting("mmdet", "zero", 2, 1e-4, 0.05, True, dict(max_epochs=36), 1, 
 RETINA_1X = Setting("mmdet", "zero", 2, 1e-4, 1e-4, False, dict(max_epochs=12), 1)
 RETINA_3X = Setting("mmdet", "zero", 2, 1e-4, 0.05, True, dict(max_epochs=36), 1)
 
-# file: setting, variant, drop path, pictures of a GPU where they are not the setting's
+# file: setting, variant, drop path, images per GPU if not the setting's
 TABLE = {
     "fpn_pcpvt_s_512x512_80k_ade20k": (FPN, "pcpvt_small", 0.2, None),
     "fpn_pcpvt_b_512x512_80k_ade20k": (FPN, "pcpvt_base", 0.2, None),
@@ -85,7 +83,7 @@ TABLE = {
     "retinanet_alt_gvt_b_fpn_3x_ms_coco": (RETINA_3X, "alt_gvt_base", 0.2, None),
     "retinanet_alt_gvt_l_fpn_3x_ms_coco": (RETINA_3X, "alt_gvt_large", 0.2, None),
 }
-# By head and variant: parameters; with the unused classifier and norm of the published backbones; the published table,
+# By head and variant: parameters; with the unused classifier and norm of the official backbones; the reported table,
 # in millions.
 PARAMETERS = {
     ("upernet", "pcpvt_small"): (54_080_044, 54_594_068, "54.6"),
@@ -113,7 +111,7 @@ PARAMETERS = {
     ("retinanet", "alt_gvt_base"): (66_241_396, 67_011_932, "67.0"),
     ("retinanet", "alt_gvt_large"): (109_890_804, 110_917_852, "110.9"),
 }
-# Where the published figure is not the rounded one: two were cut off, and one is 0.2 below its own sum.
+# Where the reported figure is not the rounded one: two were cut off, and one is 0.2 below its own sum.
 NOT_ROUNDED = {
     ("upernet", "alt_gvt_large"): "133.810",
     ("fpn", "alt_gvt_large"): "103.771",
@@ -196,7 +194,7 @@ def test_settings(name):
         pretrained=f"pretrained/{variant}.pth",
     )
     assert cfg.model.backbone == backbone
-    assert drop_path == published_drop_path(setting.library, variant)
+    assert drop_path == official_drop_path(setting.library, variant)
     assert cfg.train_dataloader.batch_size == batch and cfg.auto_scale_lr == dict(
         enable=False, base_batch_size=8 * batch
     )
@@ -213,12 +211,12 @@ def test_settings(name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_data(name):
-    """Places, sizes, classes, scores."""
+    """Folders, sizes, classes, scores."""
     setting = TABLE[name][0]
     cfg = config(name)
     train, test = cfg.train_dataloader.dataset, cfg.test_dataloader.dataset
     steps = {step["type"]: step for step in train.pipeline}
-    resize = {step["type"]: step for step in test.pipeline}["Resize"]
+    resize = {step["type"]: step for step in test.pipeline}["TwinsResize"]
     if setting.library == "mmseg":
         assert (
             train.data_root == test.data_root == "data/ade/ADEChallengeData2016"
@@ -226,19 +224,19 @@ def test_data(name):
             and test.reduce_zero_label
         )
         assert steps["RandomResize"] == dict(
-            type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True
+            type="RandomResize", scale=(2048, 512), ratio_range=(0.5, 2.0), keep_ratio=True, resize_type="TwinsResize"
         )
         assert steps["RandomCrop"] == dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75)
         assert list(steps) == [
             "LoadImageFromFile",
-            "LoadAnnotations",
+            "TwinsLoadAnnotations",
             "RandomResize",
             "RandomCrop",
-            "RandomFlip",
+            "TwinsRandomFlip",
             "PhotoMetricDistortion",
             "PackSegInputs",
         ]
-        assert resize == dict(type="Resize", scale=(2048, 512), keep_ratio=True)
+        assert resize == dict(type="TwinsResize", scale=(2048, 512), keep_ratio=True)
         assert cfg.model.decode_head.num_classes == 150 and cfg.model.test_cfg == dict(mode="whole")
         heads = [cfg.model.decode_head, *([cfg.model.auxiliary_head] if setting is UPERNET else [])]
         assert not any(head.loss_decode.avg_non_ignore for head in heads)
@@ -246,7 +244,7 @@ def test_data(name):
             assert cfg.model.auxiliary_head.channels == 256 and cfg.model.auxiliary_head.in_index == 2
         scales = [step["scale"] for step in cfg.tta_pipeline[1]["transforms"][0]]
         assert scales == [(1024, 256), (1536, 384), (2048, 512), (2560, 640), (3072, 768), (3584, 896)]
-        assert cfg.val_evaluator == dict(type="IoUMetric", iou_metrics=["mIoU"])
+        assert cfg.val_evaluator == dict(type="TwinsIoUMetric", iou_metrics=["mIoU"])
     else:
         assert train.data_root == test.data_root == "data/coco/"
         masks = name.startswith("mask_rcnn")
@@ -256,12 +254,12 @@ def test_data(name):
             and cfg.train_dataloader.batch_sampler.type == "AspectRatioBatchSampler"
         )
         assert train.filter_cfg == dict(filter_empty_gt=True, min_size=32)
-        assert steps["RandomFlip"].prob == 0.5 and cfg.model.data_preprocessor.pad_size_divisor == 32
+        assert steps["TwinsRandomFlip"].prob == 0.5 and cfg.model.data_preprocessor.pad_size_divisor == 32
         if setting in (MASK_3X, RETINA_3X):
             assert list(steps) == [
                 "LoadImageFromFile",
                 "LoadAnnotations",
-                "RandomFlip",
+                "TwinsRandomFlip",
                 "RandomChoice",
                 "PackDetInputs",
             ]
@@ -284,8 +282,8 @@ def test_data(name):
             }
             assert (crop.crop_type, crop.crop_size, crop.allow_negative_crop) == ("absolute_range", (384, 600), True)
         else:
-            assert steps["Resize"] == dict(type="Resize", scale=(1333, 800), keep_ratio=True)
-        assert resize == dict(type="Resize", scale=(1333, 800), keep_ratio=True)
+            assert steps["TwinsResize"] == dict(type="TwinsResize", scale=(1333, 800), keep_ratio=True)
+        assert resize == dict(type="TwinsResize", scale=(1333, 800), keep_ratio=True)
         head = cfg.model.roi_head.bbox_head if masks else cfg.model.bbox_head
         assert head.num_classes == 80 and head.loss_bbox.type == "L1Loss"
         assert cfg.val_evaluator.metric == (["bbox", "segm"] if masks else ["bbox"])
@@ -301,27 +299,25 @@ def test_headers_say_the_command(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_parameters(name):
-    """The widths fit, and the published counts hold with the classifier and norm that the published backbones carry for
-    nothing.
-    """
+    """The widths fit, and the reported counts hold with the unused classifier and norm of the official backbones."""
     variant = TABLE[name][1]
     head = name.split("_")[0]
-    built, published, millions = PARAMETERS[head, variant]
+    built, official, millions = PARAMETERS[head, variant]
     model = on_meta(config(name))
     assert sum(p.numel() for p in model.parameters()) == built
     dim = VARIANTS[variant].dims[-1]
-    assert built + 1000 * (dim + 1) + 2 * dim == published
+    assert built + 1000 * (dim + 1) + 2 * dim == official
     digits = len(millions.partition(".")[2])
     exactly = NOT_ROUNDED.get((head, variant))
-    assert (f"{published / 1e6:.{digits}f}" == millions) == (exactly is None)
-    assert exactly is None or f"{published / 1e6:.3f}" == exactly
+    assert (f"{official / 1e6:.{digits}f}" == millions) == (exactly is None)
+    assert exactly is None or f"{official / 1e6:.3f}" == exactly
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_optimizer(name):
     setting, variant, *_ = TABLE[name]
     cfg = config(name)
-    for_this_machine(cfg)
+    adapt_to_machine(cfg)
     model = on_meta(cfg)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     assert type(groups) is list and {group["lr"] for group in groups} == {setting.lr}
@@ -336,8 +332,8 @@ def test_optimizer(name):
     "name", ["fpn_alt_gvt_s_512x512_80k_ade20k", "upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting"]
 )
 def test_the_loss_counts_pixels_without_a_label(name):
-    """As mmseg 0.12: the sum over labelled pixels, divided by the number of all pixels. The first losses of the
-    published logs show it.
+    """As mmseg 0.12: the sum over labeled pixels, divided by the number of all pixels. The first losses of the
+    official logs show it.
     """
     heads = [config(name).model[head] for head in ("decode_head", "auxiliary_head") if head in config(name).model]
     logits, labels = torch.randn(2, 150, 8, 8), torch.randint(0, 150, (2, 8, 8))
@@ -382,7 +378,7 @@ RATES = {  # mmcv's formulas, with iterations from 0
     "name", [pytest.param(name, marks=pytest.mark.slow if RATES[name][0][-1] > 100_000 else []) for name in RATES]
 )
 def test_learning_rates(name):
-    """Each scheduler stepped as mmengine's hook steps it, against the published formula."""
+    """Each scheduler stepped as mmengine's hook steps it, against the official formula."""
     points, formula = RATES[name]
     cfg, per_epoch = config(name), 600
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr)
@@ -413,11 +409,11 @@ def test_each_setting_has_one_schedule(name):
         assert ours[0] == theirs[0] and ours[1] == dict(theirs[1]) | dict(end=epochs, milestones=down)
 
 
-# ---------------------------------------------------------------- a step, and a look
+# ---------------------------------------------------------------- a step and a prediction
 
 
-def pictures(library):
-    """Two pictures of 64 x 64 with labels, as a loader gives them to a model."""
+def batch_of(library):
+    """Two images of 64 x 64 with labels, as a loader passes them to a model."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8, generator=generator) for _ in range(2)]
     facts = dict(
@@ -458,23 +454,23 @@ def pictures(library):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_step_and_a_look(name):
-    """Every parameter gets a gradient and moves; a picture gives labels or boxes."""
+def test_a_step_and_a_prediction(name):
+    """Every parameter gets a gradient and moves; an image gives labels or boxes."""
     setting = TABLE[name][0]
     cfg = config(name)
-    said = for_this_machine(cfg)
-    assert (said == []) == (setting is not MASK_3X or torch.cuda.is_available())
-    cfg.model.backbone.drop_path_rate = 0.0  # of two pictures, it may drop both
+    changes = adapt_to_machine(cfg)
+    assert (changes == []) == (setting is not MASK_3X or torch.cuda.is_available())
+    cfg.model.backbone.drop_path_rate = 0.0  # with two images, it may drop both
     if setting.library == "mmseg":
         cfg.model.data_preprocessor.size = (64, 64)
     torch.manual_seed(0)
     model = revert_sync_batchnorm(build(cfg))
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    losses = model.train().train_step(pictures(setting.library), optimizer)
+    losses = model.train().train_step(batch_of(setting.library), optimizer)
     assert all(torch.as_tensor(value).isfinite().all() for value in losses.values()), losses
     assert not [key for key, p in model.named_parameters() if torch.equal(before[key], p)]
-    data = pictures(setting.library)
+    data = batch_of(setting.library)
     with torch.inference_mode():
         (found,) = model.eval().test_step({key: value[:1] for key, value in data.items()})
     if setting.library == "mmseg":

@@ -21,7 +21,7 @@ SMALL = ("pcpvt_small", "alt_gvt_small")
 
 
 def theirs(variant: str) -> nn.Module:
-    """mmsegmentation's model with the published eps of its norms, for which it has one setting only: it takes 1e-5
+    """mmsegmentation's model with the official eps of its norms, for which it has one setting only: it uses 1e-5
     everywhere.
     """
     v = VARIANTS[variant]

@@ -34,7 +34,7 @@ PROCESSES = (1, 2)
 
 
 def random_weights(library, config, path):
-    """Of the model that a config describes, sharp enough that it is not of one mind about a whole picture."""
+    """Weights of a config's model, sharp enough that it finds several classes in each image."""
     libraries.load(library)
     cfg = Config.fromfile(config)
     torch.manual_seed(0)
@@ -70,9 +70,9 @@ def segmentor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("segmentor")
     data = ade_toy(folder / "data")
     for path in (data / "annotations" / "validation").iterdir():
-        with Image.open(path) as picture:
-            labels = np.array(picture)
-        labels[:5, 20:] = 255  # unlabelled, as 0 is
+        with Image.open(path) as image:
+            labels = np.array(image)
+        labels[:5, 20:] = 255  # unlabeled, as 0 is
         Image.fromarray(labels).save(path)
     config = write(folder / "segmentor.py", SEGMENTOR, data=data)
     return config, random_weights("mmseg", config, folder / "random.pth"), data

@@ -1,4 +1,4 @@
-"""Labels by stripes are those of the plain way, for large and small pictures, padded, mirrored and augmented, in
+"""Labels by stripes are those of the plain way, for large and small images, padded, flipped and augmented, in
 bounded memory.
 """
 
@@ -38,7 +38,7 @@ def model():
 
 
 def data(height, width, own, flip=False):
-    picture = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     facts = dict(
         ori_shape=own,
         img_shape=(height, width),
@@ -47,7 +47,7 @@ def data(height, width, own, flip=False):
         flip_direction="horizontal" if flip else None,
     )
     return dict(
-        inputs=[picture], data_samples=[SegDataSample(metainfo=facts, gt_sem_seg=PixelData(data=torch.zeros(1, *own)))]
+        inputs=[image], data_samples=[SegDataSample(metainfo=facts, gt_sem_seg=PixelData(data=torch.zeros(1, *own)))]
     )
 
 
@@ -93,13 +93,13 @@ def test_augmented_labels_are_the_plain_ones(model, monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (5, 64), (33, 31)])
 @torch.inference_mode()
-def test_small_pictures(model, size):
+def test_small_images(model, size):
     (found,) = model.test_step(data(*size, size))
     assert found.pred_sem_seg.data.shape == (1, *size)
 
 
 @pytest.mark.slow
-def test_a_large_picture_in_little_memory(tmp_path):
+def test_a_large_image_in_little_memory(tmp_path):
     """4000 x 3000 pixels, 150 classes, in a process of its own, with and without augmentation: under 4 GB."""
     import subprocess
     import sys

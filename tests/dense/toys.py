@@ -17,7 +17,7 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def blocks(random, height, width):
-    """A picture of grey noise with three coloured blocks, and where they are."""
+    """An image of gray noise with three colored blocks, and their boxes."""
     pixels = random.integers(90, 160, (height, width, 3)).astype(np.uint8)
     boxes = []
     for number in range(3):
@@ -29,7 +29,7 @@ def blocks(random, height, width):
 
 
 def ade_toy(root: Path) -> Path:
-    """ADEChallengeData2016's folders: labels from 1, 0 is unlabelled."""
+    """ADEChallengeData2016's folders: labels from 1, 0 is unlabeled."""
     random = np.random.default_rng(0)
     for part, count in dict(training=9, validation=5).items():
         (root / "images" / part).mkdir(parents=True)
@@ -45,7 +45,7 @@ def ade_toy(root: Path) -> Path:
 
 
 def coco_toy(root: Path) -> Path:
-    """COCO's folders and classes, of which three are in the pictures."""
+    """COCO's folders and classes, of which three are in the images."""
     from mmdet.datasets import CocoDataset
 
     random = np.random.default_rng(0)
@@ -159,13 +159,13 @@ def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
     return np.random.default_rng(height * width).integers(0, 256, (height, width, channels)).astype(np.uint8)
 
 
-# Each is a picture that can be used, as PNG.
+# Each is an image that can be used, as PNG.
 STRANGE = {
     "one pixel": lambda: Image.fromarray(noise(1, 1)),
     "one row": lambda: Image.fromarray(noise(1, 4000)),
     "one column": lambda: Image.fromarray(noise(4000, 1)),
     "odd sides": lambda: Image.fromarray(noise(37, 53)),
-    "grey": lambda: Image.fromarray(noise(48, 80)[..., 0]),
+    "gray": lambda: Image.fromarray(noise(48, 80)[..., 0]),
     "transparent": lambda: Image.fromarray(noise(48, 80, 4)),
     "16 bits": lambda: Image.fromarray(noise(48, 80)[..., 0].astype(np.uint16) * 257),
     "palette": lambda: Image.fromarray(noise(48, 80)).quantize(16),
@@ -173,20 +173,18 @@ STRANGE = {
 }
 
 
-def give_picture(root: Path, number: int, picture: Image.Image) -> None:
-    """Replace a training and a validation picture of a toy, and what is known of it: a label of each class, a box of
-    nearly all.
-    """
-    width, height = picture.size
+def give_image(root: Path, number: int, image: Image.Image) -> None:
+    """Replace a training and a validation image of a toy and its annotations: a label of each class, a box of all of it."""
+    width, height = image.size
     if (root / "images").is_dir():
         for part in ("training", "validation"):
-            picture.save(root / "images" / part / f"{part}_{number}.jpg", "PNG")  # readers look at the content
+            image.save(root / "images" / part / f"{part}_{number}.jpg", "PNG")  # readers look at the content
             labels = np.arange(height * width).reshape(height, width) % 4
             Image.fromarray(labels.astype(np.uint8)).save(root / "annotations" / part / f"{part}_{number}.png")
         return
     for part in ("train2017", "val2017"):
         name = f"{number:012}.jpg"
-        picture.save(root / part / name, "PNG")
+        image.save(root / part / name, "PNG")
         with annotations(root, part) as content:
             content["images"] = [each for each in content["images"] if each["id"] != number]
             content["images"].append(dict(id=number, file_name=name, height=height, width=width))

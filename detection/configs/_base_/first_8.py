@@ -1,11 +1,10 @@
-"""The first 8 training pictures of a small part of COCO, short side 192, learnt by heart from fresh weights: does a
-detector learn?
+"""A smoke test: overfit the first 8 training images of a small part of COCO from scratch, shorter side 192.
 
-Scores are those of the same pictures. Data: data/coco-mini, in COCO's layout.
+Scores are those of the same images. Data: data/coco-mini, in COCO's layout.
 """
 
 _base_ = ["./datasets/coco_instance.py", "./runtime.py"]
-from dense.models import for_scores, one_size
+from dense.models import detection_eval_pipeline, single_scale_pipeline
 
 scale = (320, 192)
 first_8 = dict(
@@ -18,12 +17,11 @@ train_dataloader = dict(
     batch_size=2,
     num_workers=1,
     sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(**first_8, pipeline=one_size(scale, with_mask=True, flip=0.0)),
+    dataset=dict(**first_8, pipeline=single_scale_pipeline(scale, with_mask=True, flip=0.0)),
 )
-# Scores against the annotations of the 8 pictures alone, not of the whole file.
-val_dataloader = dict(
-    num_workers=1, dataset=dict(**first_8, pipeline=for_scores(scale, with_mask=True, more=("instances",)))
-)
+# Scores against the annotations of the 8 images alone, not of the whole file.
+test_pipeline = detection_eval_pipeline(scale, with_mask=True, meta_keys=("instances",))
+val_dataloader = dict(num_workers=1, dataset=dict(**first_8, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=None)
 test_evaluator = val_evaluator

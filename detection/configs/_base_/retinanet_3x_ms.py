@@ -1,16 +1,16 @@
 """RetinaNet on COCO, 36 epochs with sizes and crops of many kinds, in float32.
 
-The published pipeline also loads masks, which nothing in this model reads: this one does not.
+The official pipeline also loads masks, which nothing in this model reads: this one does not.
 """
 
 _base_ = ["./models/retinanet_fpn.py", "./datasets/coco_detection.py", "./runtime.py"]
-from dense.models import many_sizes, steps
+from dense.models import multiscale_pipeline, step_schedule
 
-train_dataloader = dict(dataset=dict(pipeline=many_sizes(with_mask=False)))
+train_dataloader = dict(dataset=dict(pipeline=multiscale_pipeline(with_mask=False)))
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0), "pos_block": dict(decay_mult=0.0)}),
 )
-param_scheduler = steps(epochs=36, down_at=[27, 33])
+param_scheduler = step_schedule(epochs=36, milestones=[27, 33])
 train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=36, val_interval=1)

@@ -1,12 +1,9 @@
-"""What every training of a detector shares: 8 GPUs x 2 images, AdamW, steps in the rate after a warm-up, a score after
-each epoch.
-"""
+"""What all detection configs share: 8 GPUs x 2 images, hooks, and scores after each epoch."""
 
-custom_imports = dict(imports=["dense.backbone"], allow_failed_imports=False)
+custom_imports = dict(imports=["dense.backbone", "dense.transforms"], allow_failed_imports=False)
 default_scope = "mmdet"
-auto_scale_lr = dict(
-    enable=False, base_batch_size=16
-)  # GPUs x images of the recipe: another number is said when a training starts
+# GPUs x images of the recipe; a run with another number starts with a warning.
+auto_scale_lr = dict(enable=False, base_batch_size=16)
 env_cfg = dict(
     cudnn_benchmark=False, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0), dist_cfg=dict(backend="nccl")
 )

@@ -1,7 +1,7 @@
-"""COCO 2017, boxes: pictures of at most 1333 x 800, two a GPU, wide and tall ones in batches of their own."""
+"""COCO 2017, boxes: images of at most 1333 x 800, two per GPU; wide and tall ones are not mixed in a batch."""
 
 _base_ = []  # without it, mmengine takes a file with imports for a config of its other kind
-from dense.models import for_scores, one_size
+from dense.models import detection_eval_pipeline, single_scale_pipeline
 
 data_root = "data/coco/"
 scale = (1333, 800)
@@ -17,7 +17,7 @@ train_dataloader = dict(
         ann_file="annotations/instances_train2017.json",
         data_prefix=dict(img="train2017/"),
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=one_size(scale),
+        pipeline=single_scale_pipeline(scale),
     ),
 )
 val_dataloader = dict(
@@ -32,7 +32,7 @@ val_dataloader = dict(
         ann_file="annotations/instances_val2017.json",
         data_prefix=dict(img="val2017/"),
         test_mode=True,
-        pipeline=for_scores(scale),
+        pipeline=detection_eval_pipeline(scale),
     ),
 )
 test_dataloader = val_dataloader

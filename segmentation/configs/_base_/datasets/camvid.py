@@ -1,11 +1,9 @@
-"""CamVid in ADE20K's layout: 367, 101 and 233 pictures of 480 x 360 from a car, 11 classes from 0, 255 is
-unlabelled.
-"""
+"""CamVid in ADE20K's layout: 367, 101 and 233 images of 480 x 360 from a car, 11 classes from 0, 255 is unlabeled."""
 
 _base_ = []  # without it, mmengine takes a file with imports for a config of its other kind
-from dense.models import crops, endless, one_by_one, whole
+from dense.models import crop_pipeline, eval_loader, eval_pipeline, train_loader
 
-scale = (320, 240)  # smaller than the pictures: a crop of 128 sees half of a street
+scale = (320, 240)  # smaller than the images: a crop of 128 sees half of a street
 camvid = dict(
     type="BaseSegDataset",
     metainfo=dict(
@@ -22,21 +20,24 @@ camvid = dict(
     img_suffix=".jpg",
     seg_map_suffix=".png",
 )  # fmt: skip
-train_dataloader = endless(
+train_dataloader = train_loader(
     4,
     1,
     **camvid,
     data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
-    pipeline=crops(scale, ratio_range=(0.75, 1.5), side=128),
+    pipeline=crop_pipeline(scale, ratio_range=(0.75, 1.5), crop_size=128),
 )
-val_dataloader = one_by_one(
+val_dataloader = eval_loader(
     1,
     **camvid,
     data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-    pipeline=whole(scale),
+    pipeline=eval_pipeline(scale),
 )
-test_dataloader = one_by_one(
-    1, **camvid, data_prefix=dict(img_path="images/test", seg_map_path="annotations/test"), pipeline=whole(scale)
+test_dataloader = eval_loader(
+    1,
+    **camvid,
+    data_prefix=dict(img_path="images/test", seg_map_path="annotations/test"),
+    pipeline=eval_pipeline(scale),
 )
-val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
+val_evaluator = dict(type="TwinsIoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator

@@ -1,4 +1,4 @@
-"""CamVid from fresh weights: crops of 128 x 128, whole pictures for scores."""
+"""CamVid from scratch: crops of 128 x 128, whole images for scores."""
 
 _base_ = ["./datasets/camvid.py", "./runtime.py"]
 auto_scale_lr = dict(enable=False, base_batch_size=4)
