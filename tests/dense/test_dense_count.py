@@ -41,7 +41,7 @@ def test_command(tmp_path, capsys):
     file = tmp_path / "counts.csv"
     tool.main(["--dense", "fpn_alt_gvt_s", "retinanet_alt_gvt_b", "--csv", str(file)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("published")
+    assert lines[0].endswith("paper")
     assert lines[1].split() == ["fpn_alt_gvt_s", "27,798,934", "38.628", "36.648", "37"]
     assert lines[2].split() == ["retinanet_alt_gvt_b", "66,241,396", "163.044", "151.803"]
     assert "512 x 512" in lines[3] and "800 x 600" in lines[3] and "Semantic FPN" in lines[4]

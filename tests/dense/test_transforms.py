@@ -129,5 +129,5 @@ def test_private_names_that_are_used_exist():
         (ValueError("x" * 300), "ValueError: " + "x" * 200),
     ],
 )
-def test_short_reason(error, reason):
+def test_library_reason(error, reason):
     assert library_reason(error) == reason
