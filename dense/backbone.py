@@ -6,6 +6,7 @@ was written for.
 """
 
 from gvt import SMALLEST, VARIANTS, Twins
+from gvt_ops import accelerate
 
 # isort: split
 import importlib
@@ -60,6 +61,7 @@ class TwinsBackbone(Twins):
             self.norm_list = nn.ModuleList(
                 nn.LayerNorm(dim, eps=1e-6) for dim in VARIANTS[variant].dims[: len(self.blocks)]
             )
+        accelerate(self)
 
     def init_weights(self) -> None:
         """Take the weights of `pretrained`, if there is one, and say what was and what was not in it."""

@@ -37,7 +37,7 @@ from timm.models.twins import Twins as TimmTwins
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gvt_ops import onednn
+from gvt_ops import accelerate, onednn
 from tools import records
 from tools.count import FlopCounterMode, conv_flop_count, side
 from tools.plot_logs import tidy
@@ -109,7 +109,7 @@ def build_ours(case: Case) -> nn.Module:
                 parameter.dim() == 1
             ):  # biases and norms that are not all 0 and 1: each must find its place in the other library
                 parameter += 0.02 * torch.randn_like(parameter)
-    return model
+    return accelerate(model)
 
 
 def build_timm(case: Case, state: dict[str, Tensor]) -> nn.Module:
@@ -235,9 +235,8 @@ def reference(case: Case, device: torch.device) -> tuple[Tensor, float]:
     found = []
     for each in (dataclasses.replace(case, dtype="float64"), case):
         runner = Runner(each, build(each, "ours", device), "eager", device)
-        runner.module.set_fused_attn(False)
-        with onednn.by_torch_alone():
-            found.append(runner.outputs(CHUNK))
+        accelerate(runner.module, enable=False).set_fused_attn(False)
+        found.append(runner.outputs(CHUNK))
     truth, plain = found
     return truth, rms(plain - truth)
 
@@ -275,7 +274,7 @@ def limits(dtype: torch.dtype, device: torch.device) -> dict[tuple[str, str], Ca
     out, source = torch.empty_like(a), torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     found = {(PRODUCT, "mm"): lambda: torch.mm(a, b, out=out), (COPY, ""): lambda: target.copy_(source)}
-    if onednn.refusal(a, b) is None:  # two libraries: the limit is the faster one's
+    if onednn.unsupported_reason(a, b) is None:  # two libraries: the limit is the faster one's
         found[PRODUCT, "oneDNN"] = lambda: onednn.linear(a, b)
     return found
 
