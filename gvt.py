@@ -3,42 +3,38 @@ arXiv:2104.13840).
 
 PCPVT is PVT with conditional position encodings (section 3.1); ALTGVT, the paper's Twins-SVT, alternates attention
 inside windows (LSA) with attention to a sub-sampled map (GSA) (section 3.2). The file reads from top to bottom: the
-table of models, operations on windows, the two attentions, a block, the network, and the names that timm knows the
-models by.
+table of models, the two attentions, a block, a stage, the network, and the names that timm knows the models by.
 
-Names of modules, and the order in which they are registered, are those of the published weights and optimizer states.
+Names of modules, and the order in which they are registered, are those of the official weights and optimizer states.
 
-Shapes: B pictures; a map of H x W tokens, kept as (B, H, W, C); N queries, M keys; D channels of a head; windows of h x
-w tokens.
+Shapes: B images; a map of H x W tokens, kept as (B, H, W, C); N queries, M keys; D channels of a head.
 """
 
 import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
-import itertools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, use_fused_attn
+from timm.layers import DropPath, Mlp, use_fused_attn
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from gvt_ops import onednn
-from gvt_ops.onednn import linear, linear_gelu
-from gvt_ops.window_attention import attend_in_windows, why_not
+from gvt_ops.attention import attention
+from gvt_ops.window_attention import pad_to_windows, window_attention
 
 PATCHES = (4, 2, 2, 2)  # side of the patches that each stage embeds
 SMALLEST = 32  # pixels: below it, the last stage has no token
 PADS = ("mask", "zero", "published")
 RECOMPUTED = ("block", "mlp")
-# of a batch in one call of a fused CUDA kernel, whose grid ends there; windows of 1,024 pictures of 224 go beyond
-MOST_ROWS = 65_535
+
+# What depends on sizes and devices: torch.fx keeps these as calls, and does not look inside.
+for _name in ("attention", "pad_to_windows", "window_attention", "check_size"):
+    torch.fx.wrap(_name)
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,11 @@ class Variant:
     depths: tuple[int, ...]
     sr_ratios: tuple[int, ...] = (8, 4, 2, 1)  # GSA keeps one key for each r x r tokens
     window: int | None = None  # side of an LSA window; None: GSA in every block (PCPVT)
-    timm: str | None = None  # timm's name for the same model, under which its hub keeps the published weights
+    timm: str | None = None  # timm's name for the same model, under which its hub keeps the official weights
 
 
-# Tables 7 to 10 of the paper, as the published code and weights have them (Table 9 gives PCPVT-S and -B a depth of 3 in
-# stage 2). Keys are the names of the published weight files.
+# Tables 7 to 10 of the paper, as the official code and weights have them (Table 9 gives PCPVT-S and -B a depth of 3 in
+# stage 2). Keys are the names of the official weight files.
 VARIANTS = {
     "pcpvt_small": Variant((64, 128, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4), (3, 4, 6, 3), timm="twins_pcpvt_small"),
     "pcpvt_base": Variant((64, 128, 320, 512), (1, 2, 5, 8), (8, 8, 4, 4), (3, 4, 18, 3), timm="twins_pcpvt_base"),
@@ -69,78 +65,14 @@ VARIANTS = {
     "alt_gvt_large": Variant(
         (128, 256, 512, 1024), (4, 8, 16, 32), (4, 4, 4, 4), (2, 2, 18, 2), window=7, timm="twins_svt_large"
     ),
-    # Not in the paper: a small model of the same design for the demo and the tests. No weights are published for it.
+    # Not in the paper: a small model of the same design for the demo and the tests. It has no official weights.
     "alt_gvt_demo": Variant((32, 64, 128, 256), (1, 2, 4, 8), (4, 4, 4, 4), (2, 2, 2, 2), window=7),
 }
 
-# The published names of the classification models.
-MODEL_NAMES = {f"{key}_v0" if variant.window is None else key: key for key, variant in VARIANTS.items()}
-
-
-def to_windows(x: Tensor, h: int, w: int) -> Tensor:
-    """(B, H, W, C) -> (B * H/h * W/w, h * w, C), windows row by row. H and W must be multiples of h and w."""
-    B, H, W, C = x.shape
-    return x.reshape(B, H // h, h, W // w, w, C).transpose(2, 3).reshape(-1, h * w, C)
-
-
-def from_windows(x: Tensor, h: int, w: int, H: int, W: int) -> Tensor:
-    """(B * H/h * W/w, h * w, C) -> (B, H, W, C), the inverse of to_windows."""
-    C = x.shape[-1]
-    return x.reshape(-1, H // h, W // w, h, w, C).transpose(2, 3).reshape(-1, H, W, C)
-
-
-def real_keys(H: int, W: int, h: int, w: int, *, device: torch.device) -> Tensor:
-    """-> (windows, 1, 1, h * w), True for the tokens of an H x W map, False for the padding to its right and below."""
-    real = torch.ones(1, H, W, 1, dtype=torch.bool, device=device)
-    real = F.pad(real, (0, 0, 0, -W % w, 0, -H % h), value=False)
-    return to_windows(real, h, w).reshape(-1, 1, 1, h * w)
-
-
-def rows_at_once(q: Tensor, k: Tensor) -> int:
-    """Of the batch, in one call of fused attention."""
-    if q.is_cuda:
-        return MOST_ROWS
-    return onednn.rows_at_once(q, k) if onednn.attention_refusal(q, k) is None else q.shape[0]
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: nn.Dropout, fused: bool) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v. q is (B, heads, N, D), k and v are (B, heads, M, D).
-
-    mask broadcasts to (B, heads, N, M), True where a key may be seen. The unfused way sends the map (B, heads, N, M)
-    through `dropout`, where a forward hook can look at it.
-    """
-    if fused and q.shape[0] > (rows := rows_at_once(q, k)):
-        masks = itertools.repeat(None) if mask is None else mask.expand(q.shape[0], -1, -1, -1).split(rows)
-        parts = zip(*(x.split(rows) for x in (q, k, v)), masks)
-        return torch.cat([attend(*part, dropout=dropout, fused=True) for part in parts])
-    if fused and q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and torch.is_grad_enabled():
-        # The CPU's fused kernel has a backward pass in half precision that takes several times as long as in float32.
-        with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), mask, dropout=dropout, fused=True).to(q.dtype)
-    rate = dropout.p if dropout.training else 0.0
-    if fused and not rate and onednn.attention_refusal(q, k) is None:
-        return onednn.attention(q, k, v, mask)
-    if fused:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=rate)
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return dropout(scores.softmax(dim=-1)) @ v
-
-
-def watched(*modules: nn.Module) -> bool:
-    """Whether somebody waits for one of them to be called: a hook, or a function in the place of its forward."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return has_any_global_hook() or any(
-        "forward" in vars(module) or any(getattr(module, kind) for kind in hooks) for module in modules
-    )
-
-
-class Linear(nn.Linear):
-    """nn.Linear by the faster of a CPU's libraries: see gvt_ops/onednn.py."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+# The names of the classification models, the official ones first, and their keys of VARIANTS.
+MODEL_NAMES = {"pcpvt_small_v0": "pcpvt_small", "pcpvt_base_v0": "pcpvt_base", "pcpvt_large_v0": "pcpvt_large"} | {
+    name: name for name in ("alt_gvt_small", "alt_gvt_base", "alt_gvt_large", "alt_gvt_demo")
+}
 
 
 class LocalAttention(nn.Module):
@@ -148,8 +80,8 @@ class LocalAttention(nn.Module):
     same.
 
     A map whose sides are no multiples of the window is padded on the right and below. pad="mask": padding is never a
-    key. pad="zero": zeros are added before the projection to keys, so that padding is a key like others (published
-    detection, timm). pad="published": as "mask", but as "zero" where only one side needs padding (published
+    key. pad="zero": zeros are added before the projection to keys, so that padding is a key like others (official
+    detection, timm). pad="published": as "mask", but as "zero" where only one side needs padding (official
     segmentation, an error in a slice).
     """
 
@@ -158,44 +90,17 @@ class LocalAttention(nn.Module):
     ):
         super().__init__()
         self.heads, self.window, self.pad = heads, window, pad
-        self.fused_attn = use_fused_attn()
-        self.qkv = Linear(dim, 3 * dim)
+        self.fused_attn, self.accelerated = use_fused_attn(), False
+        self.qkv = nn.Linear(dim, 3 * dim)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        h = w = self.window
-        below, right = -H % h, -W % w
-        masked = bool(below or right) if self.pad == "mask" else bool(below and right) and self.pad == "published"
-        dropout = self.attn_drop.p if self.training else 0.0
-        if (
-            self.fused_attn and why_not(x, heads=self.heads, window=h, dropout=dropout) is None
-        ):  # a GPU's way, where tokens stay in place
-            if (below or right) and not masked:
-                x = F.pad(x, (0, 0, 0, right, 0, below))
-            return self.proj_drop(self.proj(attend_in_windows(self.qkv(x), self.heads, h)[:, :H, :W]))
-        if masked:
-            # Along a side that is shorter than a window, all of the padding is masked: a shorter window gives the same
-            # without it.
-            h, w = min(h, H), min(w, W)
-            below, right = -H % h, -W % w
-        mask = None
-        if below or right:
-            x = F.pad(x, (0, 0, 0, right, 0, below))
-            if masked:
-                mask = real_keys(H, W, h, w, device=x.device).repeat(B, 1, 1, 1)  # (B * windows, 1, 1, h * w)
-        x = to_windows(
-            x, h, w
-        )  # (B * windows, h * w, C): windows in the batch, for fused kernels take 4-D tensors only
-        qkv = self.qkv(x).reshape(-1, h * w, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # each (B * windows, heads, h * w, D)
-        x = attend(q, k, v, mask, dropout=self.attn_drop, fused=self.fused_attn)
-        x = from_windows(x.transpose(1, 2).flatten(2), h, w, H + below, W + right)
-        if below or right:
-            x = x[:, :H, :W]
-        return self.proj_drop(self.proj(x))
+        windows = dict(window=self.window, pad=self.pad, heads=self.heads, dropout=self.attn_drop)
+        windows |= dict(fused=self.fused_attn, accelerated=self.accelerated)
+        qkv = self.qkv(pad_to_windows(x, **windows))  # (B * windows, N, 3 * C)
+        return self.proj_drop(self.proj(window_attention(qkv, x.shape, **windows)))
 
 
 class GlobalAttention(nn.Module):
@@ -208,16 +113,16 @@ class GlobalAttention(nn.Module):
     def __init__(self, dim: int, heads: int, *, sr_ratio: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
         super().__init__()
         self.heads = heads
-        self.fused_attn = use_fused_attn()
-        self.q = Linear(dim, dim)
-        self.kv = Linear(dim, 2 * dim)
+        self.fused_attn, self.accelerated = use_fused_attn(), False
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.sr, self.norm = None, None
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
-            self.norm = nn.LayerNorm(dim)  # eps 1e-5, unlike the blocks' norms: the published weights were trained so
+            self.norm = nn.LayerNorm(dim)  # eps 1e-5, unlike the blocks' norms: so the official weights were trained
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
@@ -226,31 +131,8 @@ class GlobalAttention(nn.Module):
             x = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # (B, H/r, W/r, C)
         kv = self.kv(x.flatten(1, 2)).unflatten(-1, (2, self.heads, C // self.heads)).permute(2, 0, 3, 1, 4)
         k, v = kv.unbind(0)  # each (B, heads, M, D)
-        x = attend(q, k, v, None, dropout=self.attn_drop, fused=self.fused_attn)
+        x = attention(q, k, v, dropout=self.attn_drop, fused=self.fused_attn, accelerated=self.accelerated)
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, each with dropout behind it. (..., C) -> same."""
-
-    def __init__(self, dim: int, hidden: int, *, drop: float):
-        super().__init__()
-        self.fc1 = Linear(dim, hidden)
-        self.act = nn.GELU()
-        self.drop1 = nn.Dropout(drop)
-        self.fc2 = Linear(hidden, dim)
-        self.drop2 = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        ours = type(self.fc1) is Linear and type(self.act) is nn.GELU
-        if ours and not watched(*self.children()) and (rows := onednn.rows_of_mlp(x, self.fc1.weight)):
-            parts = [self.forward(part) for part in x.flatten(0, -2).split(rows)]
-            return torch.cat(parts).unflatten(0, x.shape[:-1])
-        if ours and not watched(self.fc1, self.act):
-            x = linear_gelu(x, self.fc1.weight, self.fc1.bias, approximate=self.act.approximate)
-        else:
-            x = self.act(self.fc1(x))
-        return self.drop2(self.fc2(self.drop1(x)))
 
 
 class Block(nn.Module):
@@ -258,16 +140,9 @@ class Block(nn.Module):
     C) -> same.
     """
 
-    def __init__(
-        self, dim: int, attn: nn.Module, *, mlp_ratio: int, drop: float, drop_path: float, order: tuple[str, ...]
-    ):
+    def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, *, drop_path: float, order: tuple[str, ...]):
         super().__init__()
-        parts = {
-            "norm1": nn.LayerNorm(dim, eps=1e-6),
-            "attn": attn,
-            "norm2": nn.LayerNorm(dim, eps=1e-6),
-            "mlp": Mlp(dim, dim * mlp_ratio, drop=drop),
-        }
+        parts = dict(norm1=nn.LayerNorm(dim, eps=1e-6), attn=attn, norm2=nn.LayerNorm(dim, eps=1e-6), mlp=mlp)
         for name in order:
             self.add_module(name, parts[name])
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
@@ -275,13 +150,27 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        recompute = self.recompute_mlp and self.training
-        return x + self.drop_path(
-            checkpoint(self.normed_mlp, x, use_reentrant=False) if recompute else self.normed_mlp(x)
-        )
+        if self.recompute_mlp and self.training:
+            return x + self.drop_path(checkpoint(self.normed_mlp, x, use_reentrant=False))
+        return x + self.drop_path(self.normed_mlp(x))
 
     def normed_mlp(self, x: Tensor) -> Tensor:
         return self.mlp(self.norm2(x))
+
+
+class Stage(nn.ModuleList):
+    """The blocks of a stage, with the position encoding after the first one (section 3.1). (B, H, W, C) -> (B, C, H,
+    W), what the next patch embedding takes.
+    """
+
+    grad_checkpointing = False
+
+    def forward(self, x: Tensor, peg: nn.Module) -> Tensor:
+        for index, block in enumerate(self):
+            x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
+            if index == 0:
+                x = peg(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class PatchEmbed(nn.Module):
@@ -304,8 +193,8 @@ class PEG(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
-        # Laid out as its input, and so as its gradient, which DistributedDataParallel asks for. The Sequential is in
-        # the published keys.
+        # In the memory format of its input, and so of its gradient, which DistributedDataParallel asks for. The
+        # Sequential is in the official keys.
         self.proj = nn.Sequential(conv.to(memory_format=torch.channels_last))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -313,11 +202,11 @@ class PEG(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """The published initial distributions: linear N(0, 0.02^2), convolution N(0, 2 / fan_out) with fan_out = k * k *
-    out / groups.
+    """Draw initial weights as the official code does: linear N(0, 0.02^2), convolution N(0, 2 / fan_out) with fan_out =
+    k * k * out / groups.
     """
     if isinstance(module, nn.Linear):
-        # Published: truncated at 100 standard deviations, which is no truncation, by a sampler that now and then draws
+        # Officially truncated at 100 standard deviations, which is no truncation, by a sampler that now and then draws
         # that very end.
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -327,10 +216,18 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+def check_size(x: Tensor) -> Tensor:
+    """Return images that are large enough; raise ValueError for others."""
+    H, W = x.shape[-2:]
+    if min(H, W) < SMALLEST:
+        raise ValueError(f"images are {H} x {W} pixels: Twins needs at least {SMALLEST} x {SMALLEST}")
+    return x
+
+
 class Twins(nn.Module):
     """A Twins network for classification, or for feature maps through forward_maps and forward_intermediates.
 
-    Pictures are (B, in_chans, H, W) of any size from 32 x 32. drop_path_rate is the last block's; it grows linearly
+    Images are (B, in_chans, H, W) of any size from 32 x 32. drop_path_rate is the last block's; it grows linearly
     from 0 in the first. drop_rate holds after the patch embeddings, attentions and MLP layers. num_classes=0: no
     classifier. global_pool is "avg", or "" for logits of each token. pad: see LocalAttention.
     """
@@ -357,31 +254,22 @@ class Twins(nn.Module):
         ]
         self.grad_checkpointing = False
         drop_paths = iter(torch.linspace(0, drop_path_rate, sum(variant.depths), device="cpu").tolist())
-        # The published SVT registers a block's attention after its MLP, and its blocks after the head.
+        order = ("patch_embeds", "blocks", "norm", "head", "pos_block")
+        block_order = ("norm1", "attn", "norm2", "mlp")
         local = variant.window is not None
-        block_order = ("norm1", "norm2", "mlp", "attn") if local else ("norm1", "attn", "norm2", "mlp")
-        order = (
-            ("patch_embeds", "norm", "head", "pos_block", "blocks")
-            if local
-            else ("patch_embeds", "blocks", "norm", "head", "pos_block")
-        )
+        if local:  # the official SVT registers a block's attention after its MLP, and its blocks after the head
+            order = ("patch_embeds", "norm", "head", "pos_block", "blocks")
+            block_order = ("norm1", "norm2", "mlp", "attn")
 
-        def attention(stage: int, index: int) -> nn.Module:
+        def block(stage: int, index: int) -> Block:
             dim, heads = variant.dims[stage], variant.heads[stage]
             rates = dict(attn_drop=attn_drop_rate, proj_drop=drop_rate)
             if local and index % 2 == 0:
-                return LocalAttention(dim, heads, window=variant.window, pad=pad, **rates)
-            return GlobalAttention(dim, heads, sr_ratio=variant.sr_ratios[stage], **rates)
-
-        def block(stage: int, index: int) -> Block:
-            rates = dict(drop=drop_rate, drop_path=next(drop_paths))
-            return Block(
-                variant.dims[stage],
-                attention(stage, index),
-                mlp_ratio=variant.mlp_ratios[stage],
-                order=block_order,
-                **rates,
-            )
+                attn = LocalAttention(dim, heads, window=variant.window, pad=pad, **rates)
+            else:
+                attn = GlobalAttention(dim, heads, sr_ratio=variant.sr_ratios[stage], **rates)
+            mlp = Mlp(dim, dim * variant.mlp_ratios[stage], drop=drop_rate)
+            return Block(dim, attn, mlp, drop_path=next(drop_paths), order=block_order)
 
         channels = (in_chans, *variant.dims)
         parts = {
@@ -389,8 +277,7 @@ class Twins(nn.Module):
                 PatchEmbed(channels[k], dim, patch=PATCHES[k]) for k, dim in enumerate(variant.dims)
             ),
             "blocks": nn.ModuleList(
-                nn.ModuleList(block(stage, index) for index in range(depth))
-                for stage, depth in enumerate(variant.depths)
+                Stage(block(stage, index) for index in range(depth)) for stage, depth in enumerate(variant.depths)
             ),
             "norm": nn.LayerNorm(self.num_features, eps=1e-6),
             "head": nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity(),
@@ -407,29 +294,20 @@ class Twins(nn.Module):
         """(B, in_chans, H, W) -> the maps (B, H / 2^(k+2), W / 2^(k+2), C_k) of stages k in `indices`, in order, before
         the final norm.
 
-        norms: one for each stage, applied to its map, which goes on to the next stage so (published SVT for dense
+        norms: one for each stage, applied to its map, which goes on to the next stage so (official SVT for dense
         tasks).
         """
-        if min(x.shape[-2:]) < SMALLEST:
-            raise ValueError(
-                f"pictures are {x.shape[-2]} x {x.shape[-1]} pixels: Twins needs at least {SMALLEST} x {SMALLEST}"
-            )
-        maps = []
-        for stage, (embed, drop, blocks, peg) in enumerate(
-            zip(self.patch_embeds, self.pos_drops, self.blocks, self.pos_block)
-        ):
+        x, maps = check_size(x), []
+        stages = zip(self.patch_embeds, self.pos_drops, self.blocks, self.pos_block)
+        for stage, (embed, drop, blocks, peg) in enumerate(stages):
             x = drop(embed(x))  # (B, C, H, W) -> (B, H/p, W/p, C')
-            for index, block in enumerate(blocks):
-                x = checkpoint(block, x, use_reentrant=False) if self.grad_checkpointing and self.training else block(x)
-                if index == 0:
-                    x = peg(x)  # once a stage, after its first block (section 3.1)
+            x = blocks(x, peg)  # (B, C', H/p, W/p)
             if norms is not None:
-                x = norms[stage](x)
+                x = norms[stage](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             if stage in indices:
-                maps.append(x)
+                maps.append(x.permute(0, 2, 3, 1))
             if stage == max(indices):
                 break
-            x = x.permute(0, 3, 1, 2)  # (B, C, H, W), what the next embedding takes
         return maps
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -503,7 +381,7 @@ class Twins(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one for num_classes classes, 0 for none."""
+        """Replace the classifier with a new one for num_classes classes, 0 for none."""
         like = next(self.parameters())
         self.num_classes = num_classes
         if global_pool is not None:
@@ -517,11 +395,9 @@ class Twins(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict:
         """Patterns of timm's layer-wise groups: by stage (coarse) or by block, the final norm last."""
-        blocks = (
-            [(r"^(?:patch_embeds|blocks|pos_block)\.(\d+)", None)]
-            if coarse
-            else [(r"^blocks\.(\d+)\.(\d+)", None), (r"^(?:patch_embeds|pos_block)\.(\d+)", (0,))]
-        )
+        blocks = [(r"^blocks\.(\d+)\.(\d+)", None), (r"^(?:patch_embeds|pos_block)\.(\d+)", (0,))]
+        if coarse:
+            blocks = [(r"^(?:patch_embeds|blocks|pos_block)\.(\d+)", None)]
         return dict(stem=r"^patch_embeds\.0", blocks=[*blocks, (r"^norm", (99999,))])
 
     def set_grad_checkpointing(self, enable: bool = True, part: str = "block") -> None:
@@ -531,11 +407,13 @@ class Twins(nn.Module):
         if part not in RECOMPUTED:
             raise ValueError(f"part={part!r} is none of {', '.join(RECOMPUTED)}")
         self.grad_checkpointing = enable and part == "block"
-        for block in itertools.chain.from_iterable(self.blocks):
-            block.recompute_mlp = enable and part == "mlp"
+        for stage in self.blocks:
+            stage.grad_checkpointing = self.grad_checkpointing
+            for block in stage:
+                block.recompute_mlp = enable and part == "mlp"
 
     def set_fused_attn(self, enable: bool = True) -> None:
-        """Fused attention, or (False) the unfused way for export and for looking at attention maps: see attend."""
+        """Use fused attention, or (False) unfused attention, for export and for looking at attention maps."""
         for module in self.modules():
             if isinstance(module, (LocalAttention, GlobalAttention)):
                 module.fused_attn = enable
@@ -565,21 +443,21 @@ default_cfgs = generate_default_cfgs(
 def _register(name: str, variant: Variant) -> None:
     def entry(pretrained: bool = False, **kwargs) -> Twins:
         build = dict(
-            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"), variant=name, pretrained=pretrained
+            variant=name,
+            pretrained=pretrained,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+            kwargs_filter=("img_size",),  # what timm's models take; these take images of any size
         )
         hub_log = logging.getLogger("huggingface_hub")
         level = hub_log.level
-        hub_log.setLevel(logging.ERROR)  # without a network: not a line for each retry, but the one below
+        hub_log.setLevel(logging.ERROR)  # without a network, one line: the one below
         try:
             return build_model_with_cfg(lambda **options: Twins(variant, **options), **build, **kwargs)
         except OSError as error:  # what the hub's client raises without a network, whatever the transport
             if not pretrained:
                 raise
-            hub = f"https://huggingface.co/timm/{variant.timm}.in1k"
-            reason = str(error).splitlines()[0]
-            raise RuntimeError(
-                f"{name}: no weights from {hub} ({reason}): connect, or give a file as checkpoint_path="
-            ) from None
+            hub = f"https://huggingface.co/timm/{variant.timm}.in1k ({str(error).splitlines()[0]})"
+            raise RuntimeError(f"{name}: no weights from {hub}: connect, or give a file as checkpoint_path=") from None
         finally:
             hub_log.setLevel(level)
 

@@ -6,6 +6,7 @@ segmentation and detection folders are registered beside it, each in the registr
 """
 
 from gvt import SMALLEST, VARIANTS, Twins
+from gvt_ops import accelerate
 
 # isort: split
 import importlib
@@ -58,6 +59,7 @@ class TwinsBackbone(Twins):
         if VARIANTS[variant].window is not None:
             dims = VARIANTS[variant].dims[: len(self.blocks)]
             self.norm_list = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+        accelerate(self)
 
     def init_weights(self) -> None:
         """Load the weights of `pretrained`, if given, and log what was loaded, missing and unused."""

@@ -1,3 +1,8 @@
-"""What gvt.py computes with: window attention, a CPU's linear layers, and a torchvision that can be imported."""
+"""What gvt.py computes with: attention, what accelerates it, and a torchvision that can be imported."""
 
 from gvt_ops import torchvision_cpu  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
+
+# isort: split
+from gvt_ops.modules import accelerate
+
+__all__ = ["accelerate"]

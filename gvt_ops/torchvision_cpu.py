@@ -16,10 +16,10 @@ NMS = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 def library_loads() -> bool:
-    """Whether torchvision's compiled operators can be loaded, found out without importing torchvision."""
+    """Return True if torchvision's compiled operators can be loaded, without importing torchvision."""
     spec = importlib.util.find_spec("torchvision")
     if spec is None or spec.origin is None:
-        return True  # no torchvision: nothing to mend, its import gives the right error
+        return True  # no torchvision: nothing to fix, its import gives the right error
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
         path = Path(spec.origin).with_name(f"_C{suffix}")
         if path.is_file():
@@ -32,8 +32,8 @@ def library_loads() -> bool:
 
 
 def declare_operators() -> torch.library.Library | None:
-    """Declare torchvision's `nms` and `qnms` if this torch is a CPU build that cannot load them. None: nothing was
-    needed.
+    """Declare torchvision's `nms` and `qnms` if this torch is a CPU build that cannot load them; return None if it need
+    not.
     """
     if torch.version.cuda is not None or torch.version.hip is not None or library_loads():
         return None

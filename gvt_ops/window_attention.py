@@ -1,7 +1,7 @@
-"""Attention inside windows on a GPU, from qkv as its projection writes it to what the next projection reads, in one
-pass over memory.
+"""Attention inside windows (LSA): a map is padded and cut into windows, or one Triton kernel keeps it in place.
 
-No copies into windows and back, no padding, no mask in memory. What else there is, and why it cannot do that:
+The kernel goes from qkv as its projection writes it to what the next projection reads, in one pass over memory: no
+copies into windows and back, no padding, no mask in memory. What else there is, and why it cannot do that:
 - SDPA's backends, flash-attention and xFormers attend along one axis of tokens: windows have to be copied into rows of
   a batch, or one after another into one long sequence, and back; and flash attention takes no mask for the map's edges.
 - FlexAttention has the same one axis, and skips keys by blocks (128 unless told), which a row of windows across a map
@@ -9,6 +9,8 @@ No copies into windows and back, no padding, no mask in memory. What else there 
 - NATTEN works on maps, and with its stride equal to its window it is this attention where windows fit the map. It
   copies q, k and v apart first (`.contiguous()`), refuses windows larger than the map, moves those at the edges inwards
   instead of cutting them off, and comes compiled for one torch and one CUDA.
+
+Shapes: B images; a map of H x W tokens, (B, H, W, C); windows of h x w tokens.
 """
 
 import importlib.util
@@ -16,28 +18,110 @@ import os
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-# A window's keys and values have to lie in one tile.
-MOST_TOKENS = 256
-MOST_CHANNELS = 64
-MOST_MEMORY = (
-    160 * 1024
-)  # bytes of shared memory, enough for both; 99 KiB, the least from capability 8.0 on, for half as large a tile
+from gvt_ops.attention import attention
+
+# ---------------------------------------------------------------- what a model calls
+
+
+def pad_to_windows(
+    x: Tensor, *, window: int, pad: str, heads: int, dropout: nn.Dropout, fused: bool, accelerated: bool
+) -> Tensor:
+    """(B, H, W, C) -> (B * windows, h * w, C), with zeros on the right and below where windows do not fit the map.
+
+    Where the kernel is used, the map as it is, (B, H, W, C), with those zeros only if they are keys. pad: see
+    gvt.LocalAttention. The others are those of window_attention.
+    """
+    H, W = x.shape[1:3]
+    rate = dropout.p if dropout.training else 0.0
+    kernel = accelerated and fused and unsupported_reason(x, heads=heads, window=window, dropout=rate) is None
+    h, w, below, right, masked = layout(H, W, window, pad)
+    if (below or right) and not (kernel and masked):
+        x = F.pad(x, (0, 0, 0, right, 0, below))
+    return x if kernel else to_windows(x, h, w)
+
+
+def window_attention(
+    qkv: Tensor,
+    shape: tuple[int, ...],
+    *,
+    window: int,
+    pad: str,
+    heads: int,
+    dropout: nn.Dropout,
+    fused: bool,
+    accelerated: bool,
+) -> Tensor:
+    """Attend inside windows: the projection of what pad_to_windows made of a map, and its shape -> (B, H, W, C).
+
+    qkv holds [3, heads, D] for each token. dropout, fused, accelerated: see attention.
+    """
+    B, H, W, C = shape
+    if qkv.dim() == 4:
+        return attend_in_windows(qkv, heads, window)[:, :H, :W]
+    h, w, below, right, masked = layout(H, W, window, pad)
+    mask = None
+    if masked and (below or right):
+        mask = real_keys(H, W, h, w, device=qkv.device).repeat(B, 1, 1, 1)  # (B * windows, 1, 1, h * w)
+    # Windows are rows of the batch, because fused kernels take 4-D tensors: each is (B * windows, heads, h * w, D).
+    q, k, v = qkv.reshape(-1, h * w, 3, heads, C // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    x = attention(q, k, v, mask, dropout=dropout, fused=fused, accelerated=accelerated)
+    x = from_windows(x.transpose(1, 2).flatten(2), h, w, H + below, W + right)
+    return x[:, :H, :W] if below or right else x
+
+
+def layout(H: int, W: int, window: int, pad: str) -> tuple[int, int, int, int, bool]:
+    """Return the sides h and w of a window, the padding below and on the right, and True if padding is masked."""
+    h = w = window
+    below, right = -H % h, -W % w
+    masked = bool(below or right) if pad == "mask" else bool(below and right) and pad == "published"
+    if masked:
+        # Along a side that is shorter than a window, all padding is masked: a shorter window gives the same without it.
+        h, w = min(h, H), min(w, W)
+        below, right = -H % h, -W % w
+    return h, w, below, right, masked
+
+
+def to_windows(x: Tensor, h: int, w: int) -> Tensor:
+    """(B, H, W, C) -> (B * H/h * W/w, h * w, C), windows row by row. H and W must be multiples of h and w."""
+    B, H, W, C = x.shape
+    return x.reshape(B, H // h, h, W // w, w, C).transpose(2, 3).reshape(-1, h * w, C)
+
+
+def from_windows(x: Tensor, h: int, w: int, H: int, W: int) -> Tensor:
+    """(B * H/h * W/w, h * w, C) -> (B, H, W, C), the inverse of to_windows."""
+    C = x.shape[-1]
+    return x.reshape(-1, H // h, W // w, h, w, C).transpose(2, 3).reshape(-1, H, W, C)
+
+
+def real_keys(H: int, W: int, h: int, w: int, *, device: torch.device) -> Tensor:
+    """-> (windows, 1, 1, h * w), True for the tokens of an H x W map, False for the padding to its right and below."""
+    real = torch.ones(1, H, W, 1, dtype=torch.bool, device=device)
+    real = F.pad(real, (0, 0, 0, -W % w, 0, -H % h), value=False)
+    return to_windows(real, h, w).reshape(-1, 1, 1, h * w)
+
+
+# ---------------------------------------------------------------- the kernel
+
+MAX_TOKENS = 256  # a window's keys and values have to lie in one tile
+MAX_CHANNELS = 64
+# Bytes of shared memory that serve both; 99 KiB, the least from capability 8.0 on, serve half as large a tile.
+MAX_MEMORY = 160 * 1024
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRITON = importlib.util.find_spec("triton") is not None
-WANTED = os.environ.get("TWINS_WINDOW_KERNEL", "1") != "0"
+WANTED = os.environ.get("TWINS_WINDOW_KERNEL") == "1"  # off, because no GPU has shown yet that it is faster
 
 
-def why_not(x: Tensor, *, heads: int, window: int, dropout: float) -> str | None:
-    """None where attend_in_windows can take the projection of the map x, (B, H, W, C), else the reason. dropout: of the
-    weights, now.
+def unsupported_reason(x: Tensor, *, heads: int, window: int, dropout: float) -> str | None:
+    """Return why attend_in_windows cannot take the projection of the map x, (B, H, W, C), or None if it can.
 
-    It has no second derivatives, which nothing shows in advance: asking for them raises.
+    dropout: the rate of dropped weights. It has no second derivatives, which nothing shows in advance: asking for them
+    raises.
     """
     tokens, channels = window**2, x.shape[-1] // heads
     if not WANTED:
-        return "TWINS_WINDOW_KERNEL=0 is set"
+        return "TWINS_WINDOW_KERNEL=1 is not set"
     if not TRITON:
         return "Triton is not installed"
     if not x.is_cuda:
@@ -46,22 +130,22 @@ def why_not(x: Tensor, *, heads: int, window: int, dropout: float) -> str | None
         return "the map is none of float32, float16, bfloat16"
     if dropout > 0:
         return "the kernel drops no weights"
-    if tokens > MOST_TOKENS:
-        return f"a window has {tokens} tokens, the kernel takes {MOST_TOKENS}"
-    if channels > MOST_CHANNELS:
-        return f"a head has {channels} channels, the kernel takes {MOST_CHANNELS}"
+    if tokens > MAX_TOKENS:
+        return f"a window has {tokens} tokens, the kernel takes {MAX_TOKENS}"
+    if channels > MAX_CHANNELS:
+        return f"a head has {channels} channels, the kernel takes {MAX_CHANNELS}"
     memory = shared_memory(x.device.index)
     if not memory:
         return "the kernel is made for NVIDIA's devices of compute capability 8.0 and above"
-    if tokens > 128 and channels > 32 and memory < MOST_MEMORY:
+    if tokens > 128 and channels > 32 and memory < MAX_MEMORY:
         large = f"windows of {tokens} tokens with {channels} channels"
-        return f"{large} need a device with {MOST_MEMORY} bytes of shared memory"
+        return f"{large} need a device with {MAX_MEMORY} bytes of shared memory"
     return None
 
 
 @torch.compiler.assume_constant_result  # for torch.compile, which knows no device properties
 def shared_memory(index: int) -> int:
-    """Bytes of it that a program may have on a CUDA device, 0 on one that the kernel is not made for."""
+    """Return the bytes that a program may have on a CUDA device, 0 on one that the kernel is not made for."""
     device = torch.cuda.get_device_properties(index)
     return device.shared_memory_per_block_optin if torch.version.hip is None and device.major >= 8 else 0
 
@@ -69,22 +153,14 @@ def shared_memory(index: int) -> int:
 def reference(qkv: Tensor, heads: int, window: int) -> Tensor:
     """attend_in_windows in plain PyTorch: what it must equal."""
     H, W = qkv.shape[1:3]
-    beyond = (0, 0, 0, -W % window, 0, -H % window)
-    q, k, v = (
-        in_windows(F.pad(qkv, beyond), window).unflatten(-1, (3, heads, -1)).unbind(-3)
-    )  # each (B, rows, columns, N, heads, D)
-    real = in_windows(
-        F.pad(torch.ones_like(qkv[..., :1], dtype=torch.bool), beyond), window
-    )  # (B, rows, columns, N, 1)
-    scores = torch.einsum("brcqhd,brckhd->brcqkh", q, k) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~real.unsqueeze(3), float("-inf")).softmax(dim=4)
-    out = torch.einsum("brcqkh,brckhd->brcqhd", weights, v).flatten(-2)  # (B, rows, columns, N, C)
-    return out.unflatten(3, (window, window)).transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :H, :W]
-
-
-def in_windows(x: Tensor, side: int) -> Tensor:
-    """(B, H, W, C) -> (B, H / side, W / side, side * side, C)."""
-    return x.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4)
+    below, right = -H % window, -W % window
+    windows = to_windows(F.pad(qkv, (0, 0, 0, right, 0, below)), window, window)
+    q, k, v = windows.unflatten(-1, (3, heads, -1)).unbind(-3)  # each (B * windows, N, heads, D)
+    real = real_keys(H, W, window, window, device=qkv.device).repeat(qkv.shape[0], 1, 1, 1)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~real, float("-inf")).softmax(dim=-1)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2)  # (B * windows, N, C)
+    return from_windows(out, window, window, H + below, W + right)[:, :H, :W]
 
 
 @torch.library.custom_op("twins::attend_in_windows", mutates_args=())

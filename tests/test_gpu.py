@@ -13,6 +13,7 @@ from torch.profiler import profile
 
 import engine
 import main
+from gvt_ops import accelerate, window_attention
 from gvt_ops.window_attention import attend_in_windows
 from tools.checkpoint_hash import digest
 from training import checkpoint, options
@@ -40,8 +41,9 @@ def test_fused_kernels_serve_every_block(name):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [(224, 224), (200, 168)])
-def test_every_lsa_takes_the_window_kernel(size, dtype):
-    model = timm.create_model("alt_gvt_small").cuda().eval()
+def test_every_lsa_takes_the_window_kernel(size, dtype, monkeypatch):
+    monkeypatch.setattr(window_attention, "WANTED", True)
+    model = accelerate(timm.create_model("alt_gvt_small")).cuda().eval()
     with torch.inference_mode(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32), profile() as trace:
         assert model(torch.randn(2, 3, *size, device="cuda")).isfinite().all()
     calls = {event.key: event.count for event in trace.key_averages()}
@@ -49,9 +51,13 @@ def test_every_lsa_takes_the_window_kernel(size, dtype):
 
 
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
-def test_a_compiled_step_with_the_window_kernel():
+def test_a_compiled_step_with_the_window_kernel(monkeypatch):
+    monkeypatch.setattr(window_attention, "WANTED", True)
     torch.manual_seed(0)
-    model, x = timm.create_model("alt_gvt_demo", num_classes=5).cuda(), torch.randn(2, 3, 72, 104, device="cuda")
+    model, x = (
+        accelerate(timm.create_model("alt_gvt_demo", num_classes=5)).cuda(),
+        torch.randn(2, 3, 72, 104, device="cuda"),
+    )
     results = []
     for run in (model, torch.compile(model, fullgraph=True, dynamic=False)):
         logits = run(x)

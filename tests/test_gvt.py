@@ -15,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import gvt
 from gvt import MODEL_NAMES, VARIANTS
+from gvt_ops import attention
+from gvt_ops.window_attention import from_windows, to_windows
 
 PARAMETERS = {
     "pcpvt_small_v0": (24_106_216, 304),
@@ -156,17 +158,17 @@ def test_timms_own_names_are_timms():
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.integers(1, 7), st.integers(1, 7), st.integers(1, 5))
 def test_windows_there_and_back(B, rows, columns, h, w, C):
     x = torch.arange(B * rows * h * columns * w * C).reshape(B, rows * h, columns * w, C)
-    windows = gvt.to_windows(x, h, w)
+    windows = to_windows(x, h, w)
     assert windows.shape == (B * rows * columns, h * w, C)
     assert torch.equal(windows[-1].reshape(h, w, C), x[-1, -h:, -w:])
-    assert torch.equal(gvt.from_windows(windows, h, w, rows * h, columns * w), x)
+    assert torch.equal(from_windows(windows, h, w, rows * h, columns * w), x)
 
 
-def window_by_window(attention, x, keys):
+def window_by_window(lsa, x, keys):
     """LSA spelled out: every window by itself, softmax over the tokens that keys says. keys: "real", or "all" with zero
     padding.
     """
-    side, heads = attention.window, attention.heads
+    side, heads = lsa.window, lsa.heads
     B, H, W, C = x.shape
     out = torch.zeros_like(x)
     padded = F.pad(x, (0, 0, 0, -W % side, 0, -H % side))
@@ -175,12 +177,10 @@ def window_by_window(attention, x, keys):
             real = x[:, top : top + side, left : left + side]
             h, w = real.shape[1:3]
             seen = real if keys == "real" else padded[:, top : top + side, left : left + side]
-            q, _, _ = attention.qkv(real).reshape(B, h * w, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
-            _, k, v = attention.qkv(seen).flatten(1, 2).reshape(B, -1, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
+            q, _, _ = lsa.qkv(real).reshape(B, h * w, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
+            _, k, v = lsa.qkv(seen).flatten(1, 2).reshape(B, -1, 3, heads, C // heads).permute(2, 0, 3, 1, 4)
             weights = (q @ k.transpose(-2, -1) / (C // heads) ** 0.5).softmax(-1)
-            out[:, top : top + side, left : left + side] = attention.proj(
-                (weights @ v).transpose(1, 2).reshape(B, h, w, C)
-            )
+            out[:, top : top + side, left : left + side] = lsa.proj((weights @ v).transpose(1, 2).reshape(B, h, w, C))
     return out
 
 
@@ -188,29 +188,29 @@ def window_by_window(attention, x, keys):
 @given(st.integers(1, 17), st.integers(1, 17), st.sampled_from(gvt.PADS), st.booleans())
 def test_lsa_equals_attention_window_by_window(H, W, pad, fused):
     torch.manual_seed(H * 100 + W)
-    attention = gvt.LocalAttention(8, 2, window=7, pad=pad).double().eval()
-    attention.fused_attn = fused
+    lsa = gvt.LocalAttention(8, 2, window=7, pad=pad).double().eval()
+    lsa.fused_attn = fused
     x = torch.randn(2, H, W, 8, dtype=torch.float64)
     one_side = (H % 7 == 0) != (W % 7 == 0)
     keys = "real" if pad == "mask" or (pad == "published" and not one_side) else "all"
-    assert (attention(x) - window_by_window(attention, x, keys)).abs().max() < 1e-12
+    assert (lsa(x) - window_by_window(lsa, x, keys)).abs().max() < 1e-12
 
 
 def test_the_published_mask_fails_where_one_side_needs_padding():
     x = torch.randn(1, 14, 16, 8, dtype=torch.float64)
-    attention = gvt.LocalAttention(8, 2, window=7, pad="published").double()
-    published, zero, mask = (out for attention.pad in ("published", "zero", "mask") for out in [attention(x)])
+    lsa = gvt.LocalAttention(8, 2, window=7, pad="published").double()
+    published, zero, mask = (out for lsa.pad in ("published", "zero", "mask") for out in [lsa(x)])
     assert torch.equal(published, zero) and (published - mask).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("pad", gvt.PADS)
 def test_without_padding_the_bits_are_those_of_plain_windows(pad):
     torch.manual_seed(0)
-    attention = gvt.LocalAttention(8, 2, window=7, pad=pad)
+    lsa = gvt.LocalAttention(8, 2, window=7, pad=pad)
     x = torch.randn(2, 14, 21, 8)
-    q, k, v = attention.qkv(gvt.to_windows(x, 7, 7)).reshape(-1, 49, 3, 2, 4).permute(2, 0, 3, 1, 4)
-    plain = gvt.from_windows(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), 7, 7, 14, 21)
-    assert torch.equal(attention(x), attention.proj(plain))
+    q, k, v = lsa.qkv(to_windows(x, 7, 7)).reshape(-1, 49, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    plain = from_windows(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), 7, 7, 14, 21)
+    assert torch.equal(lsa(x), lsa.proj(plain))
 
 
 def test_an_unknown_way_of_padding_is_refused():
@@ -258,7 +258,7 @@ def test_more_windows_than_a_cuda_grid_are_taken_in_parts(pad, monkeypatch):
     model, x = build(DEMO, pad=pad).double().eval(), torch.randn(3, 3, 72, 104, dtype=torch.float64)
     with torch.inference_mode():
         expected = model(x)
-        monkeypatch.setattr(gvt, "rows_at_once", lambda q, k: 4)
+        monkeypatch.setattr(attention, "max_batch", lambda q, k, accelerated: 4)
         assert torch.allclose(model(x), expected, rtol=1e-12)
 
 
@@ -527,7 +527,14 @@ def test_pretrained_without_a_network_is_one_line(caplog):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [dict(depht=4), dict(img_size=224), dict(qkv_bias=True)])
+@pytest.mark.parametrize("wrong", [dict(depht=4), dict(patch_size=4), dict(qkv_bias=True)])
 def test_an_unknown_argument_is_refused(wrong):
     with pytest.raises(TypeError, match=next(iter(wrong))):
         build(DEMO, **wrong)
+
+
+@pytest.mark.parametrize("img_size", [64, (224, 256)])
+def test_the_size_of_images_is_accepted_and_without_effect(img_size):
+    """timm's own Twins takes it; ours takes images of any size."""
+    model = build(DEMO, img_size=img_size, num_classes=3)
+    assert model(torch.zeros(1, 3, 40, 72)).shape == (1, 3)

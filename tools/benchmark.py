@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from dense import libraries
-from gvt_ops import onednn
+from gvt_ops import accelerate, onednn
 from tools.count import FlopCounterMode, conv_flop_count, side
 from tools.measurement import columns, environment, progress, quartiles, run_rounds, seconds, text_table, write_record
 from tools.plot_logs import tidy
@@ -120,7 +120,7 @@ def build_ours(case: Case) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter += 0.02 * torch.randn_like(parameter)
-    return model
+    return accelerate(model)
 
 
 def build_peer(case: Case, library: str) -> nn.Module:
@@ -203,9 +203,8 @@ def reference(case: Case, device: torch.device) -> tuple[Tensor, float]:
     outputs = []
     for each in (dataclasses.replace(case, dtype="float64"), case):
         runner = Runner(each, build(each, "ours", device), "eager", device)
-        runner.module.set_fused_attn(False)
-        with onednn.by_torch_alone():
-            outputs.append(runner.outputs(REFERENCE_CHUNK))
+        accelerate(runner.module, enable=False).set_fused_attn(False)
+        outputs.append(runner.outputs(REFERENCE_CHUNK))
     exact, plain = outputs
     return exact, rms(plain - exact)
 
@@ -242,7 +241,7 @@ def peak_steps(dtype: torch.dtype, device: torch.device) -> dict[Name, Callable[
     out, source = torch.empty_like(a), torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     steps = {(GEMM, "mm"): lambda: torch.mm(a, b, out=out), (COPY, ""): lambda: target.copy_(source)}
-    if onednn.refusal(a, b) is None:
+    if onednn.unsupported_reason(a, b) is None:
         steps[GEMM, "oneDNN"] = lambda: onednn.linear(a, b)
     return steps
 

@@ -13,8 +13,8 @@ from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gvt
-from gvt_ops import window_attention
-from gvt_ops.window_attention import attend_in_windows, reference, why_not
+from gvt_ops import accelerate, window_attention
+from gvt_ops.window_attention import attend_in_windows, reference, unsupported_reason
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -62,47 +62,65 @@ ASKED = [
 
 @pytest.mark.parametrize(("asked", "device", "reason"), ASKED)
 def test_reasons_not_to_take_the_kernel(asked, device, reason, monkeypatch):
+    monkeypatch.setattr(window_attention, "WANTED", True)
     monkeypatch.setattr(window_attention, "TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     x = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.float32, shape=(1, 8, 8, 64))
     x = SimpleNamespace(**vars(x) | {key: value for key, value in asked.items() if key in vars(x)})
-    found = why_not(x, heads=2, window=asked.get("window", 7), dropout=asked.get("dropout", 0.0))
+    found = unsupported_reason(x, heads=2, window=asked.get("window", 7), dropout=asked.get("dropout", 0.0))
     assert found is None if reason is None else reason in found
 
 
 def test_dropout_of_weights_matters_in_training_only(monkeypatch):
     asked = []
-    monkeypatch.setattr(gvt, "why_not", lambda x, dropout, **sizes: asked.append(dropout) or "to look")
-    attention = gvt.LocalAttention(8, 2, window=7, attn_drop=0.2)
+    monkeypatch.setattr(
+        window_attention, "unsupported_reason", lambda x, dropout, **sizes: asked.append(dropout) or "to look"
+    )
+    attention = accelerate(gvt.LocalAttention(8, 2, window=7, attn_drop=0.2))
     for mode in (True, False):
         attention.train(mode)(torch.randn(1, 7, 7, 8))
     assert asked == [0.2, 0.0]
 
 
+REASON = "w.unsupported_reason(torch.zeros(1, 7, 7, 8), heads=2, window=7, dropout=0.0)"
+
+
+def python(program, **environment):
+    command = dict(args=[sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    return subprocess.run(**command, env=os.environ | environment)
+
+
 def test_without_triton_all_but_the_kernel_works():
     """CPU builds of torch bring none."""
-    program = "import sys; sys.modules['triton'] = None; import gvt, torch, gvt_ops.window_attention as w; x = torch.randn(1, 7, 7, 8); "
-    program += "print(gvt.LocalAttention(8, 2, window=7)(x).shape, w.why_not(x, heads=2, window=7, dropout=0.0))"
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    program = "import sys; sys.modules['triton'] = None; import gvt, torch, gvt_ops, gvt_ops.window_attention as w; "
+    program += "lsa = gvt_ops.accelerate(gvt.LocalAttention(8, 2, window=7)); "
+    result = python(program + f"print(lsa(torch.randn(1, 7, 7, 8)).shape, {REASON})", TWINS_WINDOW_KERNEL="1")
     assert result.stdout == "torch.Size([1, 7, 7, 8]) Triton is not installed\n", result.stderr
 
 
-def test_the_switch():
-    program = "import torch, gvt_ops.window_attention as w; print(w.why_not(torch.zeros(1, 7, 7, 8), heads=2, window=7, dropout=0.0))"
-    command = dict(args=[sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
-    result = subprocess.run(**command, env=os.environ | {"TWINS_WINDOW_KERNEL": "0"})
-    assert result.stdout == "TWINS_WINDOW_KERNEL=0 is set\n", result.stderr
+@pytest.mark.parametrize("value", ["0", "", "1"])
+def test_the_switch(value):
+    """Off unless TWINS_WINDOW_KERNEL=1."""
+    result = python(f"import torch, gvt_ops.window_attention as w; print({REASON})", TWINS_WINDOW_KERNEL=value)
+    off = "TWINS_WINDOW_KERNEL=1 is not set\n"
+    assert (result.stdout == off) == (value != "1") and result.stdout not in ("", "None\n"), result.stderr
+
+
+def test_a_plain_model_never_asks_for_the_kernel(monkeypatch):
+    monkeypatch.setattr(window_attention, "unsupported_reason", lambda *args, **sizes: pytest.fail("asked"))
+    gvt.LocalAttention(8, 2, window=7)(torch.randn(1, 9, 7, 8))
 
 
 @pytest.mark.parametrize(("window", "operator"), [(7, True), (17, False)])
 def test_torch_compile_sees_through_the_choice(window, operator, monkeypatch):
     """On a CUDA device that is not there: tensors without memory, and properties of our making."""
+    monkeypatch.setattr(window_attention, "WANTED", True)
     monkeypatch.setattr(window_attention, "TRITON", True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: H100)
     graphs = []
 
     def choose(x, qkv):
-        taken = why_not(x, heads=2, window=window, dropout=0.0) is None
+        taken = unsupported_reason(x, heads=2, window=window, dropout=0.0) is None
         return attend_in_windows(qkv, 2, window) if taken else x.new_empty(3)
 
     with FakeTensorMode(), torch.no_grad():
@@ -125,7 +143,7 @@ LARGEST = [(90, "bf16", 14, 64), (80, "bf16", 14, 64), (86, "bf16", 11, 64), (86
     "case", [MODELS[0], *(pytest.param(case, marks=pytest.mark.slow) for case in (*MODELS[1:], *LARGEST))], ids=str
 )
 def test_the_kernels_compile_for_gpus_that_are_not_here(case, pass_, tmp_path, monkeypatch):
-    """The interpreter is more lenient than the compiler; and each program has to fit into the memory that why_not
+    """The interpreter is more lenient than the compiler; and each program has to fit into the memory that unsupported_reason
     counts on.
     """
     triton = pytest.importorskip("triton")
@@ -147,5 +165,5 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(case, pass_, tmp_path, m
     )
     largest = window**2 > 128 and D > 32
     assert program.metadata.shared <= (
-        window_attention.MOST_MEMORY if largest else RTX4090.shared_memory_per_block_optin
+        window_attention.MAX_MEMORY if largest else RTX4090.shared_memory_per_block_optin
     )

@@ -1,5 +1,5 @@
-"""The kernels of window attention: equal to plain PyTorch, forward and backward, on a GPU or (test_gvt_ops/window_attention.py)
-in Triton's interpreter.
+"""The kernels of window attention: equal to plain PyTorch, forward and backward, on a GPU or (test_window_attention.py) in
+Triton's interpreter.
 """
 
 import itertools
@@ -13,31 +13,38 @@ from conftest import golden_pictures, golden_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gvt
-from gvt_ops.window_attention import attend_in_windows, attend_in_windows_backward, reference
+from gvt_ops import accelerate, window_attention
+from gvt_ops.window_attention import (
+    attend_in_windows,
+    attend_in_windows_backward,
+    from_windows,
+    real_keys,
+    reference,
+    to_windows,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip(
-        "no CUDA device: test_gvt_ops/window_attention.py runs this file in Triton's interpreter",
+        "no CUDA device: test_window_attention.py runs this file in Triton's interpreter",
         allow_module_level=True,
     )
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16]
 if not INTERPRETED:
-    DTYPES.append(torch.bfloat16)  # whose products the interpreter gets wrong
+    DTYPES.append(torch.bfloat16)  # whose GEMMs the interpreter gets wrong
 
 
 def by_sdpa(qkv, heads, side):
     """The same by PyTorch's fused attention, with copies into windows and back and a mask."""
     B, H, W, _ = qkv.shape
     below, right = -H % side, -W % side
-    windows = gvt.to_windows(F.pad(qkv, (0, 0, 0, right, 0, below)), side, side)
+    windows = to_windows(F.pad(qkv, (0, 0, 0, right, 0, below)), side, side)
     q, k, v = windows.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    mask = gvt.real_keys(H, W, side, side, device=qkv.device).repeat(B, 1, 1, 1)
+    mask = real_keys(H, W, side, side, device=qkv.device).repeat(B, 1, 1, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return gvt.from_windows(out.transpose(1, 2).flatten(2), side, side, H + below, W + right)[:, :H, :W]
+    return from_windows(out.transpose(1, 2).flatten(2), side, side, H + below, W + right)[:, :H, :W]
 
 
 def run(attention, qkv, grad, *sizes):
@@ -116,7 +123,7 @@ def test_what_is_not_contiguous_is_taken():
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's numpy, which sees the NaNs too
 def test_every_number_is_written_and_none_beyond():
-    """Among numbers that are not finite: nothing of a neighbour's window, head or picture is read, and nothing is left
+    """Among numbers that are not finite: nothing of a neighbor's window, head or image is read, and nothing is left
     as it was.
     """
     qkv = torch.randn(2, 9, 8, 3, 2, 16, device=DEVICE)
@@ -147,9 +154,11 @@ def test_a_second_derivative_is_refused():
 def take_the_kernel(monkeypatch):
     """Take the kernel wherever fused attention is asked for. -> a list that grows with each call."""
     seen = []
-    monkeypatch.setattr(gvt, "why_not", lambda x, **sizes: None)
+    monkeypatch.setattr(window_attention, "unsupported_reason", lambda x, **sizes: None)
     monkeypatch.setattr(
-        gvt, "attend_in_windows", lambda *inputs: seen.append(inputs[0].shape) or attend_in_windows(*inputs)
+        window_attention,
+        "attend_in_windows",
+        lambda *inputs: seen.append(inputs[0].shape) or attend_in_windows(*inputs),
     )
     return seen
 
@@ -160,7 +169,7 @@ def take_the_kernel(monkeypatch):
 def test_a_model_gives_the_same_as_without(pad, monkeypatch):
     """Logits and gradients in float32, against float64; all windows of a stage are cut somewhere."""
     model, x = (
-        golden_weights(timm.create_model("alt_gvt_demo", num_classes=5, pad=pad)).to(DEVICE),
+        accelerate(golden_weights(timm.create_model("alt_gvt_demo", num_classes=5, pad=pad))).to(DEVICE),
         golden_pictures(1, 72, 100).to(DEVICE),
     )
 
@@ -170,7 +179,7 @@ def test_a_model_gives_the_same_as_without(pad, monkeypatch):
         logits.square().sum().backward()
         return torch.cat([logits.detach().flatten().double(), *(p.grad.flatten().double() for p in model.parameters())])
 
-    monkeypatch.setattr(gvt, "why_not", lambda x, **sizes: "to compare")
+    monkeypatch.setattr(window_attention, "unsupported_reason", lambda x, **sizes: "to compare")
     exact = logits_and_gradients()
     model.float()
     plain = logits_and_gradients()
@@ -184,7 +193,10 @@ def test_a_model_gives_the_same_as_without(pad, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiled_model_holds_the_kernel(monkeypatch):
-    model, x = timm.create_model("alt_gvt_demo", num_classes=5).to(DEVICE), torch.randn(1, 3, 40, 32, device=DEVICE)
+    model, x = (
+        accelerate(timm.create_model("alt_gvt_demo", num_classes=5)).to(DEVICE),
+        torch.randn(1, 3, 40, 32, device=DEVICE),
+    )
     take_the_kernel(monkeypatch)
     a, b = model(x), torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)(x)
     assert torch.allclose(a, b, atol=1e-5)
@@ -197,10 +209,10 @@ def test_a_compiled_model_holds_the_kernel(monkeypatch):
 @pytest.mark.slow
 def test_an_exported_model_holds_the_kernel(monkeypatch):
     model, x = (
-        timm.create_model("alt_gvt_demo", num_classes=5).to(DEVICE).eval(),
+        accelerate(timm.create_model("alt_gvt_demo", num_classes=5)).to(DEVICE).eval(),
         torch.randn(2, 3, 40, 32, device=DEVICE),
     )
-    monkeypatch.setattr(gvt, "why_not", lambda x, **sizes: None)
+    monkeypatch.setattr(window_attention, "unsupported_reason", lambda x, **sizes: None)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},))
     assert sum(node.target == torch.ops.twins.attend_in_windows.default for node in program.graph.nodes) == 4
     with torch.no_grad():
