@@ -16,7 +16,7 @@ if __name__ == "__main__":
         print(f"main.py: error: {files.in_use(ARGS.run_folder, taken_by)}", file=sys.stderr)
         sys.exit(2)
 
-import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
+import gvt_ops  # before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 import datetime
@@ -123,7 +123,9 @@ def count_parameters(model: nn.Module) -> int:
 
 def build_model(args: Options, num_classes: int) -> nn.Module:
     log(f"Creating model: {args.model}")
-    return timm.create_model(args.model, num_classes=num_classes, drop_rate=args.drop, drop_path_rate=args.drop_path)
+    rates = dict(drop_rate=args.drop, drop_path_rate=args.drop_path)
+    model = timm.create_model(args.model, num_classes=num_classes, **rates)
+    return gvt_ops.accelerate(model) if isinstance(model, gvt.Twins) else model
 
 
 def prepare_model(model: nn.Module, args: Options, device: torch.device) -> nn.Module:

@@ -19,7 +19,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, Registry
 from torch import Tensor, nn
 
-from training import checkpoint
+from training.checkpoint import Checkpoint
 
 STAGES = (0, 1, 2, 3)
 PARTS = ("patch_embeds", "pos_drops", "blocks", "pos_block", "norm_list")  # lists with an entry for each stage
@@ -65,19 +65,16 @@ class TwinsBackbone(Twins):
         """Load the weights of `pretrained`, if given, and log what was loaded, missing and unused."""
         if self.pretrained is None:
             return
-        file = self.pretrained
-        state = checkpoint.weights(checkpoint.load(file), source=file)
+        file = Checkpoint.open(self.pretrained)
+        state = file.weights()
         pruned = tuple(f"{part}.{stage}." for part in PARTS for stage in STAGES[len(self.blocks) :])
         may_have = ("head.", "norm.", *pruned)
-        checkpoint.load_into(
-            self, state, source=file, may_lack=("norm_list.",), may_have=may_have, lists_all="TWINS_DEBUG=1"
-        )
+        file.load_into(self, may_lack=("norm_list.",), may_have=may_have, lists_all="TWINS_DEBUG=1")
         own = self.state_dict()
         missing, unused = own.keys() - state.keys(), state.keys() - own.keys()
-        warn(
-            f"{self.variant}: loaded {len(own) - len(missing)} of {len(own)} tensors from {file}; missing in the file, "
-            f"randomly initialized: {parts_of(missing, own)}; in the file, not used: {parts_of(unused, state)}"
-        )
+        loaded = f"loaded {len(own) - len(missing)} of {len(own)} tensors from {file.source}"
+        rest = f"missing in the file, randomly initialized: {parts_of(missing, own)}"
+        warn(f"{self.variant}: {loaded}; {rest}; in the file, not used: {parts_of(unused, state)}")
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         height, width = x.shape[-2:]

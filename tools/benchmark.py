@@ -141,7 +141,7 @@ def build_peer(case: Case, library: str) -> nn.Module:
         for name, module in model.named_modules():
             if isinstance(module, nn.LayerNorm):
                 module.eps = 1e-5 if "patch_embeds" in name or name.endswith("attn.norm") else 1e-6
-    state, _, _ = formats.from_published(build_ours(case).state_dict(), library, source=case.model)
+    state, _, _ = formats.from_official(build_ours(case).state_dict(), library, source=case.model)
     checkpoint.load_into(model, state, source=case.model)
     return model
 

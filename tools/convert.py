@@ -47,7 +47,7 @@ def convert(
     if broken := [name for name, value in state.items() if not checkpoint.all_finite(value)]:
         names = f"{len(broken)} ({', '.join(broken[:3])})"
         raise UserError(f"weights that are not finite ({source}): {names}, use another checkpoint")
-    written, not_held, notes = formats.from_published(state, fmt, source=source, no_head=no_head)
+    written, not_held, notes = formats.from_official(state, fmt, source=source, no_head=no_head)
     record = {"source": source, "format": found, "written_as": fmt, "tensors": list(written)}
     record |= {"left_out": others + not_held, "notes": notes}
     try:
@@ -78,7 +78,7 @@ def check_new(out: Path, report: Path | None) -> None:
 
 
 def write(path: Path, fmt: str, state: Mapping[str, Tensor], *, variant: str) -> None:
-    """Write what formats.from_published gave. The file or folder appears whole, or not at all."""
+    """Write what formats.from_official gave. The file or folder appears whole, or not at all."""
     if fmt in ("hub", "safetensors"):
         # These refuse tensors that share memory.
         state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}

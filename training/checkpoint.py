@@ -326,7 +326,7 @@ class Checkpoint:
         state = {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
         if not state:
             raise UserError(f"no weights ({self.source}): expected tensors by name")
-        return formats.to_published(state, source=self.source)
+        return formats.to_official(state, source=self.source)
 
     @property
     def class_names(self) -> list[str] | None:
@@ -339,14 +339,6 @@ class Checkpoint:
     def load_into(self, model: nn.Module, *, key: str | None = None, **allowed) -> dict[str, list[str]]:
         """Copy the weights into a model; see the function load_into for `allowed`."""
         return load_into(model, self.weights(key), source=self.source, **allowed)
-
-
-def weights(payload: Mapping, *, source: str, key: str | None = None) -> dict[str, Tensor]:
-    return Checkpoint(payload, source).weights(key)
-
-
-def found(payload: Mapping, *, source: str, key: str | None = None) -> tuple[dict[str, Tensor], str, list[str]]:
-    return Checkpoint(payload, source).read_weights(key)
 
 
 def differences(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, list[str]]:

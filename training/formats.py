@@ -1,6 +1,6 @@
 """Rename weights from and to the formats of other libraries: official, timm, mmsegmentation, mmpretrain.
 
-The official names are the common ones: `to_published` reads a file's names, `from_published` writes them. Values are
+The official names are the common ones: `to_official` reads a file's names, `from_official` writes them. Values are
 never changed, only joined and split where mmsegmentation keeps q, k and v of a GSA block in one tensor. timm's names
 are the official ones in another order.
 
@@ -58,7 +58,7 @@ TIMM_ORDER = ("patch_embeds", "blocks", "pos_block", "norm", "head")
 TIMM_BLOCK_ORDER = ("norm1", "attn", "norm2", "mlp")
 
 
-def to_published(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str, Tensor], str, list[str]]:
+def to_official(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str, Tensor], str, list[str]]:
     """Return a file's tensors by their official names, the file's format, and the names that are left out.
 
     Parts of a segmentor or detector other than the backbone are left out. A name that no rule knows stays as it is, and
@@ -83,7 +83,7 @@ def to_published(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str,
     return dict(state), fmt, left_out
 
 
-def from_published(
+def from_official(
     state: Mapping[str, Tensor], fmt: str, *, source: str, no_head: bool = False
 ) -> tuple[dict[str, Tensor], list[str], list[str]]:
     """Official names -> the same tensors by the names of `fmt`, in its order; the names that it does not hold; and

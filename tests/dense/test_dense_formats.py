@@ -47,7 +47,7 @@ def theirs(variant: str) -> nn.Module:
 )
 def test_mmsegmentations_own_model_takes_converted_weights(variant):
     ours = golden_weights(TwinsBackbone(variant, drop_path_rate=0.2)).eval()
-    converted, left_out, _ = formats.from_published(ours.state_dict(), "mmseg", source="x", no_head=True)
+    converted, left_out, _ = formats.from_official(ours.state_dict(), "mmseg", source="x", no_head=True)
     assert not left_out
     model = theirs(variant)
     model.load_state_dict(converted, strict=True)

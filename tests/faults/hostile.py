@@ -29,6 +29,7 @@ from one_save import payload
 from torch import nn
 
 from training import checkpoint, resume
+from training.checkpoint import Checkpoint
 from training.errors import UserError
 
 MOST_MB, MOST_S = 300, 20
@@ -238,7 +239,7 @@ def in_child(path: Path, work: Callable[[Path], None]) -> tuple[str, float, floa
 def use(path: Path) -> None:
     """As main.py does before it trusts a file."""
     found, model = checkpoint.load(path), network()
-    checkpoint.load_into(model, checkpoint.weights(found, source=str(path)), source=str(path))
+    Checkpoint(found, path).load_into(model)
     if set(found) >= resume.COMPLETE:
         resume.optimizer_state(found, model)
 

@@ -18,6 +18,7 @@ from conftest import ROOT, golden_weights
 import gvt
 from tools import convert as tool
 from training import checkpoint, formats
+from training.checkpoint import Checkpoint
 from training.errors import UserError, exit_code
 
 run = functools.partial(exit_code, "convert.py", tool.main)
@@ -40,7 +41,7 @@ def opened(path):
         path = path / "model.safetensors"
     if path.suffix == ".safetensors":
         return safetensors.torch.load_file(path)
-    return checkpoint.weights(checkpoint.load(str(path)), source=str(path))
+    return Checkpoint.open(path).weights()
 
 
 def assert_same(state, other):
@@ -63,7 +64,7 @@ def test_there_and_back(files, tmp_path, key, fmt):
     inside = {"published": "model", "mmseg": "state_dict", "mmpretrain": "state_dict"}.get(fmt)
     assert inside is None or list(payload) == [inside]
     written = payload if inside is None else payload[inside]
-    expected, left_out, notes = formats.from_published(states[key], fmt, source="x")
+    expected, left_out, notes = formats.from_official(states[key], fmt, source="x")
     assert list(written) == list(expected)
     assert json.loads(report.read_text()) == {
         "source": str(folder / f"{key}.pth"),
@@ -119,7 +120,7 @@ def test_a_hub_folder_opens_in_timm(files, tmp_path, key):
         and "tag" not in model.pretrained_cfg
         and "license" not in model.pretrained_cfg
     )
-    assert list(model.state_dict()) == list(formats.from_published(states[key], "timm", source="x")[0])
+    assert list(model.state_dict()) == list(formats.from_official(states[key], "timm", source="x")[0])
     assert_same(dict(model.state_dict()), states[key])
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from tools.checkpoint_hash import digest
 from training import checkpoint
+from training.checkpoint import Checkpoint
 from training.errors import UserError
 
 
@@ -54,7 +55,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_a_published_checkpoint_loads_and_its_types_are_allowed_only_then(tmp_path):
     path = tmp_path / "published.pth"
     torch.save({"model": {"w": torch.ones(1)}, "args": argparse.Namespace(lr=1.0, output_dir=Path("x"))}, path)
-    assert checkpoint.weights(checkpoint.load(str(path)), source="x")["w"] == 1
+    assert Checkpoint.open(path).weights()["w"] == 1
     with pytest.raises(pickle.UnpicklingError):
         torch.load(path, weights_only=True)
 
@@ -98,9 +99,9 @@ def test_what_is_no_checkpoint(tmp_path):
     with pytest.raises(UserError, match="it holds a list"):
         checkpoint.load(str(tmp_path / "list.pth"))
     with pytest.raises(UserError, match=r"no weights \(x.pth\)"):
-        checkpoint.weights({"epoch": 3}, source="x.pth")
+        Checkpoint({"epoch": 3}, "x.pth").weights()
     with pytest.raises(UserError, match=r"no averaged weights \(x.pth\)"):
-        checkpoint.weights({"model": {}}, source="x.pth", key="model_ema")
+        Checkpoint({"model": {}}, "x.pth").weights("model_ema")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_what_is_no_checkpoint(tmp_path):
 )
 def test_weights_are_found_however_they_are_wrapped(wrap):
     state = nn.Linear(2, 3).state_dict()
-    assert checkpoint.weights(wrap(state), source="x").keys() == state.keys()
+    assert Checkpoint(wrap(state), "x").weights().keys() == state.keys()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -166,9 +167,9 @@ def test_the_same_tensor_under_two_names(tmp_path):
 @pytest.mark.parametrize("names", [5, "abc", [1, 2], {"a": 1}])
 def test_class_names_are_a_list_of_names(names):
     with pytest.raises(UserError, match="class names"):
-        print(checkpoint.Checkpoint({"class_names": names}, "x").class_names)
-    assert checkpoint.Checkpoint({}, "x").class_names is None
-    assert checkpoint.Checkpoint({"class_names": ["a"]}, "x").class_names == ["a"]
+        print(Checkpoint({"class_names": names}, "x").class_names)
+    assert Checkpoint({}, "x").class_names is None
+    assert Checkpoint({"class_names": ["a"]}, "x").class_names == ["a"]
 
 
 def test_types_that_no_weights_have_are_refused(tmp_path):
@@ -181,7 +182,7 @@ def test_safetensors_are_read(tmp_path):
     path = tmp_path / "model.safetensors"
     state = {name: value.contiguous() for name, value in nn.Linear(3, 2).state_dict().items()}
     safetensors.torch.save_file(state, path)
-    loaded = checkpoint.weights(checkpoint.load(path), source=path)
+    loaded = Checkpoint.open(path).weights()
     assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
@@ -208,12 +209,12 @@ def test_an_address_is_read_through_the_hubs_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", ["model", "state_dict", "model_state", "model_ema", "state_dict_ema"])
 def test_every_wrapper_is_known(key):
     state = nn.Linear(2, 3).state_dict()
-    assert checkpoint.weights({"epoch": 3, key: dict(state)}, source="x").keys() == state.keys()
+    assert Checkpoint({"epoch": 3, key: dict(state)}, "x").weights().keys() == state.keys()
 
 
 def test_the_backbone_of_a_dense_checkpoint_is_taken():
     state = {"backbone.patch_embeds.0.proj.weight": torch.ones(1), "decode_head.conv_seg.weight": torch.ones(2)}
-    weights, fmt, left_out = checkpoint.found({"meta": {"config": "import os"}, "state_dict": state}, source="x")
+    weights, fmt, left_out = Checkpoint({"meta": {"config": "import os"}, "state_dict": state}, "x").read_weights()
     assert (
         list(weights) == ["patch_embeds.0.proj.weight"]
         and fmt == "dense"

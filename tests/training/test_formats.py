@@ -54,8 +54,8 @@ def test_there_and_back(key):
     for fmt in formats.FORMATS:
         if fmt == "hub" and not VARIANTS[key].timm:
             continue
-        theirs, left_out, notes = formats.from_published(state, fmt, source="x.pth")
-        back, found, others = formats.to_published(theirs, source="y.pth")
+        theirs, left_out, notes = formats.from_official(state, fmt, source="x.pth")
+        back, found, others = formats.to_official(theirs, source="y.pth")
         assert found == (fmt if fmt in ("mmseg", "mmpretrain") else "published") and others == []
         assert left_out == (HEAD if fmt == "mmseg" else [])
         assert_same(back, without(state, "head.") if fmt == "mmseg" else state)
@@ -67,22 +67,22 @@ def test_there_and_back(key):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_types_stay(dtype):
     state = {name: value.to(dtype) for name, value in weights("alt_gvt_demo").items()}
-    theirs, *_ = formats.from_published(state, "mmseg", source="x")
-    assert_same(formats.to_published(theirs, source="x")[0], without(state, "head."))
+    theirs, *_ = formats.from_official(state, "mmseg", source="x")
+    assert_same(formats.to_official(theirs, source="x")[0], without(state, "head."))
 
 
 def test_published_names_come_back_as_they_are():
     state = weights("alt_gvt_demo")
-    back, found, left_out = formats.to_published(state, source="x")
+    back, found, left_out = formats.to_official(state, source="x")
     assert found == "published" and left_out == [] and list(back) == list(state)
     assert all(back[name] is state[name] for name in state)
 
 
 def test_a_prefix_of_all_names_goes():
     state = weights("alt_gvt_demo")
-    assert_same(formats.to_published({f"module.{name}": value for name, value in state.items()}, source="x")[0], state)
+    assert_same(formats.to_official({f"module.{name}": value for name, value in state.items()}, source="x")[0], state)
     mixed = {"module.norm.weight": state["norm.weight"], "norm.bias": state["norm.bias"]}
-    assert formats.to_published(mixed, source="x")[0].keys() == mixed.keys()
+    assert formats.to_official(mixed, source="x")[0].keys() == mixed.keys()
 
 
 # ---------------------------------------------------------------- names and order
@@ -96,8 +96,8 @@ def test_order(key):
     assert list(shuffled) != list(state)
     with torch.device("meta"):
         theirs = timm.create_model(VARIANTS[key].timm).state_dict()
-    assert list(formats.from_published(shuffled, "published", source="x")[0]) == list(state)
-    assert list(formats.from_published(shuffled, "timm", source="x")[0]) == list(theirs) != list(state)
+    assert list(formats.from_official(shuffled, "published", source="x")[0]) == list(state)
+    assert list(formats.from_official(shuffled, "timm", source="x")[0]) == list(theirs) != list(state)
 
 
 EXAMPLES = [  # published, mmsegmentation, mmpretrain: by the converters of those libraries
@@ -121,7 +121,7 @@ EXAMPLES = [  # published, mmsegmentation, mmpretrain: by the converters of thos
 
 def test_names_in_other_libraries():
     state = weights("alt_gvt_base")
-    mmseg, mmpretrain = (formats.from_published(state, fmt, source="x")[0] for fmt in ("mmseg", "mmpretrain"))
+    mmseg, mmpretrain = (formats.from_official(state, fmt, source="x")[0] for fmt in ("mmseg", "mmpretrain"))
     for published, in_mmseg, in_mmpretrain in EXAMPLES:
         assert published in state and (in_mmseg is None or in_mmseg in mmseg)
         assert torch.equal(state[published], mmpretrain[in_mmpretrain])
@@ -137,8 +137,8 @@ def test_names_in_other_libraries():
 @pytest.mark.parametrize("key", ["pcpvt_small", "alt_gvt_small"])
 def test_q_is_the_first_rows_and_kv_the_others(key):
     state = weights(key)
-    mmseg, *_ = formats.from_published(state, "mmseg", source="x")
-    back, *_ = formats.to_published(mmseg, source="x")
+    mmseg, *_ = formats.from_official(state, "mmseg", source="x")
+    back, *_ = formats.to_official(mmseg, source="x")
     for name in (name for name in mmseg if "in_proj" in name):
         block, kind = re.fullmatch(r"layers\.(\d+\.\d+)\.attn\.attn\.in_proj_(weight|bias)", name).groups()
         q, kv, fused = f"blocks.{block}.attn.q.{kind}", f"blocks.{block}.attn.kv.{kind}", mmseg[name]
@@ -154,7 +154,7 @@ def test_logits_in_timm(key):
     """Strictly loaded, in float64: the same numbers as in our model."""
     ours = golden_weights(gvt.Twins(VARIANTS[key], num_classes=10)).eval()
     theirs = timm.create_model(VARIANTS[key].timm, num_classes=10).double().eval()
-    theirs.load_state_dict(formats.from_published(ours.state_dict(), "timm", source="x")[0], strict=True)
+    theirs.load_state_dict(formats.from_official(ours.state_dict(), "timm", source="x")[0], strict=True)
     image = torch.randn(1, 3, 224, 224, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert (ours(image) - theirs(image)).abs().max() < 1e-11
@@ -179,7 +179,7 @@ def segmentor(backbone):
 def test_the_backbone_of_a_published_segmentor(module):
     state = weights("alt_gvt_demo", norms=True)
     file, others = segmentor(state)
-    back, found, left_out = formats.to_published({module + name: value for name, value in file.items()}, source="x")
+    back, found, left_out = formats.to_official({module + name: value for name, value in file.items()}, source="x")
     assert found == "dense" and left_out == others
     assert_same(back, state)
     assert formats.variant_of(back) == "alt_gvt_demo"
@@ -188,9 +188,9 @@ def test_the_backbone_of_a_published_segmentor(module):
 def test_the_backbone_of_a_segmentor_that_mmsegmentation_trained():
     """Its network has norms after each stage, and neither a final norm nor a classifier."""
     state = without(weights("alt_gvt_demo", norms=True), "head.", "norm.")
-    theirs, left_out, notes = formats.from_published(state, "mmseg", source="x")
+    theirs, left_out, notes = formats.from_official(state, "mmseg", source="x")
     assert left_out == notes == [] and "norm_list.3.bias" in theirs
-    back, found, left_out = formats.to_published(segmentor(theirs)[0], source="x")
+    back, found, left_out = formats.to_official(segmentor(theirs)[0], source="x")
     assert found == "mmseg" and len(left_out) == 4
     assert_same(back, state)
     assert formats.variant_of(back) == "alt_gvt_demo"
@@ -200,12 +200,12 @@ def test_the_norms_after_stages_are_in_the_files_that_hold_them():
     state = weights("alt_gvt_small", norms=True)
     norms = [name for name in state if name.startswith("norm_list.")]
     for fmt in formats.FORMATS:
-        theirs, left_out, _ = formats.from_published(state, fmt, source="x")
+        theirs, left_out, _ = formats.from_official(state, fmt, source="x")
         assert [name for name in left_out if name not in HEAD] == (
             norms if fmt in ("timm", "hub", "mmpretrain") else []
         )
         assert ("norm_list.0.weight" in theirs) == (fmt in ("published", "safetensors", "mmseg"))
-    assert list(formats.from_published(state, "published", source="x")[0])[-len(norms) :] == norms
+    assert list(formats.from_official(state, "published", source="x")[0])[-len(norms) :] == norms
 
 
 # ---------------------------------------------------------------- nothing in silence
@@ -214,8 +214,8 @@ def test_the_norms_after_stages_are_in_the_files_that_hold_them():
 @pytest.mark.parametrize("fmt", ["published", "mmseg", "mmpretrain", "dense"])
 def test_an_unknown_name_stays_and_is_reported(fmt):
     state = weights("alt_gvt_demo")
-    theirs = segmentor(state)[0] if fmt == "dense" else formats.from_published(state, fmt, source="x")[0]
-    back, found, left_out = formats.to_published(
+    theirs = segmentor(state)[0] if fmt == "dense" else formats.from_official(state, fmt, source="x")[0]
+    back, found, left_out = formats.to_official(
         theirs | {"gamma.x": torch.ones(1), "layers.0.0.gamma": torch.ones(1)}, source="x"
     )
     assert {"gamma.x", "layers.0.0.gamma"} <= back.keys() and not {"gamma.x", "layers.0.0.gamma"} & set(left_out)
@@ -226,20 +226,20 @@ def test_an_unknown_name_stays_and_is_reported(fmt):
 
 
 def test_heads_without_a_backbone_are_not_left_out():
-    back, _, left_out = formats.to_published({"decode_head.conv_seg.weight": torch.ones(1)}, source="x")
+    back, _, left_out = formats.to_official({"decode_head.conv_seg.weight": torch.ones(1)}, source="x")
     assert list(back) == ["decode_head.conv_seg.weight"] and left_out == []
 
 
 def test_two_tensors_for_one_weight():
     state = {"backbone.norm.weight": torch.ones(1), "norm.weight": torch.zeros(1)}
     with pytest.raises(UserError, match=r"two tensors for one weight \(x.pth, norm.weight\)"):
-        formats.to_published(state, source="x.pth")
+        formats.to_official(state, source="x.pth")
 
 
 @pytest.mark.parametrize("value", [torch.ones(4, 2), torch.tensor(1.0)])
 def test_what_cannot_be_split_is_an_error_later(value):
-    theirs, *_ = formats.from_published(weights("alt_gvt_demo"), "mmseg", source="x")
-    back, *_ = formats.to_published(theirs | {"layers.0.1.attn.attn.in_proj_weight": value}, source="x")
+    theirs, *_ = formats.from_official(weights("alt_gvt_demo"), "mmseg", source="x")
+    back, *_ = formats.to_official(theirs | {"layers.0.1.attn.attn.in_proj_weight": value}, source="x")
     with pytest.raises(
         UserError, match=r"2 missing \(blocks.0.1.attn.q.weight, .* 1 unknown \(blocks.0.1.attn.attn.in_proj_weight\)"
     ):
@@ -250,7 +250,7 @@ def test_q_and_kv_of_two_types_are_not_joined():
     state = weights("alt_gvt_demo")
     state["blocks.0.1.attn.q.weight"] = state["blocks.0.1.attn.q.weight"].half()
     with pytest.raises(UserError, match="q and kv differ in type"):
-        formats.from_published(state, "mmseg", source="x")
+        formats.from_official(state, "mmseg", source="x")
 
 
 @pytest.mark.parametrize("fmt", formats.FORMATS)
@@ -259,30 +259,30 @@ def test_a_classifier_is_not_forgotten(fmt):
     headless = without(state, "head.")
     if fmt != "mmseg":
         with pytest.raises(UserError, match=r"no classifier \(x.pth\): give --no-head"):
-            formats.from_published(headless, fmt, source="x.pth")
-    theirs, left_out, notes = formats.from_published(headless, fmt, source="x", no_head=True)
+            formats.from_official(headless, fmt, source="x.pth")
+    theirs, left_out, notes = formats.from_official(headless, fmt, source="x", no_head=True)
     assert left_out == [] and (fmt == "mmseg" or notes == ["no classifier in the source"])
-    assert_same(formats.to_published(theirs, source="x")[0], headless)
-    theirs, left_out, _ = formats.from_published(state, fmt, source="x", no_head=True)
+    assert_same(formats.to_official(theirs, source="x")[0], headless)
+    theirs, left_out, _ = formats.from_official(state, fmt, source="x", no_head=True)
     assert left_out == HEAD
-    assert_same(formats.to_published(theirs, source="x")[0], headless)
+    assert_same(formats.to_official(theirs, source="x")[0], headless)
 
 
 def test_a_final_norm_is_not_forgotten():
     state = without(weights("pcpvt_small"), "head.", "norm.")
     with pytest.raises(UserError, match="no classifier and no final norm"):
-        formats.from_published(state, "timm", source="x")
-    assert formats.from_published(state, "timm", source="x", no_head=True)[2] == [
+        formats.from_official(state, "timm", source="x")
+    assert formats.from_official(state, "timm", source="x", no_head=True)[2] == [
         "no classifier in the source",
         "no final norm in the source",
     ]
     with pytest.raises(UserError, match="no final norm .* timm"):
-        formats.from_published(state, "hub", source="x", no_head=True)
+        formats.from_official(state, "hub", source="x", no_head=True)
 
 
 def test_timm_has_no_model_for_the_demo():
     with pytest.raises(UserError, match=r"timm has no alt_gvt_demo \(x.pth\)"):
-        formats.from_published(weights("alt_gvt_demo"), "hub", source="x.pth")
+        formats.from_official(weights("alt_gvt_demo"), "hub", source="x.pth")
 
 
 # ---------------------------------------------------------------- which model
