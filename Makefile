@@ -26,7 +26,7 @@ endef
 
 help:
 	@echo "make demo       install, train a small Twins on handwritten digits, evaluate it, draw what it says (about 3 minutes)"
-	@echo "make demo-dense the same for a segmentor and a detector: digits on photographs, scores and pictures (4 minutes after make dense and make demo)"
+	@echo "make demo-dense the same for a segmentor and a detector: digits on photographs, scores and images (4 minutes after make dense and make demo)"
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (under 3 minutes; about 4 where make dense ran)"
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
@@ -56,11 +56,11 @@ demo: install
 	$(RUN) main.py $(DEMO_MODEL) --eval --resume $(DEMO)/checkpoint_best.pth
 	$(RUN) -m tools.plot_run $(DEMO) --data-path $(DIGITS) --output $(DEMO)/demo.png
 	@echo
-	@echo "pictures and labels  $(DIGITS)/{train,val}/CLASS/*.png"
+	@echo "images and labels    $(DIGITS)/{train,val}/CLASS/*.png"
 	@echo "weights              $(DEMO)/checkpoint_best.pth"
 	@echo "each epoch's figures $(DEMO)/log.txt"
 	@echo "curves, predictions  $(DEMO)/demo.png"
-	@echo "next: your own pictures, in folders train/CLASS and val/CLASS:"
+	@echo "next: your own images, in folders train/CLASS and val/CLASS:"
 	@echo "  $(RUN) main.py --model alt_gvt_small --data-path FOLDER --batch-size 32 --output_dir output/mine"
 
 demo-dense: dense

@@ -48,7 +48,7 @@ def golden_weights(model: torch.nn.Module, prefix: str = "") -> torch.nn.Module:
     return model
 
 
-def golden_pictures(batch: int, height: int, width: int) -> torch.Tensor:
+def golden_images(batch: int, height: int, width: int) -> torch.Tensor:
     return torch.sin(torch.arange(batch * 3 * height * width, dtype=torch.float64) * 0.5698402909980532).reshape(
         batch, 3, height, width
     )
@@ -60,23 +60,23 @@ def relative(value, expected) -> float:
     return ((value - expected).abs() / expected.abs()).max().item()
 
 
-def make_pictures(folder: Path, *, classes: tuple[str, ...], each: int, size: int = 40, seed: int = 0) -> None:
-    """folder/CLASS/N.png: noise around a colour of the class, so that there is something to learn."""
+def make_images(folder: Path, *, classes: tuple[str, ...], each: int, size: int = 40, seed: int = 0) -> None:
+    """folder/CLASS/N.png: noise around a color of the class, so that there is something to learn."""
     random = np.random.default_rng(seed)
     for index, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
-        colour = np.array([40 + 60 * (index % 4), 200 - 50 * (index % 3), 60 * (index % 5)])
+        color = np.array([40 + 60 * (index % 4), 200 - 50 * (index % 3), 60 * (index % 5)])
         for number in range(each):
-            pixels = np.clip(colour + random.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
+            pixels = np.clip(color + random.normal(0, 40, (size, size, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{number}.png")
 
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory) -> Path:
-    """A data set of 4 classes: 48 train pictures, 101 val pictures in uneven classes."""
+    """A data set of 4 classes: 48 train images, 101 val images in uneven classes."""
     root = tmp_path_factory.mktemp("toy")
-    make_pictures(root / "train", classes=("ant", "bee", "cat", "dog"), each=12)
-    make_pictures(root / "val", classes=("ant", "bee", "cat", "dog"), each=25, seed=1)
+    make_images(root / "train", classes=("ant", "bee", "cat", "dog"), each=12)
+    make_images(root / "val", classes=("ant", "bee", "cat", "dog"), each=25, seed=1)
     Image.new("RGB", (50, 40), (40, 200, 0)).save(root / "val" / "ant" / "extra.png")
     return root
 

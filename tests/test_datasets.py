@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures
+from conftest import make_images
 from PIL import Image
 from timm.data import ImageNetInfo, auto_augment
 from torchvision import transforms
@@ -274,13 +274,13 @@ def test_the_process_keeps_its_own_random_states():
 
 
 def test_val_is_scored_with_trainings_indices(tmp_path):
-    make_pictures(tmp_path / "train", classes=("ant", "bee", "cat"), each=2)
-    make_pictures(tmp_path / "val", classes=("bee", "cat"), each=2)
+    make_images(tmp_path / "train", classes=("ant", "bee", "cat"), each=2)
+    make_images(tmp_path / "val", classes=("bee", "cat"), each=2)
     args = arguments("--data-path", tmp_path)
     train = datasets.build_dataset("train", args, transform=None)
     val = datasets.build_dataset("val", args, transform=None, classes=train.classes)
     assert val.missing == ["ant"] and sorted({label for _, label in val.samples}) == [1, 2]
-    make_pictures(tmp_path / "val", classes=("dog",), each=1)
+    make_images(tmp_path / "val", classes=("dog",), each=1)
     with pytest.raises(UserError, match="a class that training does not know .*dog"):
         datasets.build_dataset("val", args, transform=None, classes=train.classes)
 
@@ -307,7 +307,7 @@ def test_imagenets_names_are_in_sorted_order():
         (lambda root: (root / "train").mkdir(), "expected a folder for each class"),
         (lambda root: (root / "train" / "ant").mkdir(parents=True), "no images"),
         (
-            lambda root: (make_pictures(root / "train", classes=("ant",), each=1), (root / "train" / "bee").mkdir()),
+            lambda root: (make_images(root / "train", classes=("ant",), each=1), (root / "train" / "bee").mkdir()),
             "a class without images",
         ),
     ],
@@ -320,7 +320,7 @@ def test_bad_folders_are_named(tmp_path, build, says):
 
 
 def test_hidden_folders_are_no_classes(tmp_path):
-    make_pictures(tmp_path / "train", classes=("ant", ".cache"), each=1)
+    make_images(tmp_path / "train", classes=("ant", ".cache"), each=1)
     assert datasets.build_dataset("train", arguments("--data-path", tmp_path), transform=None).classes == ["ant"]
 
 
@@ -331,7 +331,7 @@ BROKEN = [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(40)]
     ("content", "workers"), [*((content, 0) for content in BROKEN), pytest.param(BROKEN[1], 1, marks=pytest.mark.slow)]
 )
 def test_an_unreadable_image_is_named_and_never_replaced(tmp_path, content, workers):
-    make_pictures(tmp_path / "val", classes=("ant", "bee"), each=2)
+    make_images(tmp_path / "val", classes=("ant", "bee"), each=2)
     (tmp_path / "val" / "bee" / "broken.png").write_bytes(content)
     args = arguments("--data-path", tmp_path, "--input-size", 32)
     dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args))

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, golden, golden_pictures, golden_weights, relative
+from conftest import ROOT, golden, golden_images, golden_weights, relative
 from timm.data import Mixup
 from timm.scheduler import create_scheduler
 from torch import nn
@@ -53,7 +53,7 @@ def test_the_published_trajectory(compile_backend):
         list(optimizer.param_groups[0]["betas"]) == expected["betas"]
         and optimizer.param_groups[0]["eps"] == expected["eps"]
     )
-    images, labels = golden_pictures(6, 224, 224), torch.tensor([3, 1, 4, 1, 5, 9])
+    images, labels = golden_images(6, 224, 224), torch.tensor([3, 1, 4, 1, 5, 9])
     criterion, losses, rates = build_criterion(mixing=False, smoothing=args.smoothing), [], []
 
     def watched(logits, targets):

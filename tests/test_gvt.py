@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import golden, golden_pictures, golden_weights, relative
+from conftest import golden, golden_images, golden_weights, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.utils import AttentionExtract
@@ -82,7 +82,7 @@ def test_golden_logits(name):
     assert len(model.state_dict()) == expected["keys"]
     assert sum(p.numel() for p in model.parameters()) == expected["params"]
     with torch.inference_mode():
-        logits = model(golden_pictures(2, 224, 224))
+        logits = model(golden_images(2, 224, 224))
     assert relative(logits[:, :8], expected["first8"]) < 1e-9
     assert relative(logits.mean(), expected["mean"]) < 1e-9
     assert relative(logits.std(), expected["std"]) < 1e-9
@@ -109,7 +109,7 @@ def test_golden_maps_of_the_published_dense_backbones(key, size):
         dims = VARIANTS[MODEL_NAMES[name]].dims
         norms = [golden_weights(nn.LayerNorm(dim, eps=1e-6), f"norm_list.{k}.") for k, dim in enumerate(dims)]
     with torch.inference_mode():
-        maps = model.forward_maps(golden_pictures(1, *map(int, size.split("x"))), range(4), norms=norms)
+        maps = model.forward_maps(golden_images(1, *map(int, size.split("x"))), range(4), norms=norms)
     for x, expected in zip(maps, DENSE[key]["sizes"][size], strict=True):
         x = x.permute(0, 3, 1, 2)
         flat = x.flatten()
@@ -137,8 +137,8 @@ def test_logits_and_gradients_equal_timms(name, size, pad):
     ours = build(name, num_classes=10, pad=pad).double().eval()
     theirs = build(VARIANTS[MODEL_NAMES[name]].timm, num_classes=10, img_size=size).double().eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    pictures = torch.randn(1, 3, *size, dtype=torch.float64)
-    a, b = ours(pictures), theirs(pictures)
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
+    a, b = ours(images), theirs(images)
     assert (a - b).abs().max() < 1e-11
     a.square().sum().backward()
     b.square().sum().backward()
@@ -237,7 +237,7 @@ def test_a_smaller_picture_is_refused():
 @pytest.mark.parametrize("name", [DEMO, "pcpvt_small_v0"])
 def test_fused_and_unfused_agree(name):
     model = golden_weights(build(name, num_classes=10)).eval()
-    x = golden_pictures(2, 72, 104)
+    x = golden_images(2, 72, 104)
     with torch.inference_mode():
         fused = model(x)
         model.set_fused_attn(False)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, launch, log_lines, make_pictures, run_main
+from conftest import ROOT, SMALL_RUN, launch, log_lines, make_images, run_main
 
 import engine
 import main
@@ -307,7 +307,7 @@ def test_the_ema_is_the_formula(toy, tmp_path):
 def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path, capsys):
     data = tmp_path / "data"
     for part in ("train", "val"):
-        make_pictures(data / part, classes=("x", "y"), each=8)
+        make_images(data / part, classes=("x", "y"), each=8)
     words = [
         "--model",
         "alt_gvt_demo",
@@ -608,20 +608,20 @@ def test_slurms_variables(trained, toy, alone):
 # ---------------------------------------------------------------- bad input
 
 
-SPOILED = """
+CORRUPT = """
 import sys; sys.path.insert(0, {root!r}); sys.argv[0] = "main.py"
 import main, utils
 from training import options
 build = main.build_criterion
 
-def spoiled(**settings):
+def corrupt(**settings):
     criterion, calls = build(**settings), []
     def loss(logits, targets):
         calls.append(1)
         return criterion(logits, targets) * (float("nan") if utils.get_rank() == 1 and len(calls) == 3 else 1.0)
     return loss
 
-main.build_criterion = spoiled
+main.build_criterion = corrupt
 sys.exit(main.run(options.parse_args(sys.argv[1:])))
 """
 
@@ -632,7 +632,7 @@ def test_a_loss_that_is_not_finite_stops_every_process(trained, toy, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".pth", ".txt")}
-    (tmp_path / "start.py").write_text(SPOILED.format(root=str(ROOT)))
+    (tmp_path / "start.py").write_text(CORRUPT.format(root=str(ROOT)))
     words = [*SMALL_RUN, "--batch-size", 4, "--epochs", 3, "--data-path", toy, "--output_dir", folder]
     words += ["--resume", folder / "checkpoint.pth", "--resume-changed"]  # for one epoch more
     command = [sys.executable, *launch(2), str(tmp_path / "start.py"), *map(str, words)]
@@ -721,7 +721,7 @@ def test_an_unreadable_image_ends_a_run_with_its_name(workers, trained, toy, tmp
 
 def test_other_classes_than_the_checkpoints_are_refused(trained, tmp_path, capsys):
     for part in ("train", "val"):
-        make_pictures(tmp_path / part, classes=("ant", "bee", "cat", "eel"), each=4)
+        make_images(tmp_path / part, classes=("ant", "bee", "cat", "eel"), each=4)
     assert here(*evaluation(trained, tmp_path, "--num_workers", 0)) == 2
     assert "a class that training does not know" in capsys.readouterr().err
     assert (

@@ -8,7 +8,7 @@ pytest.importorskip("mmcv", reason="segmentation and detection need their librar
 
 import timm
 import torch
-from conftest import golden, golden_pictures, golden_weights, relative
+from conftest import golden, golden_images, golden_weights, relative
 
 from dense import libraries
 from dense.backbone import OFFICIAL, TwinsBackbone, official_drop_path
@@ -38,7 +38,7 @@ def test_golden_maps(case):
     )
     for size, expected in DENSE[case]["sizes"].items():
         with torch.inference_mode():
-            maps = model(golden_pictures(1, *map(int, size.split("x"))))
+            maps = model(golden_images(1, *map(int, size.split("x"))))
         for x, facts in zip(maps, expected, strict=True):
             flat = x.flatten()
             assert list(x.shape) == facts["shape"]

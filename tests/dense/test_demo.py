@@ -100,7 +100,7 @@ GOALS = {
 @pytest.mark.parametrize("name", GOALS)
 @pytest.mark.skipif(
     not (ROOT / "detection/data/coco-mini").exists(),
-    reason="no pictures of COCO in detection/data/coco-mini: ten minutes each",
+    reason="no images of COCO in detection/data/coco-mini: ten minutes each",
 )
 def test_a_detector_learns_eight_pictures_by_heart(tmp_path, name):
     command = [sys.executable, "train.py", f"configs/small/{name}.py", "--seed", "0", "--work-dir", tmp_path]

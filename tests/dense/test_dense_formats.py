@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
 
 import torch
-from conftest import golden_pictures, golden_weights
+from conftest import golden_images, golden_weights
 from torch import nn
 
 from dense import libraries
@@ -51,7 +51,7 @@ def test_mmsegmentations_own_model_takes_converted_weights(variant):
     assert not left_out
     model = theirs(variant)
     model.load_state_dict(converted, strict=True)
-    x = golden_pictures(1, 224, 224)
+    x = golden_images(1, 224, 224)
     with torch.inference_mode():
         for a, b in zip(ours(x), model(x), strict=True):
             assert (a - b).abs().max() / a.abs().max() < 1e-11

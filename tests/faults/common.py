@@ -112,11 +112,11 @@ def run_program(
 
 def make_data(folder: Path, *, train: int, val: int) -> Path:
     """Images of four classes: so many of each class."""
-    from conftest import make_pictures
+    from conftest import make_images
 
     if not folder.exists():
-        make_pictures(folder / "train", classes=CLASSES, each=train)
-        make_pictures(folder / "val", classes=CLASSES, each=val, seed=1)
+        make_images(folder / "train", classes=CLASSES, each=train)
+        make_images(folder / "val", classes=CLASSES, each=val, seed=1)
     return folder
 
 

@@ -77,9 +77,9 @@ def body(table, args, base: Path) -> None:
         counts = {"refused": 0, "harmless": 0}
         for number in range(flips):
             position = draw.choice(special) if number % 2 else draw.randrange(len(content))
-            spoiled = bytearray(content)
-            spoiled[position] ^= 1 << draw.randrange(8)
-            damaged.write_bytes(spoiled)
+            corrupt = bytearray(content)
+            corrupt[position] ^= 1 << draw.randrange(8)
+            damaged.write_bytes(corrupt)
             found = outcome(damaged, whole)
             counts[found] = counts.get(found, 0) + 1
             row.check(complain(found in ("refused", "harmless"), f"byte {position}: {found}"))

@@ -152,8 +152,8 @@ def make(folder: Path, marker: Path) -> dict[str, Callable[[Path], None]]:
     def zipped(value: object) -> Callable[[Path], None]:
         return lambda path: as_torch(value, path)
 
-    spoiled = {name: value.clone() for name, value in own.items()}
-    spoiled["norm.weight"][3] = float("nan")
+    corrupt = {name: value.clone() for name, value in own.items()}
+    corrupt["norm.weight"][3] = float("nan")
     long_list = b"\x80\x02}(X\x01\x00\x00\x00w](" + b"]" * 5_000_000 + b"eu."
     return {
         "os.system": zipped({"model": Call(os.system, touch)}),
@@ -191,7 +191,7 @@ def make(folder: Path, marker: Path) -> dict[str, Callable[[Path], None]]:
             path, tensor_pickle("1000000", "1", numel=10**6, copies=10_000), {"data/0": bytes(4 * 10**6)}
         ),
         "a pickle in a value of 1 GB": lambda path: with_pickle(path, b"\x80\x02X" + struct.pack("<I", GB) + b"x"),
-        "weights that are not numbers": zipped({"model": spoiled}),
+        "weights that are not numbers": zipped({"model": corrupt}),
         "weights in whole numbers": zipped({"model": {name: value.long() for name, value in own.items()}}),
         "weights of other shapes": zipped({"model": {name: value.reshape(-1)[:1] for name, value in own.items()}}),
         "complex weights": zipped({"model": {name: value.to(torch.complex64) for name, value in own.items()}}),

@@ -1,4 +1,4 @@
-"""kill -9 of a whole run, and signals that ask it to end, at seeded random moments; each time it is continued: python
+"""kill -9 of a whole run, and signals that ask it to end, at seeded random times; each time it is continued: python
 tests/faults/kill.py
 
 In the end the state and the log must be those of a run that nobody stopped. 200 updates, saved every 5, on 2 processes
@@ -113,7 +113,7 @@ def kills(
         if not plan:  # an aimed kill may have come too late
             plan = [kind for kind, number in least.items() if killer.counts[kind] < number]
         if done + killer.cycle > 3 * total:
-            raise RuntimeError(f"the moments do not come: {killer.counts}")
+            raise RuntimeError(f"the awaited step does not come: {killer.counts}")
     problems.append(killer.compare())
     for _ in range(done):  # each was survived where all runs ended right
         row.check(*problems)

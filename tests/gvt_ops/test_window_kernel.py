@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import golden_pictures, golden_weights
+from conftest import golden_images, golden_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -170,7 +170,7 @@ def test_a_model_gives_the_same_as_without(pad, monkeypatch):
     """Logits and gradients in float32, against float64; all windows of a stage are cut somewhere."""
     model, x = (
         accelerate(golden_weights(timm.create_model("alt_gvt_demo", num_classes=5, pad=pad))).to(DEVICE),
-        golden_pictures(1, 72, 100).to(DEVICE),
+        golden_images(1, 72, 100).to(DEVICE),
     )
 
     def logits_and_gradients():

@@ -5,7 +5,7 @@ a set.
 import numpy as np
 import pytest
 import torch
-from conftest import make_pictures
+from conftest import make_images
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
@@ -99,7 +99,7 @@ def test_a_plan_does_each_images_operations_in_their_order():
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
     root = tmp_path_factory.mktemp("many")
-    make_pictures(root / "train", classes=("ant", "bee", "cat", "dog"), each=64)
+    make_images(root / "train", classes=("ant", "bee", "cat", "dog"), each=64)
     return root
 
 

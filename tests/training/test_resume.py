@@ -205,12 +205,12 @@ def test_resume_auto(whole, toy, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("what", ["weights that are not finite", "a moment of another shape"])
-def test_resume_auto_passes_over_a_whole_file_with_a_spoiled_state(what, whole, toy, tmp_path, capsys):
+@pytest.mark.parametrize("what", ["weights that are not finite", "an optimizer entry of another shape"])
+def test_resume_auto_passes_over_a_whole_file_with_a_corrupt_state(what, whole, toy, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole, folder)
     payload = checkpoint.load(folder / "checkpoint.pth")
-    SPOILED[what](payload)
+    CORRUPT[what](payload)
     torch.save(payload, folder / "checkpoint.pth")
     assert here(*words(toy, folder, "--resume", "auto")) == 0
     captured = capsys.readouterr()
@@ -431,11 +431,13 @@ def test_moments_follow_the_names_not_the_places(toy):
 
 
 FAR = {"updates": 10**9, "meters": {name: {"total": 1.0, "count": 1, "recent": []} for name in ("lr", "loss")}}
-SPOILED = {
-    "a moment of another shape": lambda p: p["optimizer"]["state"][3].update(exp_avg=torch.zeros(2, 3)),
-    "a moment that is not finite": lambda p: p["optimizer"]["state"][3]["exp_avg"].view(-1)[:1].fill_(float("nan")),
+CORRUPT = {
+    "an optimizer entry of another shape": lambda p: p["optimizer"]["state"][3].update(exp_avg=torch.zeros(2, 3)),
+    "an optimizer entry that is not finite": lambda p: p["optimizer"]["state"][3]["exp_avg"]
+    .view(-1)[:1]
+    .fill_(float("nan")),
     "a negative square": lambda p: p["optimizer"]["state"][3]["exp_avg_sq"].view(-1)[:1].fill_(-1.0),
-    "whole numbers as moments": lambda p: p["optimizer"]["state"][3].update(
+    "whole numbers as exp_avg": lambda p: p["optimizer"]["state"][3].update(
         exp_avg=p["optimizer"]["state"][3]["exp_avg"].long()
     ),
     "words as a step": lambda p: p["optimizer"]["state"][3].update(step="many"),
@@ -459,9 +461,9 @@ SPOILED = {
     "a place inside an epoch in words": lambda p: p.update(progress="half"),
     "a place inside an epoch without its figures": lambda p: p.update(progress={"updates": 2, "meters": {"lr": 3}}),
     "an epoch without figures": lambda p: p.update(evaluated=False, train_stats={"lr": "high"}),
-    "a moment that is missing": lambda p: p["optimizer"]["state"][3].pop("exp_avg_sq"),
+    "an optimizer entry that is missing": lambda p: p["optimizer"]["state"][3].pop("exp_avg_sq"),
     "an empty moment": lambda p: p["optimizer"]["state"][3].clear(),
-    "a moment of nothing": lambda p: p["optimizer"]["state"][3].update(exp_avg=None),
+    "an optimizer entry of nothing": lambda p: p["optimizer"]["state"][3].update(exp_avg=None),
     "several steps": lambda p: p["optimizer"]["state"][3].update(step=torch.ones(3)),
     "a place beyond the epoch": lambda p: p.update(progress=FAR),
     "figures in words": lambda p: p.update(
@@ -473,12 +475,12 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize("what", SPOILED)
-def test_a_spoiled_training_state_is_one_line_and_changes_nothing(what, whole, toy, tmp_path, capsys):
+@pytest.mark.parametrize("what", CORRUPT)
+def test_a_corrupt_training_state_is_one_line_and_changes_nothing(what, whole, toy, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     payload = checkpoint.load(whole / "checkpoint.pth")
-    SPOILED[what](payload)
+    CORRUPT[what](payload)
     torch.save(payload, folder / "checkpoint.pth")
     before = (folder / "checkpoint.pth").read_bytes()
     assert here(*words(toy, folder, "--resume", folder / "checkpoint.pth")) == 2
