@@ -120,9 +120,9 @@ def train_one_epoch(
         targets = targets.to(device, non_blocking=True)
         if settings.mixup is not None:
             images, targets = settings.mixup(images, targets)
-        updates = (step + 1) % accum_steps == 0
+        is_last_of_group = (step + 1) % accum_steps == 0
         # Processes sum their gradients only for the batch that an update follows.
-        with contextlib.nullcontext() if updates or get_world_size() == 1 else model.no_sync():
+        with contextlib.nullcontext() if is_last_of_group or get_world_size() == 1 else model.no_sync():
             with autocast(device, settings.amp_dtype):
                 loss = criterion(model(images), targets)
             # Sums over all processes: of the loss, finite if the losses of all are, and of those that want to stop.
@@ -132,14 +132,14 @@ def train_one_epoch(
             group_finite = group_finite & finite
             poison = torch.where(finite, 1.0, float("nan")).to(loss.dtype)
             scaler.scale(loss * poison / accum_steps).backward()
-        if updates:
+        if is_last_of_group:
             finite = finite & update(model, optimizer, scaler, settings.clip_grad, group_finite)
             group_finite = torch.ones_like(group_finite)
             if hooks.after_step is not None:
                 hooks.after_step()
         meters.update(lr=optimizer.param_groups[0]["lr"])
         epoch_log.late.put(step, torch.stack([total / get_world_size(), finite.to(total.dtype), stop]))
-        if updates and hooks.after_update is not None:
+        if is_last_of_group and hooks.after_update is not None:
             done = (step + 1) // accum_steps
             hooks.after_update(done, lambda batches=step + 1: epoch_log.progress(batches), epoch_log.stopping)
     epoch_log.late.flush()
@@ -148,7 +148,7 @@ def train_one_epoch(
 
 
 def update(model: nn.Module, optimizer, scaler: torch.amp.GradScaler, clip_grad: float, finite: Tensor) -> Tensor:
-    """Clip and apply the gradients if `finite`, a 0-d tensor, is true and they are finite; return whether they are."""
+    """Clip and apply the gradients if `finite` (0-d) and they are; return whether they are, true with a loss scale."""
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip_grad if clip_grad > 0 else math.inf)
     # With a loss scale, an overflow of the gradients is skipped and the scale halved.

@@ -76,13 +76,12 @@ MODEL_NAMES = {"pcpvt_small_v0": "pcpvt_small", "pcpvt_base_v0": "pcpvt_base", "
 
 
 class LocalAttention(nn.Module):
-    """LSA: attention inside windows of window x window tokens, without overlap or shift (section 3.2). (B, H, W, C) ->
-    same.
+    """LSA: attention inside windows of window x window tokens, without overlap or shift (section 3.2).
 
-    A map whose sides are no multiples of the window is padded on the right and below. pad="mask": padding is never a
-    key. pad="zero": zeros are added before the projection to keys, so that padding is a key like others (official
-    detection, timm). pad="published": as "mask", but as "zero" where only one side needs padding (official
-    segmentation, an error in a slice).
+    (B, H, W, C) -> same. A map whose sides are no multiples of the window is padded on the right and below. pad="mask":
+    padding is never a key. pad="zero": zeros are added before the projection to keys, so that padding is a key like
+    others (official detection, timm). pad="published": as "mask", but as "zero" where only one side needs padding
+    (official segmentation, an error in a slice).
     """
 
     def __init__(
@@ -105,9 +104,8 @@ class LocalAttention(nn.Module):
 
 class GlobalAttention(nn.Module):
     """GSA: every token attends to a map sub-sampled sr_ratio times by a strided convolution (section 3.2, from PVT).
-    (B, H, W, C) -> same.
 
-    Rows and columns beyond a multiple of sr_ratio are never keys.
+    (B, H, W, C) -> same. Rows and columns beyond a multiple of sr_ratio are never keys.
     """
 
     def __init__(self, dim: int, heads: int, *, sr_ratio: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
@@ -122,7 +120,7 @@ class GlobalAttention(nn.Module):
         self.sr, self.norm = None, None
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
-            self.norm = nn.LayerNorm(dim)  # eps 1e-5, unlike the blocks' norms: so the official weights were trained
+            self.norm = nn.LayerNorm(dim)  # eps 1e-5, unlike the blocks' norms, as in the official code
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
@@ -136,9 +134,7 @@ class GlobalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), both branches with drop path (section 3.2, equation 2). (B, H, W,
-    C) -> same.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)), both with drop path (section 3.2, eq. 2). (B, H, W, C) -> same."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, *, drop_path: float, order: tuple[str, ...]):
         super().__init__()
@@ -159,8 +155,9 @@ class Block(nn.Module):
 
 
 class Stage(nn.ModuleList):
-    """The blocks of a stage, with the position encoding after the first one (section 3.1). (B, H, W, C) -> (B, C, H,
-    W), what the next patch embedding takes.
+    """The blocks of a stage, with the position encoding after the first one (section 3.1).
+
+    (B, H, W, C) -> (B, C, H, W), which the next patch embedding takes.
     """
 
     grad_checkpointing = False
@@ -186,9 +183,7 @@ class PatchEmbed(nn.Module):
 
 
 class PEG(nn.Module):
-    """Position encoding generator: x + depthwise 3 x 3 convolution of x, zero padded (CPVT, arXiv:2102.10882). (B, H,
-    W, C) -> same.
-    """
+    """Position encoding generator: x + depthwise 3 x 3 conv of x (CPVT, arXiv:2102.10882). (B, H, W, C) -> same."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -206,8 +201,8 @@ def init_weights(module: nn.Module) -> None:
     k * k * out / groups.
     """
     if isinstance(module, nn.Linear):
-        # Officially truncated at 100 standard deviations, which is no truncation, by a sampler that now and then draws
-        # that very end.
+        # The official code truncates at 100 standard deviations, which never matters, with a sampler that at times
+        # returns the bound itself.
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):

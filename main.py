@@ -3,16 +3,20 @@
 python main.py --help lists the options; README.md has a command for each model of the paper.
 """
 
+import os
 import sys
 
 from training import files, launcher, options
 
 if __name__ == "__main__":
-    # Before torch is imported, so that --help, a wrong option and a folder in use are answered at once.
+    # Before torch is imported, so that --help, a wrong option and a folder in use are answered at once. Not the last
+    # under Slurm: its tasks would take each other for the folder's owner.
     ARGS = options.parse_args(sys.argv[1:])
     if launcher.launched():
         launcher.end_with_launcher()
-    elif not (ARGS.eval or ARGS.throughout) and (taken_by := files.owner(ARGS.run_folder)):
+    elif not (ARGS.eval or ARGS.throughout or launcher.launcher_variables(os.environ)) and (
+        taken_by := files.owner(ARGS.run_folder)
+    ):
         print(f"main.py: error: {files.in_use(ARGS.run_folder, taken_by)}", file=sys.stderr)
         sys.exit(2)
 
@@ -22,7 +26,6 @@ import gvt_ops  # before timm: lets torchvision be imported beside a CPU build o
 import datetime
 import difflib
 import math
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -191,6 +194,7 @@ def throughput(args: Options, device: torch.device) -> None:
 
 
 def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> None:
+    folder, signals = RunFolder(args.run_folder, args.overwrite, args.keep_going), StopSignals(on_poll)
     train_set, val_set = datasets.build_datasets(args)
     train_loader = datasets.build_train_loader(args, train_set, device)
     val_loader = datasets.build_val_loader(args, val_set, device)
@@ -198,7 +202,10 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     criterion = build_criterion(mixing=args.mixing, smoothing=args.smoothing)
     model, network, parallel, ema = build_networks(args, train_set.classes, device)
     state = build_state(args, device, model, ema, train_set, val_set, train_loader)
-    folder, signals = RunFolder(args.run_folder, args.overwrite, args.keep_going), StopSignals(on_poll)
+    if parallel is not network:
+        images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=device)
+        images = images.contiguous(memory_format=memory_format(args))
+        processes.settle_gradient_buckets(parallel, model, images, amp_dtype(args, device))
     saver = CheckpointManager(state, folder, signals)
     saver.resume(args.resume)
     settings = engine.StepSettings(
@@ -238,7 +245,7 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
 def build_networks(
     args: Options, classes: list[str], device: torch.device
 ) -> tuple[nn.Module, nn.Module, nn.Module, ModelEmaV3 | None]:
-    """Return the model, the same compiled if asked for, that one across processes, and its moving average if any."""
+    """Return the model, its (compiled) network, the network wrapped for several processes, and the moving average."""
     model = build_model(args, len(classes))
     if args.finetune:
         log(finetune(model, Checkpoint.open(args.finetune), report=args.report))
@@ -249,10 +256,6 @@ def build_networks(
         parallel = DistributedDataParallel(network, device_ids=ids)
     # After DistributedDataParallel has given all processes the weights of the first.
     ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
-    if parallel is not network:
-        images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=device)
-        images = images.contiguous(memory_format=memory_format(args))
-        processes.settle_gradient_buckets(parallel, model, images, amp_dtype(args, device))
     return model, network, parallel, ema
 
 
