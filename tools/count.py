@@ -13,7 +13,6 @@ and are exceeded by 4 to 12 % with them. So each of the paper's tables keeps to 
 """
 
 import argparse
-import csv
 import functools
 import importlib
 import json
@@ -30,7 +29,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from dense import libraries
-from tools.measurement import csv_text, text_table
+from tools.measurement import csv_text, read_csv, text_table
 from training import files
 from training.errors import exit_code
 from training.options import Parser
@@ -107,8 +106,8 @@ def predict(model: torch.nn.Module) -> None:
 
 def reported_flops() -> dict[str, str]:
     """Return the paper's G by the names of DENSE, "" where they are not known: see logs/README.md."""
-    with open(ROOT / "logs" / "published" / "dense.csv", newline="") as file:
-        known = {dense_model(row["config"]): row["flops_g"] for row in csv.DictReader(file) if row["flops_g"]}
+    rows = read_csv(ROOT / "logs" / "published" / "dense.csv")
+    known = {dense_model(row["config"]): row["flops_g"] for row in rows if row["flops_g"]}
     return {name: known.get(name, "") for name in DENSE}
 
 

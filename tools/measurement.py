@@ -61,6 +61,12 @@ def columns(name: str, values: dict[str, float] | None, scale: float = 1.0) -> d
     return {column: f"{scale * values[key]:.3f}" if values else "" for column, key in keys.items()}
 
 
+def same_mode(case: Mapping) -> dict[tuple[str, str], float]:
+    """Return the median ratios of ours to each other library, by (library, mode), both in that mode."""
+    same = [ratio for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]]
+    return {(ratio["library"], ratio["mode"]): ratio["median"] for ratio in same}
+
+
 def environment(device: torch.device) -> dict:
     """Return the command, commit and versions, as a training run records them, and the name of the processor."""
     return utils.environment(device, 0) | {"hardware": hardware(device)}
@@ -83,6 +89,11 @@ def text_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -91,10 +102,8 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     return text.getvalue()
 
 
-def write_record(
-    folder: Path, name: str, record: dict, rows: Sequence[Mapping], *, shown: str = "", draw: Callable | None = None
-) -> None:
-    """Write FOLDER/name.json, FOLDER/name.csv of the rows, FOLDER/table.txt of what was shown, and figures."""
+def write_record(folder: Path, name: str, record: dict, rows: Sequence[Mapping], *, shown: str = "") -> None:
+    """Write FOLDER/name.json, FOLDER/name.csv of the rows, and FOLDER/table.txt of what was shown."""
     texts = {f"{name}.json": json.dumps(record, indent=1) + "\n", f"{name}.csv": csv_text(rows)}
     if shown:
         texts["table.txt"] = shown + "\n"
@@ -102,7 +111,5 @@ def write_record(
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
             files.write_text(folder / file, text)
-        if draw is not None:
-            draw(folder)
     except OSError as error:
         raise UserError(f"cannot write (--output {folder}): {error.strerror}") from error

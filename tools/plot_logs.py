@@ -6,7 +6,6 @@ plot ends where the longest of them ends, so that a short run can be compared wi
 """
 
 import argparse
-import csv
 import json
 import math
 import sys
@@ -18,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tools.measurement import read_csv
 from training.errors import UserError, exit_code
 from training.options import Parser
 
@@ -60,9 +60,8 @@ def parse_line(line: str, keys: Iterable[str], where: str) -> dict:
 def published_logs() -> dict[str, list[dict]]:
     """Return the epochs of each official run, by its name in logs/published/classification.csv."""
     runs = {}
-    with open(PUBLISHED, newline="") as file:
-        for row in csv.DictReader(file):
-            runs.setdefault(row.pop("model"), []).append({key: float(value) for key, value in row.items()})
+    for row in read_csv(PUBLISHED):
+        runs.setdefault(row.pop("model"), []).append({key: float(value) for key, value in row.items()})
     return runs
 
 
@@ -77,7 +76,9 @@ def published_style(name: str, alone: bool) -> dict:
     )
 
 
-def plot(axis: Axes, log: list[dict], key: str, name: str, **style) -> Line2D:
+def plot(axis: Axes, log: list[dict], key: str, name: str | None = None, **style) -> Line2D:
+    """Draw a number of each epoch."""
+    axis.xaxis.get_major_locator().set_params(integer=True)
     return axis.plot([epoch["epoch"] for epoch in log], [epoch[key] for epoch in log], label=name, **style)[0]
 
 
@@ -93,17 +94,11 @@ def draw(logs: dict[str, list[dict]], published: dict[str, list[dict]], output: 
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (key, title) in zip(axes, PANELS.items()):
-        behind = [
-            plot(axis, log, key, name, **published_style(name, alone=not logs))
-            for name, log in published.items()
-            if log
-        ]
-        own = [
-            plot(axis, log, key, name, linewidth=1.8, marker="o" if len(log) < 30 else "", markersize=3)
-            for name, log in logs.items()
-        ]
+        styles = {name: published_style(name, alone=not logs) for name, log in published.items() if log}
+        behind = [plot(axis, published[name], key, name, **style) for name, style in styles.items()]
+        dots = {name: "o" if len(log) < 30 else "" for name, log in logs.items()}
+        own = [plot(axis, log, key, name, linewidth=1.8, marker=dots[name], ms=3) for name, log in logs.items()]
         axis.set(title=title, xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
         tidy(axis)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     shared = dict(ncols=6, frameon=False, fontsize=9, title_fontsize=9)
@@ -150,9 +145,5 @@ def main(argv: list[str]) -> None:
     print(args.output)
 
 
-def run(argv: list[str]) -> int:
-    return exit_code("plot_logs.py", main, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(exit_code("plot_logs.py", main, sys.argv[1:]))

@@ -10,7 +10,6 @@ the end of it, which means the newest such folder; `speed` alone shows all recor
 --check writes nothing, and exits with 1 if a table is out of date.
 """
 
-import csv
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import gvt
 from tools.count import count, dense_model
+from tools.measurement import read_csv, same_mode
 from tools.plot_logs import KEYS, published_logs, read_log
 from training import files
 from training.errors import UserError, exit_code
@@ -29,14 +29,7 @@ from training.options import Parser, get_parser
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs"
 GPUS = 8  # of the official commands
-PAGES = (
-    "README.md",
-    "docs/*.md",
-    "segmentation/README.md",
-    "detection/README.md",
-    "logs/README.md",
-    "logs/*/README.md",
-)
+PAGES = ("README.md", "docs/*.md", "segmentation/README.md", "detection/README.md", "logs/**/README.md")
 START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
@@ -54,11 +47,6 @@ def markdown(header: str | Iterable[str], rows: Iterable[Iterable[str]]) -> list
     if not rows:
         return ["none yet"]
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def read_json(path: Path, *keys: str) -> dict:
@@ -259,13 +247,6 @@ def speed(*names: str, logs: Path = LOGS) -> list[str]:
     return [*lines, ""] if lines else ["none yet"]
 
 
-def same_mode(case: dict) -> dict[tuple[str, str], float]:
-    """Return the median ratios of ours to each other library, by (library, mode), both in that mode."""
-    return {
-        (ratio["library"], ratio["mode"]): ratio["median"] for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]
-    }
-
-
 def speeds(cases: list[dict]) -> list[str]:
     """Return images per second of ours / each other network, with the ratio, and the % of peak GEMM throughput.
 
@@ -368,9 +349,5 @@ def main(argv: list[str]) -> int:
     return max([update(page, check=args.check) for page in pages])
 
 
-def run(argv: list[str]) -> int:
-    return exit_code("readme_tables.py", main, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(exit_code("readme_tables.py", main, sys.argv[1:]))
