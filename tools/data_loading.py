@@ -6,8 +6,8 @@ loading process or on the device (--fast-augment, where torch resizes too). In t
 are and enlarged to about ImageNet's size; then whole loading processes, by the CPU time that the operating system
 counts. Before anything is timed, the ways must give the same bits, or with --fast-augment few different values.
 
-A ratio is of CPU times, as other programs may use the same core: the median of the rounds' ratios, above 1 where ours
-is faster. --loop measures instead what main.py's training loop adds to forward, backward and optimizer, on a CPU.
+All times are of the CPU, as other programs may use the same core. A ratio is the median of the rounds' ratios, above 1
+where ours is faster. --loop measures instead what main.py's training loop adds to forward, backward and optimizer.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -50,7 +51,6 @@ ENLARGED, QUALITY = 375, 90  # pixels on the short side, and the quality of its 
 SEED, EPOCH = 0, 0
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
 CLIP = 5.0  # the official largest norm of gradients
-CLOCKS = {"cpu": time.thread_time, "wall": time.perf_counter}
 CPU = torch.device("cpu")
 LOADING, PROCESS, ON_DEVICE = "loading, total", "loading process, total", "on the device (here this core)"
 
@@ -131,41 +131,35 @@ def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
 # ---------------------------------------------------------------- loading, step by step and in a process
 
 
-class Stopwatch:
-    """Adds up the milliseconds of each named step, by each clock."""
+def timed(work: Callable, *args: object) -> tuple[object, float]:
+    """Return what `work` returns, and its milliseconds of CPU."""
+    start = time.thread_time()
+    value = work(*args)
+    return value, 1000 * (time.thread_time() - start)
 
-    def __init__(self):
-        self.spent = {}
 
-    def __call__(self, name: str, work: Callable, *args: object) -> object:
-        before = {clock: read() for clock, read in CLOCKS.items()}
-        value = work(*args)
-        spent = self.spent.setdefault(name, dict.fromkeys(CLOCKS, 0.0))
-        for clock, read in CLOCKS.items():
-            spent[clock] += 1000 * (read() - before[clock])
+def walk(paths: Sequence[Path], steps: dict[str, Callable], batch_size: int, number: int) -> dict[str, float]:
+    """Take the images of a round through all steps, and make a batch of them. Return ms per image and step."""
+    spent, items, first = Counter(), [], number * batch_size
+
+    def step(name: str, work: Callable, *args: object) -> object:
+        value, ms = timed(work, *args)
+        spent[name] += ms / batch_size
         return value
 
-    def per(self, number: int) -> dict[str, dict[str, float]]:
-        return {name: {clock: ms / number for clock, ms in spent.items()} for name, spent in self.spent.items()}
-
-
-def walk(paths: Sequence[Path], steps: dict[str, Callable], batch_size: int, number: int) -> dict:
-    """Take the images of a round through all steps, and make a batch of them. Return ms per image, step and clock."""
-    watch, items, first = Stopwatch(), [], number * batch_size
     for position in range(first, first + batch_size):
-        watch("random numbers", seed_by, (SEED, EPOCH, position))
+        step("random numbers", seed_by, (SEED, EPOCH, position))
         value = str(paths[position % len(paths)])
-        for name, step in steps.items():
-            value = watch(name, step, value)
+        for name, work in steps.items():
+            value = step(name, work, value)
         items.append((value, 0))
-    images, _ = watch("batch", collate, items)
-    total = {clock: sum(spent[clock] for spent in watch.spent.values()) for clock in CLOCKS}
-    watch(ON_DEVICE, lambda: images.to(CPU, memory_format=torch.contiguous_format))
-    watch.spent[LOADING] = total
-    return watch.per(batch_size)
+    images, _ = step("batch", collate, items)
+    total = spent.total()
+    step(ON_DEVICE, lambda: images.to(CPU, memory_format=torch.contiguous_format))
+    return spent | {LOADING: total}
 
 
-def load(paths: Sequence[Path], transform: Callable, batch_size: int, number: int) -> dict:
+def load(paths: Sequence[Path], transform: Callable, batch_size: int, number: int) -> dict[str, float]:
     """Load all images through one process. Return the ms of CPU per image in it, its start included."""
     dataset, keys = keyed(paths, transform)
     gc.collect()
@@ -176,7 +170,7 @@ def load(paths: Sequence[Path], transform: Callable, batch_size: int, number: in
     # The process ends, and its time counts.
     del loader
     gc.collect()
-    return {PROCESS: {"cpu": 1000 * (children_seconds() - before) / len(paths)}}
+    return {PROCESS: 1000 * (children_seconds() - before) / len(paths)}
 
 
 def children_seconds() -> float:
@@ -197,18 +191,15 @@ def measure(label: str, paths: Sequence[Path], args: argparse.Namespace) -> dict
         totals[PROCESS] = run_rounds(loads, repeats=args.processes, label="loading process")
     for total, results in totals.items():
         for way, rounds in results.items():
-            case["rows"] += [{"way": way, "step": step} | summary(rounds, step) for step in rounds[0]]
-            rate = 1000 / median(each[total]["cpu"] for each in rounds)
+            spent = {step: quartiles([each[step] for each in rounds]) for step in rounds[0]}
+            case["rows"] += [{"way": way, "step": step, "cpu_ms": ms} for step, ms in spent.items()]
+            rate = 1000 / spent[total]["median"]
             need = {"gpu_rate": args.gpu_rate, "cores_per_gpu": args.gpu_rate / rate}
             case["cores"].append({"way": way, "of": total, "images_per_s_and_core": rate} | need)
             if way != OFFICIAL:
-                ratios = [a[total]["cpu"] / b[total]["cpu"] for a, b in zip(results[OFFICIAL], rounds)]
+                ratios = [a[total] / b[total] for a, b in zip(results[OFFICIAL], rounds)]
                 case["ratios"].append({"way": way, "of": total} | quartiles(ratios))
     return case
-
-
-def summary(rounds: list[dict], step: str) -> dict[str, dict[str, float]]:
-    return {f"{clock}_ms": quartiles([each[step][clock] for each in rounds]) for clock in rounds[0][step]}
 
 
 # ---------------------------------------------------------------- the training loop
@@ -224,20 +215,15 @@ def measure_loop(args: argparse.Namespace) -> dict:
     shape = args.batch_size, 3, args.size, args.size
     batches = [(torch.randn(shape), torch.randint(100, shape[:1])) for _ in range(args.steps)]
 
-    def time_step(run: Callable, clip: float | None, _: int) -> dict:
-        watch = Stopwatch()
-        watch("step", run, model, batches, optimizer, clip)
-        return watch.per(args.steps)
+    def time_step(run: Callable, clip: float | None, _: int) -> float:
+        return timed(run, model, batches, optimizer, clip)[1] / args.steps
 
     kinds = {"bare step": (run_bare, None), "bare step, clipped": (run_bare, CLIP), "loop": (run_loop, CLIP)}
     steps = {kind: partial(time_step, *each) for kind, each in kinds.items()}
-    spent = run_rounds(steps, repeats=args.repeats, warmup=args.warmup)
-    times = {kind: [each["step"]["cpu"] for each in rounds] for kind, rounds in spent.items()}
-    added = {
-        kind: quartiles([100 * (loop / bare - 1) for loop, bare in zip(times["loop"], times[kind])])
-        for kind in ("bare step", "bare step, clipped")
-    }
-    rows = [{"kind": kind} | summary(rounds, "step") for kind, rounds in spent.items()]
+    times = run_rounds(steps, repeats=args.repeats, warmup=args.warmup)
+    pairs = {kind: zip(times["loop"], times[kind]) for kind in kinds if kind != "loop"}
+    added = {kind: quartiles([100 * (loop / bare - 1) for loop, bare in pair]) for kind, pair in pairs.items()}
+    rows = [{"kind": kind, "cpu_ms": quartiles(spent)} for kind, spent in times.items()]
     case = {"model": args.model, "batch": args.batch_size, "size": args.size, "steps": args.steps}
     return case | {"rows": rows, "loop_above_percent": added}
 
@@ -253,11 +239,9 @@ def run_bare(model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimiz
 
 
 def run_loop(model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimizer, clip: float) -> None:
-    off = torch.amp.GradScaler("cpu", enabled=False)
+    scaler, settings = torch.amp.GradScaler("cpu", enabled=False), engine.StepSettings(clip_grad=clip)
     with contextlib.redirect_stdout(io.StringIO()):
-        engine.train_one_epoch(
-            model, F.cross_entropy, batches, optimizer, CPU, 0, off, engine.StepSettings(clip_grad=clip)
-        )
+        engine.train_one_epoch(model, F.cross_entropy, batches, optimizer, CPU, 0, scaler, settings)
 
 
 # ---------------------------------------------------------------- what is written
@@ -266,18 +250,15 @@ def run_loop(model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimiz
 def flat(results: dict) -> list[dict[str, str]]:
     """Return a row for each step of each way, or for each kind of step, as text."""
     if "loop" in results:
-        return [{"kind": row["kind"]} | milliseconds(row) for row in results["loop"]["rows"]]
+        return [{"kind": row["kind"]} | columns("cpu_ms", row["cpu_ms"]) for row in results["loop"]["rows"]]
     rows = []
     for case in results["cases"]:
         faster = {(each["way"], each["of"]): f"{each['median']:.3f}" for each in case["ratios"]}
         for row in case["rows"]:
             names = {"images": case["images"], "way": row["way"], "step": row["step"]}
-            rows.append(names | milliseconds(row) | {"ours_faster": faster.get((row["way"], row["step"]), "")})
+            ratio = faster.get((row["way"], row["step"]), "")
+            rows.append(names | columns("cpu_ms", row["cpu_ms"]) | {"ours_faster": ratio})
     return rows
-
-
-def milliseconds(row: dict) -> dict[str, str]:
-    return columns("cpu_ms", row["cpu_ms"]) | columns("wall_ms", row.get("wall_ms"))
 
 
 def as_text(results: dict) -> str:
