@@ -34,17 +34,8 @@ from torch.profiler import ProfilerActivity, profile
 from dense import libraries
 from gvt_ops import accelerate, onednn
 from tools.count import FlopCounterMode, conv_flop_count, side
-from tools.measurement import (
-    columns,
-    environment,
-    progress,
-    quartiles,
-    run_rounds,
-    same_mode,
-    seconds,
-    text_table,
-    write_record,
-)
+from tools.measurement import columns, environment, progress, quartiles, run_rounds, seconds, text_table, write_record
+from tools.readme_tables import same_mode
 from training import checkpoint, formats
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, count, positive
@@ -389,11 +380,11 @@ def ratios(times: dict[Name, list[float]]) -> list[dict]:
     fastest = min(ours, key=lambda mode: median(ours[mode]))
     pairs = [(mode, (library, mode)) for library, mode in others]
     pairs += [(fastest, (library, mode)) for library, mode in others if mode == "eager" != fastest]
-    return [
-        {"ours": mine, "library": other[0], "mode": other[1]}
-        | quartiles([b / a for a, b in zip(ours[mine], times[other])])
-        for mine, other in pairs
-    ]
+    found = []
+    for mine, (library, mode) in pairs:
+        rounds = [b / a for a, b in zip(ours[mine], times[library, mode])]
+        found.append({"ours": mine, "library": library, "mode": mode} | quartiles(rounds))
+    return found
 
 
 # ---------------------------------------------------------------- what is written

@@ -5,11 +5,9 @@ softmax, activations and sums are not counted. There are two conventions for the
 softmax(...) v: the paper counts them (Table 1), the README of the official code does not.
 
 --dense: segmentors at 512 x 512, detectors at 800 x 600 without padding, built from their configs. Counted is what
-predicts on an image: backbone, neck and heads, in a segmentor without the auxiliary head, which only trains (its
-parameters are counted). Mask R-CNN has 1,000 boxes and 100 masks, and its deconvolution counts the whole kernel for
-each pixel of the output, four times its real products, as officially reported. With attention's products, the paper's
-FLOPs of UperNet, RetinaNet and Mask R-CNN are met within 0.6 %; those of Semantic FPN are met without them, within 2 %,
-and are exceeded by 4 to 12 % with them. So each of the paper's tables keeps to one convention.
+predicts on an image: backbone, neck and heads, in a segmentor without the auxiliary head (its parameters are counted).
+Mask R-CNN has 1,000 boxes and 100 masks, and its deconvolution counts four times its real products, as officially
+reported. The paper's FLOPs of Semantic FPN are without attention's products, all others with them.
 """
 
 import argparse

@@ -17,9 +17,9 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from tools import plot_run
-from tools.measurement import read_csv, same_mode
+from tools.measurement import read_csv
 from tools.plot_logs import tidy
-from tools.readme_tables import LOGS, REGISTERED, ROOT, paper, read_json, record
+from tools.readme_tables import LOGS, REGISTERED, ROOT, paper, read_json, record, same_mode
 from training.errors import UserError, exit_code
 from training.options import Parser
 

@@ -61,12 +61,6 @@ def columns(name: str, values: dict[str, float] | None, scale: float = 1.0) -> d
     return {column: f"{scale * values[key]:.3f}" if values else "" for column, key in keys.items()}
 
 
-def same_mode(case: Mapping) -> dict[tuple[str, str], float]:
-    """Return the median ratios of ours to each other library, by (library, mode), both in that mode."""
-    same = [ratio for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]]
-    return {(ratio["library"], ratio["mode"]): ratio["median"] for ratio in same}
-
-
 def environment(device: torch.device) -> dict:
     """Return the command, commit and versions, as a training run records them, and the name of the processor."""
     return utils.environment(device, 0) | {"hardware": hardware(device)}

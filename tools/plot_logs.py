@@ -5,7 +5,6 @@ A LOG is a log.txt of main.py, or the folder of a run. Without any, only the off
 plot ends where the longest of them ends, so that a short run can be compared with the beginning of the official runs.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -117,31 +116,19 @@ def label(path: Path) -> str:
     return str(path) if path.name else path.resolve().name
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> None:
+    parser, published = Parser(prog="plot_logs.py", description=__doc__.splitlines()[0]), published_logs()
     add = parser.add_argument
     add("logs", nargs="*", type=Path, metavar="LOG", help="a log.txt, or the folder of a run")
     add("-o", "--output", type=Path, default=Path("curves.png"), metavar="FILE", help="the plot (%(default)s)")
     note = "official runs to draw, such as pcpvt_s (all); write LOGs before it"
-    add("--published", nargs="+", metavar="NAME", help=note)
+    add("--published", nargs="+", choices=published, default=published, metavar="NAME", help=note)
     add("--no-published", dest="published", action="store_const", const=[], help="draw no official runs")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     logs = {label(path): read_log(path) for path in args.logs}
-    published = published_logs()
-    chosen = list(published) if args.published is None else args.published
-    for name in chosen:
-        if name not in published:
-            raise UserError(
-                f"no such official run (--published {name}): choose from {', '.join(published)}, and write LOGs "
-                "before the option"
-            )
-    if not logs and not chosen:
+    if not logs and not args.published:
         raise UserError("nothing to draw (--no-published): give a LOG")
-    draw(logs, {name: published[name] for name in chosen}, args.output)
+    draw(logs, {name: published[name] for name in args.published}, args.output)
     print(args.output)
 
 

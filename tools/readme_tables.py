@@ -10,6 +10,7 @@ the end of it, which means the newest such folder; `speed` alone shows all recor
 --check writes nothing, and exits with 1 if a table is out of date.
 """
 
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import gvt
 from tools.count import count, dense_model
-from tools.measurement import read_csv, same_mode
+from tools.measurement import read_csv
 from tools.plot_logs import KEYS, published_logs, read_log
 from training import files
 from training.errors import UserError, exit_code
@@ -247,6 +248,12 @@ def speed(*names: str, logs: Path = LOGS) -> list[str]:
     return [*lines, ""] if lines else ["none yet"]
 
 
+def same_mode(case: dict) -> dict[tuple[str, str], float]:
+    """Return the median ratios of ours to each other library, by (library, mode), both in that mode."""
+    same = [ratio for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]]
+    return {(ratio["library"], ratio["mode"]): ratio["median"] for ratio in same}
+
+
 def speeds(cases: list[dict]) -> list[str]:
     """Return images per second of ours / each other network, with the ratio, and the % of peak GEMM throughput.
 
@@ -296,30 +303,22 @@ def make_table(name: str, page: Path) -> list[str]:
 
 def fill(lines: list[str], page: Path) -> tuple[list[str], list[str]]:
     """Return a page's lines with the tables between its markers written anew, and the names of those that differ."""
-    new, changed, name, first = [], [], None, 0
-    for number, line in enumerate(lines, start=1):
-        where = f"{page}, line {number}"
-        if line.startswith("<!-- table:"):
-            if name:
-                break
-            match = START.fullmatch(line)
-            if not match or match[1].split()[0] not in TABLES:
-                expected = f"expected <!-- table: NAME (python -m tools.readme_tables) --> of {', '.join(TABLES)}"
-                raise UserError(f"unknown table ({where}): {expected}")
-            name, first = match[1], number
-        elif line == END:
-            if not name:
-                raise UserError(f"end of no table ({where}): write the line that begins it, or delete this one")
-            table = make_table(name, page)
-            changed += [name] if table != lines[first : number - 1] else []
-            new += table
-            name = None
-        elif name:
-            continue
-        new.append(line)
-    if name:
-        raise UserError(f"table {name} is not closed ({page}, line {first}): write {END} after it")
-    return new, changed
+    new, changed, done = [], [], 0
+    markers = [number for number, line in enumerate(lines) if line.startswith("<!-- table:") or line == END]
+    for first, last in itertools.zip_longest(markers[::2], markers[1::2]):
+        where, match = f"{page}, line {first + 1}", START.fullmatch(lines[first])
+        if lines[first] == END:
+            raise UserError(f"end of no table ({where}): write the line that begins it, or delete this one")
+        if not match or match[1].split()[0] not in TABLES:
+            expected = f"expected <!-- table: NAME (python -m tools.readme_tables) --> of {', '.join(TABLES)}"
+            raise UserError(f"unknown table ({where}): {expected}")
+        if last is None or lines[last] != END:
+            raise UserError(f"table {match[1]} is not closed ({where}): write {END} after it")
+        table = make_table(match[1], page)
+        changed += [match[1]] if table != lines[first + 1 : last] else []
+        new += [*lines[done : first + 1], *table]
+        done = last
+    return [*new, *lines[done:]], changed
 
 
 def update(page: Path, *, check: bool) -> int:

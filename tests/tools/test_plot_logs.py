@@ -145,7 +145,11 @@ def test_other_errors_are_one_line(run_folder, tmp_path, capsys):
 
 
 def assert_one_line(argv, part, capsys):
-    assert run(argv) == 2
+    try:
+        code = run(argv)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
     error = capsys.readouterr().err
     assert error.startswith("plot_logs.py: error: ")
     assert part in error
