@@ -35,13 +35,12 @@ from dense import libraries
 from gvt_ops import accelerate, onednn
 from tools.count import FlopCounterMode, conv_flop_count, side
 from tools.measurement import columns, environment, progress, quartiles, run_rounds, seconds, text_table, write_record
-from tools.readme_tables import same_mode
+from tools.readme_tables import MODES, percentages, same_mode
 from training import checkpoint, formats
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, count, positive
 
 TASKS = ("inference", "training", "features")
-MODES = ("eager", "compiled", "graphs")
 DTYPES = ("float32", "bfloat16", "float16")
 SAME_WEIGHTS = {"inference": "timm", "training": "timm", "features": "mmseg"}
 RECOMPUTED = "MLP recomputed"  # ours, with less memory
@@ -218,10 +217,8 @@ def check_outputs(case: Case, runners: dict[Name, Runner], device: torch.device)
     for name, error in errors.items():
         # Not `>`: the error of NaN is NaN.
         if not error <= TOLERANCE * plain_error:
-            allowed = f"at most {TOLERANCE} x {plain_error:.3g}, the error of the dtype itself"
-            raise UserError(
-                f"outputs differ ({name}, {case}): off by {error:.3g}, expected {allowed}; nothing was timed"
-            )
+            off = f"off by {error:.3g}, expected at most {TOLERANCE} x {plain_error:.3g}, the error of the dtype itself"
+            raise UserError(f"outputs differ ({name}, {case}): {off}; nothing was timed")
     return {"rms_of_outputs": rms(exact), "rms_error_of_dtype": plain_error, "rms_error": errors}
 
 
@@ -319,14 +316,13 @@ def attention_shares(model: nn.Module, counter: FlopCounterMode) -> dict[str, fl
     return {kind: operations / counter.get_total_flops() for kind, operations in inside.items()}
 
 
-def convolution_backward_operations(
-    grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, *, out_shape
-) -> int:
+def convolution_backward_operations(grad, x, weight, *others, out_shape) -> int:
     """Count a convolution's backward pass; torch's counter takes one with groups for one without."""
+    wanted = others[-1]
     return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed=False)
 
 
-# ---------------------------------------------------------------- a case
+# ---------------------------------------------------------------- a case: what is measured, and what is written
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict:
@@ -380,14 +376,10 @@ def ratios(times: dict[Name, list[float]]) -> list[dict]:
     fastest = min(ours, key=lambda mode: median(ours[mode]))
     pairs = [(mode, (library, mode)) for library, mode in others]
     pairs += [(fastest, (library, mode)) for library, mode in others if mode == "eager" != fastest]
-    found = []
-    for mine, (library, mode) in pairs:
-        rounds = [b / a for a, b in zip(ours[mine], times[library, mode])]
-        found.append({"ours": mine, "library": library, "mode": mode} | quartiles(rounds))
-    return found
+    names = [{"ours": mine, "library": library, "mode": mode} for mine, (library, mode) in pairs]
+    rounds = [[b / a for a, b in zip(ours[mine], times[other])] for mine, other in pairs]
+    return [name | quartiles(values) for name, values in zip(names, rounds)]
 
-
-# ---------------------------------------------------------------- what is written
 
 FIGURES = ("pictures_per_s", "ours_faster", "share_of_product_rate", "peak_mb", "rest_mb")
 
@@ -424,10 +416,6 @@ def as_text(case: dict) -> str:
     operations = f"{case['floor']['operations'] / case['batch'] / 1e9:,.2f} G an image"
     lines.append(f"operations: {operations}; of the forward pass {percentages(case['floor']['shares_of_operations'])}")
     return "\n".join(lines)
-
-
-def percentages(shares: dict[str, float]) -> str:
-    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
 
 
 # ---------------------------------------------------------------- command line

@@ -50,7 +50,7 @@ CPU = torch.device("cpu")
 LOADING, ON_DEVICE = "loading, total", "on the device (here this core)"
 
 
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- loading, step by step
 
 
 def find_images(root: Path, number: int) -> list[Path]:
@@ -64,9 +64,6 @@ def find_images(root: Path, number: int) -> list[Path]:
 def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
-
-
-# ---------------------------------------------------------------- ways and their steps
 
 
 def build_ways(size: int) -> dict[str, Callable]:
@@ -102,9 +99,6 @@ def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
         expected = f"expected 0, with {FAST} at most {MOST_DIFFERENT}"
         raise UserError(f"images differ (share of values, {different}): {expected}; nothing was timed")
     return different[FAST]
-
-
-# ---------------------------------------------------------------- loading, step by step
 
 
 def timed(work: Callable, *args: object) -> tuple[object, float]:

@@ -111,8 +111,8 @@ def draw_accuracy(axis: Axes, dtype: str = "bfloat16") -> None:
         if library in peers:
             name, accuracy = peers[library]
             axis.plot(speed, accuracy, "s", color="dimgray", ms=5)
-            place = dict(xytext=(6, -3), textcoords="offset points", fontsize=8, color="dimgray")
-            axis.annotate(name, (speed, accuracy), **place)
+            style = dict(textcoords="offset points", fontsize=8, color="dimgray")
+            axis.annotate(name, (speed, accuracy), (6, -3), **style)
     axis.set(xlabel=f"images/s, {dtype}, batch 8 ({machine})", ylabel="ImageNet top-1 (%), reported")
     axis.legend(frameon=False, loc="upper right", fontsize=9)
     axis.margins(0.12)

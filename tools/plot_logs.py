@@ -68,11 +68,8 @@ def published_style(name: str, alone: bool) -> dict:
     """Return line settings: PCPVT dashed, SVT solid; two colors if drawn alone, gray behind other runs."""
     pcpvt, shade = name.startswith("pcpvt"), SHADES.get(name[-1], 1.0)
     colors = colormaps[("Blues" if pcpvt else "Oranges") if alone else "Greys"]
-    return dict(
-        color=colors(shade * (0.95 if alone else 0.75)),
-        linestyle=(0, (4, 2)) if pcpvt else "-",
-        linewidth=1.2 if alone else 1.0,
-    )
+    dashes, width = (0, (4, 2)) if pcpvt else "-", 1.2 if alone else 1.0
+    return dict(color=colors(shade * (0.95 if alone else 0.75)), linestyle=dashes, linewidth=width)
 
 
 def plot(axis: Axes, log: list[dict], key: str, name: str | None = None, **style) -> Line2D:

@@ -22,12 +22,11 @@ from pathlib import Path
 import gvt
 from tools.count import count, dense_model
 from tools.measurement import read_csv
-from tools.plot_logs import KEYS, published_logs, read_log
+from tools.plot_logs import KEYS, ROOT, published_logs, read_log
 from training import files
 from training.errors import UserError, exit_code
 from training.options import Parser, get_parser
 
-ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs"
 GPUS = 8  # of the official commands
 PAGES = ("README.md", "docs/*.md", "segmentation/README.md", "detection/README.md", "logs/**/README.md")
@@ -165,17 +164,11 @@ def run_row(folder: Path) -> list[str]:
     log = read_log(folder, keys=(*KEYS, "images_per_s"))
     args = read_json(folder / "args.json", "model", "data_path", "epochs")
     environment = read_json(folder / "environment.json", "device", "commit")
-    return [
-        f"[{folder.name}](logs/{folder.name})",
-        f"`{args['model']}`",
-        Path(args["data_path"]).name,
-        str(len(log)) if len(log) == args["epochs"] else f"{len(log)} of {args['epochs']}",
-        best(log),
-        f"{log[-1]['test_acc1']:.2f}",
-        f"{statistics.median(epoch['images_per_s'] for epoch in log):.0f}",
-        environment["device"],
-        short(environment["commit"]),
-    ]
+    names = f"[{folder.name}](logs/{folder.name})", f"`{args['model']}`", Path(args["data_path"]).name
+    epochs = str(len(log)) if len(log) == args["epochs"] else f"{len(log)} of {args['epochs']}"
+    rate = statistics.median(epoch["images_per_s"] for epoch in log)
+    results = best(log), f"{log[-1]['test_acc1']:.2f}", f"{rate:.0f}"
+    return [*names, epochs, *results, environment["device"], short(environment["commit"])]
 
 
 def short(commit: str) -> str:
@@ -214,16 +207,11 @@ def dense_run_row(folder: Path) -> list[str]:
     between = zip(steps, [0, *(line["iter"] for line in steps)])
     seconds = sum(line["time"] * (line["iter"] - before) for line, before in between)
     others = {path.stem.removeprefix("scores_"): path for path in sorted(folder.glob("scores_*.json"))}
-    return [
-        f"[{folder.name}](logs/{folder.name})",
-        str(lines[-1]["step"]),
-        f"{steps[0]['loss']:.3g}, {steps[-1]['loss']:.3g}",
-        scores(scored[-1]) if scored else "",
-        "; ".join(f"{name}: {scores(json.loads(path.read_text()))}" for name, path in others.items()),
-        f"{seconds / 60:.0f}",
-        f"{environment['device']}, {environment['threads']}",
-        short(environment["commit"]),
-    ]
+    others = "; ".join(f"{name}: {scores(json.loads(path.read_text()))}" for name, path in others.items())
+    losses, last = f"{steps[0]['loss']:.3g}, {steps[-1]['loss']:.3g}", scores(scored[-1]) if scored else ""
+    machine = f"{environment['device']}, {environment['threads']}"
+    results = str(lines[-1]["step"]), losses, last, others, f"{seconds / 60:.0f}"
+    return [f"[{folder.name}](logs/{folder.name})", *results, machine, short(environment["commit"])]
 
 
 MODES = ("eager", "compiled", "graphs")
@@ -254,6 +242,10 @@ def same_mode(case: dict) -> dict[tuple[str, str], float]:
     return {(ratio["library"], ratio["mode"]): ratio["median"] for ratio in same}
 
 
+def percentages(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
+
+
 def speeds(cases: list[dict]) -> list[str]:
     """Return images per second of ours / each other network, with the ratio, and the % of peak GEMM throughput.
 
@@ -273,17 +265,14 @@ def speeds(cases: list[dict]) -> list[str]:
             row.append(both)
         row.append(f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})")
         if sizes:
-            shares = case["floor"]["shares_of_operations"].items()
-            row.append(", ".join(f"{name} {100 * share:.0f} %" for name, share in shares))
+            row.append(percentages(case["floor"]["shares_of_operations"]))
         rows.append(row)
     columns = ["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs)]
     return markdown([*columns, "% of peak GEMM throughput", *["Operations"] * sizes], rows)
 
 
-TABLES = {
-    table.__name__: table
-    for table in (classification, recipes, settings, segmentation, detection, runs, dense_runs, speed)
-}
+TABLES = {table.__name__: table for table in (classification, recipes, settings, segmentation, detection)}
+TABLES |= {table.__name__: table for table in (runs, dense_runs, speed)}
 
 
 # ---------------------------------------------------------------- the pages
