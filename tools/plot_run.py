@@ -63,9 +63,8 @@ def draw_predictions(figure: SubFigure, predictions: list[tuple[np.ndarray, str,
         right = top == label
         axes.set_title(label if right else f"{label}, not {top}", fontsize=9, color="black" if right else "tab:red")
     correct = sum(label == top for _, label, top in predictions)
-    figure.suptitle(
-        f"val images, labels, wrong predictions in red: {correct} of {len(predictions)} correct", fontsize=10
-    )
+    title = f"val images, labels, wrong predictions in red: {correct} of {len(predictions)} correct"
+    figure.suptitle(title, fontsize=10)
 
 
 def draw(run: Path, data_path: str, *, images: int, width: float) -> Figure:
