@@ -1,21 +1,17 @@
 """Time Twins beside other implementations and networks: python -m tools.benchmark [--models NAME ...] [--tasks ...].
 
 One run measures in turns, so that whatever else the machine does affects all alike: our model; timm's model of the same
-weights, or mmsegmentation's backbone (--tasks features); other networks (--peers); and the machine's peak rates, a
-large GEMM and a memory copy. Before anything is timed, all that hold the same weights must give the same logits, maps
-or gradients. A ratio is the median of the rounds' ratios, above 1 where ours is faster.
+weights, or mmsegmentation's backbone (--tasks features); other networks (--peers); and a large GEMM, the machine's peak
+rate. Before anything is timed, all that hold the same weights must give the same logits, maps or gradients. A ratio is
+the median of the rounds' ratios, above 1 where ours is faster.
 
-What is compared with the peak rates is counted, not measured. Operations: convolutions and matrix products, attention's
-included, two per multiply-add; a training step has its backward pass too. Bytes: each linear layer, convolution,
-attention and norm reads its inputs and writes its outputs once, a residual is read once more, and all else (bias, GELU,
-copies) is free, as if fused; parameters are read once. A training step reads inputs twice more, reads and writes
-gradients as it does outputs and inputs, and passes over each parameter ten times in float32.
+What is compared with the peak rate is counted, not measured: the operations of convolutions and matrix products,
+attention's included, two per multiply-add; a training step has its backward pass too. python -m tools.figures draws
+from the results.
 """
 
 import argparse
-import csv
 import dataclasses
-import functools
 import itertools
 import json
 import multiprocessing
@@ -39,22 +35,19 @@ from dense import libraries
 from gvt_ops import accelerate, onednn
 from tools.count import FlopCounterMode, conv_flop_count, side
 from tools.measurement import columns, environment, progress, quartiles, run_rounds, seconds, text_table, write_record
-from tools.plot_logs import tidy
+from tools.readme_tables import MODES, percentages, same_mode
 from training import checkpoint, formats
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, count, positive
 
 TASKS = ("inference", "training", "features")
-MODES = ("eager", "compiled", "graphs")
 DTYPES = ("float32", "bfloat16", "float16")
 SAME_WEIGHTS = {"inference": "timm", "training": "timm", "features": "mmseg"}
 RECOMPUTED = "MLP recomputed"  # ours, with less memory
-GEMM, COPY = "GEMM", "memory copy"
+GEMM = "GEMM"
 GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
-COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}
 REFERENCE_CHUNK = 8  # images of the float64 reference at once
 SMALLEST_SHARE = 0.01  # of an operator in a profile
-OFFICIAL = Path(__file__).resolve().parent.parent / "logs" / "published"
 TOLERANCE = 2  # times the rounding error of plain PyTorch in the same dtype
 LOSS_SCALE = {"float16": 1024.0}
 
@@ -224,10 +217,8 @@ def check_outputs(case: Case, runners: dict[Name, Runner], device: torch.device)
     for name, error in errors.items():
         # Not `>`: the error of NaN is NaN.
         if not error <= TOLERANCE * plain_error:
-            allowed = f"at most {TOLERANCE} x {plain_error:.3g}, the error of the dtype itself"
-            raise UserError(
-                f"outputs differ ({name}, {case}): off by {error:.3g}, expected {allowed}; nothing was timed"
-            )
+            off = f"off by {error:.3g}, expected at most {TOLERANCE} x {plain_error:.3g}, the error of the dtype itself"
+            raise UserError(f"outputs differ ({name}, {case}): {off}; nothing was timed")
     return {"rms_of_outputs": rms(exact), "rms_error_of_dtype": plain_error, "rms_error": errors}
 
 
@@ -235,12 +226,9 @@ def check_outputs(case: Case, runners: dict[Name, Runner], device: torch.device)
 
 
 def peak_steps(dtype: torch.dtype, device: torch.device) -> dict[Name, Callable[[], object]]:
-    """Return what the machine's peak rates are measured with: GEMMs of both CPU libraries, and a copy."""
-    n, size = GEMM_SIDE[device.type], COPY_BYTES[device.type]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    out, source = torch.empty_like(a), torch.ones(size, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    steps = {(GEMM, "mm"): lambda: torch.mm(a, b, out=out), (COPY, ""): lambda: target.copy_(source)}
+    """Return what the machine's peak rate is measured with: GEMMs of both CPU libraries."""
+    a, b, out = (torch.randn(2 * [GEMM_SIDE[device.type]], device=device).to(dtype) for _ in range(3))
+    steps = {(GEMM, "mm"): lambda: torch.mm(a, b, out=out)}
     if onednn.unsupported_reason(a, b) is None:
         steps[GEMM, "oneDNN"] = lambda: onednn.linear(a, b)
     return steps
@@ -297,11 +285,11 @@ def operators(step: Callable[[], object], device: torch.device) -> dict[str, flo
     return {name: share for name, share in shares.items() if share >= SMALLEST_SHARE}
 
 
-# ---------------------------------------------------------------- counted operations and bytes
+# ---------------------------------------------------------------- counted operations
 
 
 def count_step(case: Case) -> dict:
-    """Return operations and bytes of a step, as this file's docstring defines them, and attention's shares."""
+    """Return the operations of a step, as this file's docstring defines them, and attention's shares."""
     training = case.task == "training"
     with torch.device("meta"):
         # The plain classifier pads windows in the way that takes the fewest operations.
@@ -309,20 +297,13 @@ def count_step(case: Case) -> dict:
         images, targets = torch.empty(case.batch, 3, case.size, case.size), torch.empty(case.batch, dtype=torch.long)
     # Unfused, attention's products are visible to the counter.
     model.set_fused_attn(False)
-    sizes = record_sizes(model)
     mapping = {torch.ops.aten.convolution_backward: convolution_backward_operations}
     with torch.set_grad_enabled(training), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         out = model(images)
         shares = attention_shares(model, counter)
         if training:
             F.cross_entropy(out, targets).backward()
-    read, written, residual = (sum(sizes[key]) for key in ("read", "written", "residual"))
-    parameters, width = sum(parameter.numel() for parameter in model.parameters()), case.torch_dtype.itemsize
-    if training:
-        moved = (3 * read + 2 * written + 2 * residual) * width + 10 * 4 * parameters
-    else:
-        moved = (read + written + residual + parameters) * width
-    return {"operations": counter.get_total_flops(), "bytes": moved, "shares_of_operations": shares}
+    return {"operations": counter.get_total_flops(), "shares_of_operations": shares}
 
 
 def attention_shares(model: nn.Module, counter: FlopCounterMode) -> dict[str, float]:
@@ -335,39 +316,17 @@ def attention_shares(model: nn.Module, counter: FlopCounterMode) -> dict[str, fl
     return {kind: operations / counter.get_total_flops() for kind, operations in inside.items()}
 
 
-def convolution_backward_operations(
-    grad, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, wanted, *, out_shape
-) -> int:
+def convolution_backward_operations(grad, x, weight, *others, out_shape) -> int:
     """Count a convolution's backward pass; torch's counter takes one with groups for one without."""
+    wanted = others[-1]
     return sum(wanted[:2]) * conv_flop_count(x, weight, grad, transposed=False)
 
 
-def record_sizes(model: nn.Module) -> dict[str, list[int]]:
-    """Return lists that the next forward passes fill with the numbers of elements read and written."""
-    sizes = {"read": [], "written": [], "residual": []}
-
-    def record(path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm)):
-            sizes["read"].append(inputs[0].numel())
-            sizes["written"].append(output.numel())
-        # Attention itself reads what these return, and writes what the projection reads.
-        if path.endswith((".qkv", ".q", ".kv")):
-            sizes["read"].append(output.numel())
-        if path.endswith("attn.proj"):
-            sizes["written"].append(inputs[0].numel())
-        if isinstance(module, gvt.Block):
-            sizes["residual"].append(2 * output.numel())
-
-    for path, module in model.named_modules():
-        module.register_forward_hook(functools.partial(record, path))
-    return sizes
-
-
-# ---------------------------------------------------------------- a case
+# ---------------------------------------------------------------- a case: what is measured, and what is written
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict:
-    """Return the record of a case: peak rates, counts, a row for each network and mode, ratios."""
+    """Return the record of a case: peak rate, counts, a row for each network and mode, ratios."""
     device = torch.device(args.device)
     torch.compiler.reset()
     progress("  building")
@@ -381,38 +340,32 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
     steps = {name: runner.step for name, runner in runners.items()} | peak_steps(case.torch_dtype, device)
     timed = {name: lambda _, step=step: seconds(step, device) for name, step in steps.items()}
     times = run_rounds(timed, repeats=args.repeats, warmup=args.warmup)
-    counts, peaks = count_step(case), peak_rates(times, device)
-    rows = [row(name, case, times[name], counts, peaks) for name in runners]
+    rates = {by: 2 * GEMM_SIDE[device.type] ** 3 / median(times[GEMM, by]) for what, by in steps if what == GEMM}
+    counts, peak = count_step(case), max(rates.values())
+    least = counts["operations"] / peak
+    rows = [row(name, case, times[name], least) for name in runners]
     for found, (name, runner) in zip(rows, runners.items()):
         if args.profile:
             found["operators"] = operators(runner.step, device)
         if args.memory:
             found |= memory_of(case, name, device)
-    least = {key: counts[key] / peaks[f"{key}_per_s"] for key in ("operations", "bytes")}
     return dataclasses.asdict(case) | {
-        "limits": peaks,
-        "floor": counts | {f"{key}_s": value for key, value in least.items()},
+        "limits": {"operations_per_s": peak, "operations_per_s_by": rates},
+        "floor": counts | {"operations_s": least},
         "outputs": agreement,
         "rows": rows,
         "ratios": ratios({name: times[name] for name in runners}),
     }
 
 
-def peak_rates(times: dict[Name, list[float]], device: torch.device) -> dict:
-    operations = 2 * GEMM_SIDE[device.type] ** 3
-    rates = {library: operations / median(spent) for (what, library), spent in times.items() if what == GEMM}
-    copied = 2 * COPY_BYTES[device.type] / median(times[COPY, ""])
-    return {"operations_per_s": max(rates.values()), "operations_per_s_by": rates, "bytes_per_s": copied}
-
-
-def row(name: Name, case: Case, times: list[float], counts: dict, peaks: dict) -> dict:
+def row(name: Name, case: Case, times: list[float], least: float) -> dict:
+    """least: seconds of the counted operations at the peak rate."""
     library, mode = name
     found = {"library": library, "mode": mode, "seconds": quartiles(times)}
     found["pictures_per_s"] = case.batch / median(times)
     # The counts are those of our network.
     if library in ("ours", RECOMPUTED, *SAME_WEIGHTS.values()):
-        found["share_of_product_rate"] = counts["operations"] / peaks["operations_per_s"] / median(times)
-        found["share_of_copy_rate"] = counts["bytes"] / peaks["bytes_per_s"] / median(times)
+        found["share_of_product_rate"] = least / median(times)
     return found | {"rounds_s": [round(each, 7) for each in times]}
 
 
@@ -423,24 +376,19 @@ def ratios(times: dict[Name, list[float]]) -> list[dict]:
     fastest = min(ours, key=lambda mode: median(ours[mode]))
     pairs = [(mode, (library, mode)) for library, mode in others]
     pairs += [(fastest, (library, mode)) for library, mode in others if mode == "eager" != fastest]
-    return [
-        {"ours": mine, "library": other[0], "mode": other[1]}
-        | quartiles([b / a for a, b in zip(ours[mine], times[other])])
-        for mine, other in pairs
-    ]
+    names = [{"ours": mine, "library": library, "mode": mode} for mine, (library, mode) in pairs]
+    rounds = [[b / a for a, b in zip(ours[mine], times[other])] for mine, other in pairs]
+    return [name | quartiles(values) for name, values in zip(names, rounds)]
 
 
-# ---------------------------------------------------------------- what is written
-
-FIGURES = ("pictures_per_s", "ours_faster", "share_of_product_rate", "share_of_copy_rate", "peak_mb", "rest_mb")
+FIGURES = ("pictures_per_s", "ours_faster", "share_of_product_rate", "peak_mb", "rest_mb")
 
 
 def flat(results: dict) -> list[dict[str, str]]:
     """Return a row for each network and mode of each case, as text. ours_faster compares the same mode."""
     rows = []
     for case in results["cases"]:
-        same_mode = [ratio for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]]
-        faster = {(ratio["library"], ratio["mode"]): ratio["median"] for ratio in same_mode}
+        faster = same_mode(case)
         for found in case["rows"]:
             names = {key: str(case[key]) for key in ("model", "task", "dtype", "batch", "size")}
             names |= {key: found[key] for key in ("library", "mode")}
@@ -463,157 +411,11 @@ def as_text(case: dict) -> str:
         if "operators" in found:
             shares = {name.rsplit("::")[-1]: share for name, share in found["operators"].items()}
             lines.append(f"{found['library']} {found['mode']}: {percentages(shares)}")
-    peaks = case["limits"]
-    rates = (f"{GEMM} by {name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in peaks["operations_per_s_by"].items())
-    lines.append(f"peak rates: {', '.join(rates)}; {COPY} {peaks['bytes_per_s'] / 1e9:,.1f} GB/s")
+    rates = case["limits"]["operations_per_s_by"].items()
+    lines.append(f"peak rates: {', '.join(f'{GEMM} by {name} {rate / 1e9:,.0f} GFLOP/s' for name, rate in rates)}")
     operations = f"{case['floor']['operations'] / case['batch'] / 1e9:,.2f} G an image"
     lines.append(f"operations: {operations}; of the forward pass {percentages(case['floor']['shares_of_operations'])}")
     return "\n".join(lines)
-
-
-def percentages(shares: dict[str, float]) -> str:
-    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
-
-
-# ---------------------------------------------------------------- figures
-
-
-def draw(results: dict, folder: Path) -> None:
-    """Draw bars.png, and batch.png, resolution.png, shares.png and accuracy.png if the cases have data for them."""
-    from matplotlib.figure import Figure
-
-    panels = {}
-    for case in results["cases"]:
-        panels.setdefault(f"{case['task']}, {case['dtype']}", []).append(case)
-    by_batch, by_size = (functools.partial(series, key=key) for key in ("batch", "size"))
-    drawings = {
-        "bars": (list, draw_bars),
-        "batch": (by_batch, functools.partial(draw_times, key="batch")),
-        "resolution": (by_size, functools.partial(draw_times, key="size")),
-        "shares": (by_size, draw_shares),
-        "accuracy": (functools.partial(points, top1=official_top1()), draw_accuracy),
-    }
-    for name, (choose, draw_panel) in drawings.items():
-        chosen = {title: data for title, cases in panels.items() if (data := choose(cases))}
-        if not chosen:
-            continue
-        figure = Figure(figsize=(7.5, 4.2 * len(chosen)), layout="constrained")
-        for axis, (title, data) in zip(figure.subplots(len(chosen), squeeze=False).flat, chosen.items()):
-            axis.set_title(title)
-            draw_panel(axis, data)
-            axis.legend(frameon=False, fontsize=8)
-            tidy(axis)
-        figure.savefig(folder / f"{name}.png", dpi=120)
-
-
-def rows_by_name(cases: list[dict]) -> dict[Name, list[tuple[int, dict, dict]]]:
-    """Return (position of the case, case, row) of each network and mode."""
-    found = {}
-    for position, case in enumerate(cases):
-        for each in case["rows"]:
-            found.setdefault((each["library"], each["mode"]), []).append((position, case, each))
-    return found
-
-
-def draw_bars(axis, cases: list[dict]) -> None:
-    """Draw images per second, quartiles as whiskers."""
-    found = rows_by_name(cases)
-    width = 0.8 / len(found)
-    for index, (name, rows) in enumerate(found.items()):
-        places = [position + (index - (len(found) - 1) / 2) * width for position, _, _ in rows]
-        rates = [each["pictures_per_s"] for *_, each in rows]
-        whiskers = [
-            [abs(case["batch"] / each["seconds"][q] - each["pictures_per_s"]) for _, case, each in rows]
-            for q in ("q3", "q1")
-        ]
-        axis.bar(places, rates, width, yerr=whiskers, error_kw=dict(lw=0.8), label=" ".join(name))
-    labels = [f"{case['model']}\n{case['batch']} x {case['size']}" for case in cases]
-    axis.set_xticks(range(len(cases)), labels, fontsize=8)
-    axis.set_ylabel("images per second")
-
-
-def series(cases: list[dict], key: str) -> dict[str, list[dict]]:
-    """Return the cases that differ in "batch" or "size" alone, if there are several, by what they share."""
-    other, found = {"batch": "size", "size": "batch"}[key], {}
-    for case in cases:
-        found.setdefault((case["model"], f"{other} {case[other]}"), []).append(case)
-    return {name: sorted(group, key=lambda case: case[key]) for name, group in found.items() if len(group) > 1}
-
-
-def draw_times(axis, groups: dict[tuple[str, str], list[dict]], key: str) -> None:
-    """Draw milliseconds per image, both axes logarithmic; against the size also what is linear in pixels."""
-    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-
-    for (model, shared), cases in groups.items():
-        networks = rows_by_name(cases)
-        for (library, mode), rows in networks.items():
-            values, times = zip(*((case[key], 1000 / each["pictures_per_s"]) for _, case, each in rows))
-            line, label = "-" if library == "ours" else "--", f"{model}, {library} {mode} ({shared})"
-            axis.loglog(values, times, marker="o", markersize=3, linestyle=line, label=label)
-        if key == "size":
-            first = axis.lines[-len(networks)]
-            sides, times = first.get_data()
-            linear = [times[0] * (side / sides[0]) ** 2 for side in sides]
-            axis.loglog(sides, linear, linestyle=":", color=first.get_color(), label=f"{model}, linear in pixels")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axis.yaxis.set_minor_locator(NullLocator())
-    axis.set_ylabel("ms per image")
-    set_ticks(axis, groups, key)
-
-
-def draw_shares(axis, groups: dict[tuple[str, str], list[dict]]) -> None:
-    """Draw attention's shares of the counted operations against the image size."""
-    for (model, _), cases in groups.items():
-        for kind, style in (("LSA", ":"), ("GSA", "-")):
-            shares = [100 * case["floor"]["shares_of_operations"][kind] for case in cases]
-            if any(shares):
-                sizes = [case["size"] for case in cases]
-                axis.semilogx(sizes, shares, marker="o", markersize=3, linestyle=style, label=f"{model}, {kind}")
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("share of operations, %")
-    set_ticks(axis, groups, "size")
-
-
-def set_ticks(axis, groups: dict, key: str) -> None:
-    ticks = sorted({case[key] for cases in groups.values() for case in cases})
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
-    axis.set_xticks([], minor=True)
-    axis.set_xlabel({"batch": "batch size", "size": "image size, pixels"}[key])
-
-
-def official_top1() -> dict[str, tuple[str, float]]:
-    """Return the paper's name and the reported top-1 at 224 x 224 of our models and of other networks of timm."""
-    names, found = {key: name for name, key in gvt.MODEL_NAMES.items()}, {}
-    for table, key in (("paper", "model"), ("peers", "timm")):
-        with open(OFFICIAL / f"{table}.csv", newline="") as file:
-            found |= {names.get(row[key], row[key]): (row["name"], float(row["acc1"])) for row in csv.DictReader(file)}
-    return found
-
-
-def points(cases: list[dict], top1: dict[str, tuple[str, float]]) -> list[tuple[str, str, float, float]]:
-    """Return (network, mode, images per second, top-1) of the first batch size at 224, if there are peers."""
-    first = dict(task="inference", size=224, batch=cases[0]["batch"])
-    rows = [(case["model"], each) for case in cases if first.items() <= case.items() for each in case["rows"]]
-    if not any(each["library"] in top1 for _, each in rows):
-        return []
-    found = {}
-    for model, each in rows:
-        twins = each["library"] in ("ours", "timm")
-        if (key := model if twins else each["library"]) in top1:
-            name, accuracy = top1[key]
-            found[f"{name} ({each['library']})" if twins else name, each["mode"]] = each["pictures_per_s"], accuracy
-    return [(*name, *place) for name, place in found.items()]
-
-
-def draw_accuracy(axis, found: list[tuple[str, str, float, float]]) -> None:
-    for mode in dict.fromkeys(mode for _, mode, _, _ in found):
-        names, rates, accuracies = zip(*((name, *place) for name, other, *place in found if other == mode))
-        axis.scatter(rates, accuracies, label=mode)
-        for name, *place in zip(names, rates, accuracies):
-            axis.annotate(name, place, textcoords="offset points", xytext=(5, 4), fontsize=7)
-    axis.set(xlabel="images per second", ylabel="reported top-1, %")
-    axis.margins(0.2)
 
 
 # ---------------------------------------------------------------- command line
@@ -639,7 +441,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--no-memory", dest="memory", action="store_false", help="no peak memory, which takes a process for each")
     add("--profile", action="store_true", help="record and print what each network's time goes to")
     add("--least", type=above_zero, default=0.0, metavar="RATIO", help="exit with 1 if a ratio is lower")
-    add("--output", type=Path, metavar="FOLDER", help="write results.json, results.csv and figures there")
+    add("--output", type=Path, metavar="FOLDER", help="write results.json and results.csv there")
     add("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args(argv)
     check_args(args)
@@ -672,25 +474,23 @@ def main(argv: list[str]) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    settings = {"repeats": args.repeats, "warmup": args.warmup}
-    settings |= {"matrices": GEMM_SIDE[device.type], "copied_bytes": COPY_BYTES[device.type]}
+    settings = {"repeats": args.repeats, "warmup": args.warmup, "matrices": GEMM_SIDE[device.type]}
     results = {"environment": environment(device), "settings": settings, "cases": []}
     cases = [Case(*each) for each in itertools.product(args.models, args.tasks, args.dtype, args.batch_size, args.size)]
     for number, case in enumerate(cases, start=1):
         progress(f"case {number} of {len(cases)}: {case}")
         results["cases"].append(measure(case, args))
         if args.output:
-            draw_figures = functools.partial(draw, results)
-            write_record(args.output, "results", results, flat(results), draw=draw_figures)
+            write_record(args.output, "results", results, flat(results))
         if not args.json:
             print(f"{case}\n{as_text(results['cases'][-1])}\n", flush=True)
     if args.json:
         print(json.dumps(results, indent=1))
     slow = [
-        f"{case['model']} {case['task']} {case['dtype']} {each['mode']}: {each['median']:.3f} x {each['library']}"
+        f"{case['model']} {case['task']} {case['dtype']} {mode}: {ratio:.3f} x {library}"
         for case in results["cases"]
-        for each in case["ratios"]
-        if each["ours"] == each["mode"] and each["library"] in SAME_WEIGHTS.values() and each["median"] < args.least
+        for (library, mode), ratio in same_mode(case).items()
+        if library in SAME_WEIGHTS.values() and ratio < args.least
     ]
     if slow:
         print(f"benchmark.py: too slow (--least {args.least:g}): {'; '.join(slow)}", file=sys.stderr)

@@ -5,15 +5,12 @@ softmax, activations and sums are not counted. There are two conventions for the
 softmax(...) v: the paper counts them (Table 1), the README of the official code does not.
 
 --dense: segmentors at 512 x 512, detectors at 800 x 600 without padding, built from their configs. Counted is what
-predicts on an image: backbone, neck and heads, in a segmentor without the auxiliary head, which only trains (its
-parameters are counted). Mask R-CNN has 1,000 boxes and 100 masks, and its deconvolution counts the whole kernel for
-each pixel of the output, four times its real products, as officially reported. With attention's products, the paper's
-FLOPs of UperNet, RetinaNet and Mask R-CNN are met within 0.6 %; those of Semantic FPN are met without them, within 2 %,
-and are exceeded by 4 to 12 % with them. So each of the paper's tables keeps to one convention.
+predicts on an image: backbone, neck and heads, in a segmentor without the auxiliary head (its parameters are counted).
+Mask R-CNN has 1,000 boxes and 100 masks, and its deconvolution counts four times its real products, as officially
+reported. The paper's FLOPs of Semantic FPN are without attention's products, all others with them.
 """
 
 import argparse
-import csv
 import functools
 import importlib
 import json
@@ -30,7 +27,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from dense import libraries
-from tools.measurement import csv_text, text_table
+from tools.measurement import csv_text, read_csv, text_table
 from training import files
 from training.errors import exit_code
 from training.options import Parser
@@ -107,8 +104,8 @@ def predict(model: torch.nn.Module) -> None:
 
 def reported_flops() -> dict[str, str]:
     """Return the paper's G by the names of DENSE, "" where they are not known: see logs/README.md."""
-    with open(ROOT / "logs" / "published" / "dense.csv", newline="") as file:
-        known = {dense_model(row["config"]): row["flops_g"] for row in csv.DictReader(file) if row["flops_g"]}
+    rows = read_csv(ROOT / "logs" / "published" / "dense.csv")
+    known = {dense_model(row["config"]): row["flops_g"] for row in rows if row["flops_g"]}
     return {name: known.get(name, "") for name in DENSE}
 
 

@@ -2,24 +2,21 @@
 
 Images per second that one core reads and augments, step by step, in the ways that lead to the same batches: the
 official pipeline, in float32 in the loading process, and ours, in uint8 until the device, with RandAugment in the
-loading process or on the device (--fast-augment, where torch resizes too). In turns in one run, on the images as they
-are and enlarged to about ImageNet's size; then whole loading processes, by the CPU time that the operating system
-counts. Before anything is timed, the ways must give the same bits, or with --fast-augment few different values.
+loading process or on the device (--fast-augment, where torch resizes too). All are measured in turns in one run. Before
+anything is timed, they must give the same bits, or with --fast-augment few different values.
 
-A ratio is of CPU times, as other programs may use the same core: the median of the rounds' ratios, above 1 where ours
-is faster. --loop measures instead what main.py's training loop adds to forward, backward and optimizer, on a CPU.
+All times are of the CPU, as other programs may use the same core. A ratio is the median of the rounds' ratios, above 1
+where ours is faster. --loop measures instead what main.py's training loop adds to forward, backward and optimizer.
 """
 
 import argparse
 import contextlib
 import copy
-import gc
 import io
 import random
-import resource
 import sys
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -37,25 +34,23 @@ from torch import nn
 import engine
 from datasets import build_transform, read_image
 from tools.count import side
-from tools.measurement import columns, environment, progress, quartiles, run_rounds, text_table, write_record
+from tools.measurement import columns, environment, quartiles, run_rounds, text_table, write_record
 from training import options
-from training.batches import SeededDataset, Uint8Transform, build_loader, collate, seed_by
+from training.batches import Uint8Transform, collate, seed_by
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, count, positive
 from utils import keep_freed_memory
 
 OFFICIAL, UINT8, FAST = "float32, official", "uint8 until the device", "--fast-augment"
 MOST_DIFFERENT = 0.04  # share of the values that may differ with --fast-augment
-ENLARGED, QUALITY = 375, 90  # pixels on the short side, and the quality of its JPEG
-SEED, EPOCH = 0, 0
+SEED = EPOCH = 0
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
 CLIP = 5.0  # the official largest norm of gradients
-CLOCKS = {"cpu": time.thread_time, "wall": time.perf_counter}
 CPU = torch.device("cpu")
-LOADING, PROCESS, ON_DEVICE = "loading, total", "loading process, total", "on the device (here this core)"
+LOADING, ON_DEVICE = "loading, total", "on the device (here this core)"
 
 
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- loading, step by step
 
 
 def find_images(root: Path, number: int) -> list[Path]:
@@ -66,29 +61,9 @@ def find_images(root: Path, number: int) -> list[Path]:
     return sorted(random.Random(0).sample(found, min(number, len(found))))
 
 
-def enlarge(paths: Sequence[Path], folder: Path) -> list[Path]:
-    copies = [folder / f"{number}.jpg" for number in range(len(paths))]
-    for path, enlarged in zip(paths, copies):
-        image = read_image(str(path))
-        size = [round(length * ENLARGED / min(image.size)) for length in image.size]
-        image.resize(size, Image.Resampling.BICUBIC).save(enlarged, quality=QUALITY)
-    return copies
-
-
 def size_of(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
-
-
-class Files(torch.utils.data.Dataset):
-    def __init__(self, paths: Sequence[Path], transform: Callable):
-        self.paths, self.transform = paths, transform
-
-    def __getitem__(self, index: int) -> tuple[object, int]:
-        return self.transform(read_image(str(self.paths[index]))), 0
-
-
-# ---------------------------------------------------------------- ways and their steps
 
 
 def build_ways(size: int) -> dict[str, Callable]:
@@ -109,17 +84,15 @@ def steps_of(transform: Callable) -> dict[str, Callable]:
     return steps
 
 
-def keyed(paths: Sequence[Path], transform: Callable) -> tuple[SeededDataset, list[tuple[int, int, int]]]:
-    """Return the data set whose random numbers depend on (seed, epoch, position), and its keys."""
-    return SeededDataset(Files(paths, transform), SEED), [(EPOCH, position, position) for position in range(len(paths))]
-
-
 def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
     """Return the share of values that differ with --fast-augment; raise UserError if it is large or others differ."""
     batches = {}
     for way, transform in ways.items():
-        dataset, keys = keyed(paths, transform)
-        images, _ = collate([dataset[key] for key in keys])
+        items = []
+        for position, path in enumerate(paths):
+            seed_by((SEED, EPOCH, position))
+            items.append((transform(read_image(str(path))), 0))
+        images, _ = collate(items)
         batches[way] = images.to(CPU, memory_format=torch.contiguous_format)
     different = {way: (images != batches[OFFICIAL]).double().mean().item() for way, images in batches.items()}
     if different[UINT8] or different[FAST] > MOST_DIFFERENT:
@@ -128,87 +101,52 @@ def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
     return different[FAST]
 
 
-# ---------------------------------------------------------------- loading, step by step and in a process
+def timed(work: Callable, *args: object) -> tuple[object, float]:
+    """Return what `work` returns, and its milliseconds of CPU."""
+    start = time.thread_time()
+    value = work(*args)
+    return value, 1000 * (time.thread_time() - start)
 
 
-class Stopwatch:
-    """Adds up the milliseconds of each named step, by each clock."""
+def walk(paths: Sequence[Path], steps: dict[str, Callable], batch_size: int, number: int) -> dict[str, float]:
+    """Take the images of a round through all steps, and make a batch of them. Return ms per image and step."""
+    spent, items, first = Counter(), [], number * batch_size
 
-    def __init__(self):
-        self.spent = {}
-
-    def __call__(self, name: str, work: Callable, *args: object) -> object:
-        before = {clock: read() for clock, read in CLOCKS.items()}
-        value = work(*args)
-        spent = self.spent.setdefault(name, dict.fromkeys(CLOCKS, 0.0))
-        for clock, read in CLOCKS.items():
-            spent[clock] += 1000 * (read() - before[clock])
+    def step(name: str, work: Callable, *args: object) -> object:
+        value, ms = timed(work, *args)
+        spent[name] += ms / batch_size
         return value
 
-    def per(self, number: int) -> dict[str, dict[str, float]]:
-        return {name: {clock: ms / number for clock, ms in spent.items()} for name, spent in self.spent.items()}
-
-
-def walk(paths: Sequence[Path], steps: dict[str, Callable], batch_size: int, number: int) -> dict:
-    """Take the images of a round through all steps, and make a batch of them. Return ms per image, step and clock."""
-    watch, items, first = Stopwatch(), [], number * batch_size
     for position in range(first, first + batch_size):
-        watch("random numbers", seed_by, (SEED, EPOCH, position))
+        step("random numbers", seed_by, (SEED, EPOCH, position))
         value = str(paths[position % len(paths)])
-        for name, step in steps.items():
-            value = watch(name, step, value)
+        for name, work in steps.items():
+            value = step(name, work, value)
         items.append((value, 0))
-    images, _ = watch("batch", collate, items)
-    total = {clock: sum(spent[clock] for spent in watch.spent.values()) for clock in CLOCKS}
-    watch(ON_DEVICE, lambda: images.to(CPU, memory_format=torch.contiguous_format))
-    watch.spent[LOADING] = total
-    return watch.per(batch_size)
+    images, _ = step("batch", collate, items)
+    total = spent.total()
+    step(ON_DEVICE, lambda: images.to(CPU, memory_format=torch.contiguous_format))
+    return {**spent, LOADING: total}
 
 
-def load(paths: Sequence[Path], transform: Callable, batch_size: int, number: int) -> dict:
-    """Load all images through one process. Return the ms of CPU per image in it, its start included."""
-    dataset, keys = keyed(paths, transform)
-    gc.collect()
-    before = children_seconds()
-    loader = build_loader(dataset, keys, batch_size=batch_size, workers=1, pin_memory=False, drop_last=False)
-    for _ in loader:
-        pass
-    # The process ends, and its time counts.
-    del loader
-    gc.collect()
-    return {PROCESS: {"cpu": 1000 * (children_seconds() - before) / len(paths)}}
-
-
-def children_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def measure(label: str, paths: Sequence[Path], args: argparse.Namespace) -> dict:
+def measure(paths: Sequence[Path], args: argparse.Namespace) -> dict:
     ways = build_ways(args.size)
-    case = {"images": label, "number": len(paths), "size": args.size}
+    case = {"number": len(paths), "size": args.size}
     case["median_width"], case["median_height"] = map(median, zip(*map(size_of, paths)))
     case["different_with_fast_augment"] = check_equal(paths[: args.batch_size], ways)
     case |= {"rows": [], "ratios": [], "cores": []}
     walks = {way: partial(walk, paths, steps_of(transform), args.batch_size) for way, transform in ways.items()}
-    loads = {way: partial(load, paths, transform, args.batch_size) for way, transform in ways.items()}
-    totals = {LOADING: run_rounds(walks, repeats=args.repeats, warmup=args.warmup)}
-    if args.processes:
-        totals[PROCESS] = run_rounds(loads, repeats=args.processes, label="loading process")
-    for total, results in totals.items():
-        for way, rounds in results.items():
-            case["rows"] += [{"way": way, "step": step} | summary(rounds, step) for step in rounds[0]]
-            rate = 1000 / median(each[total]["cpu"] for each in rounds)
-            need = {"gpu_rate": args.gpu_rate, "cores_per_gpu": args.gpu_rate / rate}
-            case["cores"].append({"way": way, "of": total, "images_per_s_and_core": rate} | need)
-            if way != OFFICIAL:
-                ratios = [a[total]["cpu"] / b[total]["cpu"] for a, b in zip(results[OFFICIAL], rounds)]
-                case["ratios"].append({"way": way, "of": total} | quartiles(ratios))
+    results = run_rounds(walks, repeats=args.repeats, warmup=args.warmup)
+    for way, rounds in results.items():
+        spent = {step: quartiles([each[step] for each in rounds]) for step in rounds[0]}
+        case["rows"] += [{"way": way, "step": step, "cpu_ms": ms} for step, ms in spent.items()]
+        rate = 1000 / spent[LOADING]["median"]
+        need = {"gpu_rate": args.gpu_rate, "cores_per_gpu": args.gpu_rate / rate}
+        case["cores"].append({"way": way, "images_per_s_and_core": rate} | need)
+        if way != OFFICIAL:
+            ratios = [official[LOADING] / ours[LOADING] for official, ours in zip(results[OFFICIAL], rounds)]
+            case["ratios"].append({"way": way} | quartiles(ratios))
     return case
-
-
-def summary(rounds: list[dict], step: str) -> dict[str, dict[str, float]]:
-    return {f"{clock}_ms": quartiles([each[step][clock] for each in rounds]) for clock in rounds[0][step]}
 
 
 # ---------------------------------------------------------------- the training loop
@@ -224,20 +162,15 @@ def measure_loop(args: argparse.Namespace) -> dict:
     shape = args.batch_size, 3, args.size, args.size
     batches = [(torch.randn(shape), torch.randint(100, shape[:1])) for _ in range(args.steps)]
 
-    def time_step(run: Callable, clip: float | None, _: int) -> dict:
-        watch = Stopwatch()
-        watch("step", run, model, batches, optimizer, clip)
-        return watch.per(args.steps)
+    def time_step(run: Callable, clip: float | None, _: int) -> float:
+        return timed(run, model, batches, optimizer, clip)[1] / args.steps
 
     kinds = {"bare step": (run_bare, None), "bare step, clipped": (run_bare, CLIP), "loop": (run_loop, CLIP)}
     steps = {kind: partial(time_step, *each) for kind, each in kinds.items()}
-    spent = run_rounds(steps, repeats=args.repeats, warmup=args.warmup)
-    times = {kind: [each["step"]["cpu"] for each in rounds] for kind, rounds in spent.items()}
-    added = {
-        kind: quartiles([100 * (loop / bare - 1) for loop, bare in zip(times["loop"], times[kind])])
-        for kind in ("bare step", "bare step, clipped")
-    }
-    rows = [{"kind": kind} | summary(rounds, "step") for kind, rounds in spent.items()]
+    times = run_rounds(steps, repeats=args.repeats, warmup=args.warmup)
+    pairs = {kind: zip(times["loop"], times[kind]) for kind in kinds if kind != "loop"}
+    added = {kind: quartiles([100 * (loop / bare - 1) for loop, bare in pair]) for kind, pair in pairs.items()}
+    rows = [{"kind": kind, "cpu_ms": quartiles(spent)} for kind, spent in times.items()]
     case = {"model": args.model, "batch": args.batch_size, "size": args.size, "steps": args.steps}
     return case | {"rows": rows, "loop_above_percent": added}
 
@@ -253,48 +186,43 @@ def run_bare(model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimiz
 
 
 def run_loop(model: nn.Module, batches: Sequence, optimizer: torch.optim.Optimizer, clip: float) -> None:
-    off = torch.amp.GradScaler("cpu", enabled=False)
+    scaler, settings = torch.amp.GradScaler("cpu", enabled=False), engine.StepSettings(clip_grad=clip)
     with contextlib.redirect_stdout(io.StringIO()):
-        engine.train_one_epoch(
-            model, F.cross_entropy, batches, optimizer, CPU, 0, off, engine.StepSettings(clip_grad=clip)
-        )
+        engine.train_one_epoch(model, F.cross_entropy, batches, optimizer, CPU, 0, scaler, settings)
 
 
 # ---------------------------------------------------------------- what is written
 
 
 def flat(results: dict) -> list[dict[str, str]]:
-    """Return a row for each step of each way, or for each kind of step, as text."""
+    """Return a row for each step of each way, or for each kind of training step, as text."""
     if "loop" in results:
-        return [{"kind": row["kind"]} | milliseconds(row) for row in results["loop"]["rows"]]
-    rows = []
-    for case in results["cases"]:
-        faster = {(each["way"], each["of"]): f"{each['median']:.3f}" for each in case["ratios"]}
-        for row in case["rows"]:
-            names = {"images": case["images"], "way": row["way"], "step": row["step"]}
-            rows.append(names | milliseconds(row) | {"ours_faster": faster.get((row["way"], row["step"]), "")})
+        return [{"kind": row["kind"]} | columns("cpu_ms", row["cpu_ms"]) for row in results["loop"]["rows"]]
+    loading, rows = results["loading"], []
+    faster = {(each["way"], LOADING): f"{each['median']:.3f}" for each in loading["ratios"]}
+    for row in loading["rows"]:
+        way, step = row["way"], row["step"]
+        times = columns("cpu_ms", row["cpu_ms"])
+        rows.append({"way": way, "step": step} | times | {"ours_faster": faster.get((way, step), "")})
     return rows
-
-
-def milliseconds(row: dict) -> dict[str, str]:
-    return columns("cpu_ms", row["cpu_ms"]) | columns("wall_ms", row.get("wall_ms"))
 
 
 def as_text(results: dict) -> str:
     lines = [text_table(flat(results))]
-    for case in results["cases"]:
-        size = f"median {case['median_width']:g} x {case['median_height']:g}, cut to {case['size']}"
-        lines.append(f"{case['images']}: {case['number']} images, {size}; ms per image")
-        for each in case["cores"]:
-            rate = f"{each['images_per_s_and_core']:.0f} images/s and core ({each['of']})"
-            gpu = f"a GPU that trains at {each['gpu_rate']:g} images/s (given, not measured here)"
-            lines.append(f"{each['way']}: {rate}; {each['cores_per_gpu']:.1f} cores feed {gpu}")
     if "loop" in results:
         loop = results["loop"]
         lines.append(f"{loop['model']}, {loop['batch']} x {loop['size']} x {loop['size']}; ms per step")
         for name, added in loop["loop_above_percent"].items():
             spread = f"{added['q1']:.2f} - {added['q3']:.2f}"
             lines.append(f"the loop takes {added['median']:.2f} % above the {name} ({spread})")
+    else:
+        loading = results["loading"]
+        size = f"median {loading['median_width']:g} x {loading['median_height']:g}, cut to {loading['size']}"
+        lines.append(f"{loading['number']} images, {size}; ms per image")
+        for each in loading["cores"]:
+            rate = f"{each['images_per_s_and_core']:.0f} images/s and core"
+            gpu = f"a GPU that trains at {each['gpu_rate']:g} images/s (given, not measured here)"
+            lines.append(f"{each['way']}: {rate}; {each['cores_per_gpu']:.1f} cores feed {gpu}")
     return "\n".join(lines)
 
 
@@ -311,7 +239,6 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--batch-size", default=32, help="images of a batch, and of a round (%(default)s)", **number)
     add("--repeats", default=30, help="timed rounds (%(default)s)", **number)
     add("--warmup", type=count, default=2, metavar="N", help="rounds before them (%(default)s)")
-    add("--processes", type=count, default=3, metavar="N", help="loading processes for each way (%(default)s)")
     add("--loop", action="store_true", help="time the training loop instead, on this CPU")
     add("--model", default="alt_gvt_small", metavar="NAME", help="of --loop (%(default)s)")
     add("--steps", default=4, help="of --loop, in a round (%(default)s)", **number)
@@ -328,18 +255,12 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     # A loading process has one.
     torch.set_num_threads(1)
-    names = ("repeats", "warmup", "processes", "batch_size", "size", "gpu_rate")
-    settings = {name: getattr(args, name) for name in names}
-    results = {"environment": environment(CPU), "settings": settings, "cases": []}
+    names = ("repeats", "warmup", "batch_size", "size", "gpu_rate")
+    results = {"environment": environment(CPU), "settings": {name: getattr(args, name) for name in names}}
     if args.loop:
         results["loop"] = measure_loop(args)
     else:
-        paths = find_images(args.data_path, args.images)
-        with tempfile.TemporaryDirectory() as folder:
-            progress(f"enlarging {len(paths)} images")
-            for label, files in {"as they are": paths, f"enlarged to {ENLARGED}": enlarge(paths, Path(folder))}.items():
-                progress(f"images {label}")
-                results["cases"].append(measure(label, files, args))
+        results["loading"] = measure(find_images(args.data_path, args.images), args)
     shown = as_text(results)
     if args.output:
         write_record(args.output, "data_loading", results, flat(results), shown=shown)

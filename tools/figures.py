@@ -17,8 +17,9 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from PIL import Image
 
 from tools import plot_run
-from tools.plot_logs import read_log, tidy
-from tools.readme_tables import LOGS, REGISTERED, ROOT, paper, read_csv, read_json, record, same_mode
+from tools.measurement import read_csv
+from tools.plot_logs import tidy
+from tools.readme_tables import LOGS, REGISTERED, ROOT, paper, read_json, record, same_mode
 from training.errors import UserError, exit_code
 from training.options import Parser
 
@@ -110,8 +111,8 @@ def draw_accuracy(axis: Axes, dtype: str = "bfloat16") -> None:
         if library in peers:
             name, accuracy = peers[library]
             axis.plot(speed, accuracy, "s", color="dimgray", ms=5)
-            place = dict(xytext=(6, -3), textcoords="offset points", fontsize=8, color="dimgray")
-            axis.annotate(name, (speed, accuracy), **place)
+            style = dict(textcoords="offset points", fontsize=8, color="dimgray")
+            axis.annotate(name, (speed, accuracy), (6, -3), **style)
     axis.set(xlabel=f"images/s, {dtype}, batch 8 ({machine})", ylabel="ImageNet top-1 (%), reported")
     axis.legend(frameon=False, loc="upper right", fontsize=9)
     axis.margins(0.12)
@@ -164,12 +165,7 @@ def needed(path: Path, command: str) -> Path:
 
 def demo(run: Path = ROOT / "output" / "demo", data: Path = ROOT / "data" / "digits") -> Figure:
     needed(run / "checkpoint_best.pth", "make demo")
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    curves, grid = figure.subfigures(1, 2, width_ratios=[1, 1.3])
-    plot_run.draw_curves(curves, read_log(run, keys=("epoch", "train_loss", "test_loss", "test_acc1")))
-    plot_run.draw_predictions(grid, plot_run.predict(run, str(data), 24))
-    grid.suptitle(grid.get_suptitle(), fontsize=10)
-    return figure
+    return plot_run.draw(run, str(data), images=24, width=WIDTH)
 
 
 def dense(output: Path = ROOT / "output") -> Figure:
@@ -198,8 +194,9 @@ FIGURES = {figure.__name__: figure for figure in (model, demo, dense, speed)}
 
 def main(argv: list[str]) -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "images", metavar="FOLDER", help="(docs/images)")
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"{', '.join(FIGURES)} (all)")
+    add("--output", type=Path, default=ROOT / "docs" / "images", metavar="FOLDER", help="(docs/images)")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.names if name not in FIGURES]:
         raise UserError(f"no such image ({unknown[0]}): choose from {', '.join(FIGURES)}")
@@ -210,9 +207,5 @@ def main(argv: list[str]) -> None:
         print(path)
 
 
-def run(argv: list[str]) -> int:
-    return exit_code("figures.py", main, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(exit_code("figures.py", main, sys.argv[1:]))

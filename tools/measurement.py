@@ -83,6 +83,11 @@ def text_table(rows: Sequence[Mapping[str, object]]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -91,10 +96,8 @@ def csv_text(rows: Sequence[Mapping[str, object]]) -> str:
     return text.getvalue()
 
 
-def write_record(
-    folder: Path, name: str, record: dict, rows: Sequence[Mapping], *, shown: str = "", draw: Callable | None = None
-) -> None:
-    """Write FOLDER/name.json, FOLDER/name.csv of the rows, FOLDER/table.txt of what was shown, and figures."""
+def write_record(folder: Path, name: str, record: dict, rows: Sequence[Mapping], *, shown: str = "") -> None:
+    """Write FOLDER/name.json, FOLDER/name.csv of the rows, and FOLDER/table.txt of what was shown."""
     texts = {f"{name}.json": json.dumps(record, indent=1) + "\n", f"{name}.csv": csv_text(rows)}
     if shown:
         texts["table.txt"] = shown + "\n"
@@ -102,7 +105,5 @@ def write_record(
         folder.mkdir(parents=True, exist_ok=True)
         for file, text in texts.items():
             files.write_text(folder / file, text)
-        if draw is not None:
-            draw(folder)
     except OSError as error:
         raise UserError(f"cannot write (--output {folder}): {error.strerror}") from error

@@ -5,8 +5,6 @@ A LOG is a log.txt of main.py, or the folder of a run. Without any, only the off
 plot ends where the longest of them ends, so that a short run can be compared with the beginning of the official runs.
 """
 
-import argparse
-import csv
 import json
 import math
 import sys
@@ -18,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from tools.measurement import read_csv
 from training.errors import UserError, exit_code
 from training.options import Parser
 
@@ -60,9 +59,8 @@ def parse_line(line: str, keys: Iterable[str], where: str) -> dict:
 def published_logs() -> dict[str, list[dict]]:
     """Return the epochs of each official run, by its name in logs/published/classification.csv."""
     runs = {}
-    with open(PUBLISHED, newline="") as file:
-        for row in csv.DictReader(file):
-            runs.setdefault(row.pop("model"), []).append({key: float(value) for key, value in row.items()})
+    for row in read_csv(PUBLISHED):
+        runs.setdefault(row.pop("model"), []).append({key: float(value) for key, value in row.items()})
     return runs
 
 
@@ -70,14 +68,13 @@ def published_style(name: str, alone: bool) -> dict:
     """Return line settings: PCPVT dashed, SVT solid; two colors if drawn alone, gray behind other runs."""
     pcpvt, shade = name.startswith("pcpvt"), SHADES.get(name[-1], 1.0)
     colors = colormaps[("Blues" if pcpvt else "Oranges") if alone else "Greys"]
-    return dict(
-        color=colors(shade * (0.95 if alone else 0.75)),
-        linestyle=(0, (4, 2)) if pcpvt else "-",
-        linewidth=1.2 if alone else 1.0,
-    )
+    dashes, width = (0, (4, 2)) if pcpvt else "-", 1.2 if alone else 1.0
+    return dict(color=colors(shade * (0.95 if alone else 0.75)), linestyle=dashes, linewidth=width)
 
 
-def plot(axis: Axes, log: list[dict], key: str, name: str, **style) -> Line2D:
+def plot(axis: Axes, log: list[dict], key: str, name: str | None = None, **style) -> Line2D:
+    """Draw a number of each epoch."""
+    axis.xaxis.get_major_locator().set_params(integer=True)
     return axis.plot([epoch["epoch"] for epoch in log], [epoch[key] for epoch in log], label=name, **style)[0]
 
 
@@ -93,17 +90,11 @@ def draw(logs: dict[str, list[dict]], published: dict[str, list[dict]], output: 
     figure = Figure(figsize=(15, 4.6), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (key, title) in zip(axes, PANELS.items()):
-        behind = [
-            plot(axis, log, key, name, **published_style(name, alone=not logs))
-            for name, log in published.items()
-            if log
-        ]
-        own = [
-            plot(axis, log, key, name, linewidth=1.8, marker="o" if len(log) < 30 else "", markersize=3)
-            for name, log in logs.items()
-        ]
+        styles = {name: published_style(name, alone=not logs) for name, log in published.items() if log}
+        behind = [plot(axis, published[name], key, name, **style) for name, style in styles.items()]
+        dots = {name: "o" if len(log) < 30 else "" for name, log in logs.items()}
+        own = [plot(axis, log, key, name, linewidth=1.8, marker=dots[name], ms=3) for name, log in logs.items()]
         axis.set(title=title, xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
         tidy(axis)
     axes[-1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     shared = dict(ncols=6, frameon=False, fontsize=9, title_fontsize=9)
@@ -122,37 +113,21 @@ def label(path: Path) -> str:
     return str(path) if path.name else path.resolve().name
 
 
-def parse_args(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__.splitlines()[0])
+def main(argv: list[str]) -> None:
+    parser, published = Parser(prog="plot_logs.py", description=__doc__.splitlines()[0]), published_logs()
     add = parser.add_argument
     add("logs", nargs="*", type=Path, metavar="LOG", help="a log.txt, or the folder of a run")
     add("-o", "--output", type=Path, default=Path("curves.png"), metavar="FILE", help="the plot (%(default)s)")
     note = "official runs to draw, such as pcpvt_s (all); write LOGs before it"
-    add("--published", nargs="+", metavar="NAME", help=note)
+    add("--published", nargs="+", choices=published, default=published, metavar="NAME", help=note)
     add("--no-published", dest="published", action="store_const", const=[], help="draw no official runs")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str]) -> None:
-    args = parse_args(argv)
+    args = parser.parse_args(argv)
     logs = {label(path): read_log(path) for path in args.logs}
-    published = published_logs()
-    chosen = list(published) if args.published is None else args.published
-    for name in chosen:
-        if name not in published:
-            raise UserError(
-                f"no such official run (--published {name}): choose from {', '.join(published)}, and write LOGs "
-                "before the option"
-            )
-    if not logs and not chosen:
+    if not logs and not args.published:
         raise UserError("nothing to draw (--no-published): give a LOG")
-    draw(logs, {name: published[name] for name in chosen}, args.output)
+    draw(logs, {name: published[name] for name in args.published}, args.output)
     print(args.output)
 
 
-def run(argv: list[str]) -> int:
-    return exit_code("plot_logs.py", main, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(exit_code("plot_logs.py", main, sys.argv[1:]))

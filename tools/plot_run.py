@@ -4,7 +4,6 @@ python -m tools.plot_run RUN_FOLDER --data-path FOLDER [--output RUN_FOLDER/run.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -14,15 +13,15 @@ import gvt  # noqa: F401  registers the models, and comes before timm
 import numpy as np
 import timm
 import torch
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 import datasets
-from tools.plot_logs import tidy
+from tools.plot_logs import plot, read_log, tidy
 from training.checkpoint import Checkpoint
-from training.errors import UserError, exit_code
+from training.errors import exit_code
 from training.options import Parser
 
-COLUMNS, IMAGES = 6, 36
+COLUMNS = 6
 
 
 @torch.inference_mode()
@@ -43,21 +42,19 @@ def predict(folder: Path, data_path: str, images: int) -> list[tuple[np.ndarray,
     return [(x, classes[label], classes[top]) for x, label, top in zip(shown, labels, predictions)]
 
 
-def draw_curves(figure, lines: list[dict]) -> None:
+def draw_curves(figure: SubFigure, log: list[dict]) -> None:
     losses, accuracy = figure.subplots(2, 1, sharex=True)
-    epochs = [line["epoch"] for line in lines]
-    losses.plot(epochs, [line["train_loss"] for line in lines], label="train")
-    losses.plot(epochs, [line["test_loss"] for line in lines], label="val")
+    plot(losses, log, "train_loss", "train")
+    plot(losses, log, "test_loss", "val")
+    plot(accuracy, log, "test_acc1", color="tab:green")
     losses.set_ylabel("loss")
     losses.legend(frameon=False)
-    losses.xaxis.get_major_locator().set_params(integer=True)
-    accuracy.plot(epochs, [line["test_acc1"] for line in lines], color="tab:green")
     accuracy.set(ylabel="top-1 on val (%)", xlabel="epoch", ylim=(0, 100))
     tidy(losses)
     tidy(accuracy)
 
 
-def draw_predictions(figure, predictions: list[tuple[np.ndarray, str, str]]) -> None:
+def draw_predictions(figure: SubFigure, predictions: list[tuple[np.ndarray, str, str]]) -> None:
     grid = figure.subplots(-(-len(predictions) // COLUMNS), COLUMNS, squeeze=False)
     for axes in grid.flat:
         axes.axis("off")
@@ -66,28 +63,33 @@ def draw_predictions(figure, predictions: list[tuple[np.ndarray, str, str]]) -> 
         right = top == label
         axes.set_title(label if right else f"{label}, not {top}", fontsize=9, color="black" if right else "tab:red")
     correct = sum(label == top for _, label, top in predictions)
-    figure.suptitle(f"val images, labels, wrong predictions in red: {correct} of {len(predictions)} correct")
+    title = f"val images, labels, wrong predictions in red: {correct} of {len(predictions)} correct"
+    figure.suptitle(title, fontsize=10)
+
+
+def draw(run: Path, data_path: str, *, images: int, width: float) -> Figure:
+    """Draw the curves beside the predictions. width: inches."""
+    log = read_log(run, keys=("epoch", "train_loss", "test_loss", "test_acc1"))
+    predictions = predict(run, data_path, images)
+    rows = -(-len(predictions) // COLUMNS)
+    figure = Figure(figsize=(width, width * max(0.3, 0.1 * rows)), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.3])
+    best = max(epoch["test_acc1"] for epoch in log)
+    left.suptitle(f"{run.name}: {len(log)} epochs, best top-1 {best:.1f} %", fontsize=10)
+    draw_curves(left, log)
+    draw_predictions(right, predictions)
+    return figure
 
 
 def main(argv: list[str]) -> None:
     parser = Parser(prog="plot_run.py", description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="what --output_dir of main.py named")
-    parser.add_argument("--data-path", required=True, metavar="FOLDER", help="its data set")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="(RUN_FOLDER/run.png)")
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN_FOLDER", help="what --output_dir of main.py named")
+    add("--data-path", required=True, metavar="FOLDER", help="its data set")
+    add("--output", type=Path, metavar="FILE", help="(RUN_FOLDER/run.png)")
     args = parser.parse_args(argv)
-    log = args.run / "log.txt"
-    if not log.is_file():
-        raise UserError(f"no run here ({log} is missing): give the --output_dir of a training run")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    predictions = predict(args.run, args.data_path, IMAGES)
-    figure = Figure(figsize=(15, max(4.5, 1.55 * -(-len(predictions) // COLUMNS))), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.25])
-    best = max(line["test_acc1"] for line in lines)
-    left.suptitle(f"{args.run.name}: {len(lines)} epochs, best top-1 {best:.1f} %")
-    draw_curves(left, lines)
-    draw_predictions(right, predictions)
     output = args.output or args.run / "run.png"
-    figure.savefig(output, dpi=110)
+    draw(args.run, args.data_path, images=36, width=15).savefig(output, dpi=110)
     print(output)
 
 

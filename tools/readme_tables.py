@@ -10,7 +10,7 @@ the end of it, which means the newest such folder; `speed` alone shows all recor
 --check writes nothing, and exits with 1 if a table is out of date.
 """
 
-import csv
+import itertools
 import json
 import os
 import re
@@ -21,22 +21,15 @@ from pathlib import Path
 
 import gvt
 from tools.count import count, dense_model
-from tools.plot_logs import KEYS, published_logs, read_log
+from tools.measurement import read_csv
+from tools.plot_logs import KEYS, ROOT, published_logs, read_log
 from training import files
 from training.errors import UserError, exit_code
 from training.options import Parser, get_parser
 
-ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "logs"
 GPUS = 8  # of the official commands
-PAGES = (
-    "README.md",
-    "docs/*.md",
-    "segmentation/README.md",
-    "detection/README.md",
-    "logs/README.md",
-    "logs/*/README.md",
-)
+PAGES = ("README.md", "docs/*.md", "segmentation/README.md", "detection/README.md", "logs/**/README.md")
 START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
@@ -54,11 +47,6 @@ def markdown(header: str | Iterable[str], rows: Iterable[Iterable[str]]) -> list
     if not rows:
         return ["none yet"]
     return [f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows)]
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def read_json(path: Path, *keys: str) -> dict:
@@ -176,17 +164,11 @@ def run_row(folder: Path) -> list[str]:
     log = read_log(folder, keys=(*KEYS, "images_per_s"))
     args = read_json(folder / "args.json", "model", "data_path", "epochs")
     environment = read_json(folder / "environment.json", "device", "commit")
-    return [
-        f"[{folder.name}](logs/{folder.name})",
-        f"`{args['model']}`",
-        Path(args["data_path"]).name,
-        str(len(log)) if len(log) == args["epochs"] else f"{len(log)} of {args['epochs']}",
-        best(log),
-        f"{log[-1]['test_acc1']:.2f}",
-        f"{statistics.median(epoch['images_per_s'] for epoch in log):.0f}",
-        environment["device"],
-        short(environment["commit"]),
-    ]
+    names = f"[{folder.name}](logs/{folder.name})", f"`{args['model']}`", Path(args["data_path"]).name
+    epochs = str(len(log)) if len(log) == args["epochs"] else f"{len(log)} of {args['epochs']}"
+    rate = statistics.median(epoch["images_per_s"] for epoch in log)
+    results = best(log), f"{log[-1]['test_acc1']:.2f}", f"{rate:.0f}"
+    return [*names, epochs, *results, environment["device"], short(environment["commit"])]
 
 
 def short(commit: str) -> str:
@@ -225,16 +207,11 @@ def dense_run_row(folder: Path) -> list[str]:
     between = zip(steps, [0, *(line["iter"] for line in steps)])
     seconds = sum(line["time"] * (line["iter"] - before) for line, before in between)
     others = {path.stem.removeprefix("scores_"): path for path in sorted(folder.glob("scores_*.json"))}
-    return [
-        f"[{folder.name}](logs/{folder.name})",
-        str(lines[-1]["step"]),
-        f"{steps[0]['loss']:.3g}, {steps[-1]['loss']:.3g}",
-        scores(scored[-1]) if scored else "",
-        "; ".join(f"{name}: {scores(json.loads(path.read_text()))}" for name, path in others.items()),
-        f"{seconds / 60:.0f}",
-        f"{environment['device']}, {environment['threads']}",
-        short(environment["commit"]),
-    ]
+    others = "; ".join(f"{name}: {scores(json.loads(path.read_text()))}" for name, path in others.items())
+    losses, last = f"{steps[0]['loss']:.3g}, {steps[-1]['loss']:.3g}", scores(scored[-1]) if scored else ""
+    machine = f"{environment['device']}, {environment['threads']}"
+    results = str(lines[-1]["step"]), losses, last, others, f"{seconds / 60:.0f}"
+    return [f"[{folder.name}](logs/{folder.name})", *results, machine, short(environment["commit"])]
 
 
 MODES = ("eager", "compiled", "graphs")
@@ -261,9 +238,12 @@ def speed(*names: str, logs: Path = LOGS) -> list[str]:
 
 def same_mode(case: dict) -> dict[tuple[str, str], float]:
     """Return the median ratios of ours to each other library, by (library, mode), both in that mode."""
-    return {
-        (ratio["library"], ratio["mode"]): ratio["median"] for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]
-    }
+    same = [ratio for ratio in case["ratios"] if ratio["ours"] == ratio["mode"]]
+    return {(ratio["library"], ratio["mode"]): ratio["median"] for ratio in same}
+
+
+def percentages(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
 
 
 def speeds(cases: list[dict]) -> list[str]:
@@ -285,17 +265,14 @@ def speeds(cases: list[dict]) -> list[str]:
             row.append(both)
         row.append(f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})")
         if sizes:
-            shares = case["floor"]["shares_of_operations"].items()
-            row.append(", ".join(f"{name} {100 * share:.0f} %" for name, share in shares))
+            row.append(percentages(case["floor"]["shares_of_operations"]))
         rows.append(row)
     columns = ["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs)]
     return markdown([*columns, "% of peak GEMM throughput", *["Operations"] * sizes], rows)
 
 
-TABLES = {
-    table.__name__: table
-    for table in (classification, recipes, settings, segmentation, detection, runs, dense_runs, speed)
-}
+TABLES = {table.__name__: table for table in (classification, recipes, settings, segmentation, detection)}
+TABLES |= {table.__name__: table for table in (runs, dense_runs, speed)}
 
 
 # ---------------------------------------------------------------- the pages
@@ -315,30 +292,22 @@ def make_table(name: str, page: Path) -> list[str]:
 
 def fill(lines: list[str], page: Path) -> tuple[list[str], list[str]]:
     """Return a page's lines with the tables between its markers written anew, and the names of those that differ."""
-    new, changed, name, first = [], [], None, 0
-    for number, line in enumerate(lines, start=1):
-        where = f"{page}, line {number}"
-        if line.startswith("<!-- table:"):
-            if name:
-                break
-            match = START.fullmatch(line)
-            if not match or match[1].split()[0] not in TABLES:
-                expected = f"expected <!-- table: NAME (python -m tools.readme_tables) --> of {', '.join(TABLES)}"
-                raise UserError(f"unknown table ({where}): {expected}")
-            name, first = match[1], number
-        elif line == END:
-            if not name:
-                raise UserError(f"end of no table ({where}): write the line that begins it, or delete this one")
-            table = make_table(name, page)
-            changed += [name] if table != lines[first : number - 1] else []
-            new += table
-            name = None
-        elif name:
-            continue
-        new.append(line)
-    if name:
-        raise UserError(f"table {name} is not closed ({page}, line {first}): write {END} after it")
-    return new, changed
+    new, changed, done = [], [], 0
+    markers = [number for number, line in enumerate(lines) if line.startswith("<!-- table:") or line == END]
+    for first, last in itertools.zip_longest(markers[::2], markers[1::2]):
+        where, match = f"{page}, line {first + 1}", START.fullmatch(lines[first])
+        if lines[first] == END:
+            raise UserError(f"end of no table ({where}): write the line that begins it, or delete this one")
+        if not match or match[1].split()[0] not in TABLES:
+            expected = f"expected <!-- table: NAME (python -m tools.readme_tables) --> of {', '.join(TABLES)}"
+            raise UserError(f"unknown table ({where}): {expected}")
+        if last is None or lines[last] != END:
+            raise UserError(f"table {match[1]} is not closed ({where}): write {END} after it")
+        table = make_table(match[1], page)
+        changed += [match[1]] if table != lines[first + 1 : last] else []
+        new += [*lines[done : first + 1], *table]
+        done = last
+    return [*new, *lines[done:]], changed
 
 
 def update(page: Path, *, check: bool) -> int:
@@ -368,9 +337,5 @@ def main(argv: list[str]) -> int:
     return max([update(page, check=args.check) for page in pages])
 
 
-def run(argv: list[str]) -> int:
-    return exit_code("readme_tables.py", main, argv)
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(exit_code("readme_tables.py", main, sys.argv[1:]))

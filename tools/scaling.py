@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from tools.count import count
 from tools.measurement import environment, progress, run_rounds, seconds, write_record
 from tools.readme_tables import markdown
 from training.errors import UserError, exit_code
@@ -76,12 +77,12 @@ def project_step(step: float, batch: int, size: float, gpus: int, machine: Machi
         "all-reduce": LEAST_EFFICIENCY / efficiency,
     }
     beyond = [name for name in sorted(limits, key=limits.get, reverse=True) if limits[name] > 1]
-    found = {"buckets": buckets, "exposed": exposed, "efficiency": efficiency, "images_per_s": images_per_s}
-    return found | {"cores": cores, "bottlenecks": beyond}
+    found = dict(buckets=buckets, exposed=exposed, efficiency=efficiency, images_per_s=images_per_s)
+    return found | dict(cores=cores, bottlenecks=beyond)
 
 
 def project(args: argparse.Namespace) -> list[dict]:
-    size = BYTES[args.gradients] * sum(parameter.numel() for parameter in build(args.model, "meta").parameters())
+    size = BYTES[args.gradients] * count(args.model)["params"]
     machine = Machine(inside=args.inside * 1e9, outside=args.outside * 1e9, cores=args.cores)
     rows = []
     for gpus in args.gpus:
@@ -104,11 +105,6 @@ def project(args: argparse.Namespace) -> list[dict]:
 # ---------------------------------------------------------------- measurement
 
 
-def build(model: str, device: str) -> torch.nn.Module:
-    with torch.device(device):
-        return timm.create_model(model)
-
-
 def time_steps(rank: int, processes: int, args: argparse.Namespace, batches: dict[str, int], folder: str) -> None:
     """Be one process: write the median seconds of a step for each of `batches`, with all-reduce and without."""
     cuda = torch.cuda.is_available()
@@ -119,7 +115,7 @@ def time_steps(rank: int, processes: int, args: argparse.Namespace, batches: dic
     meeting = f"file://{folder}/meet"
     dist.init_process_group("nccl" if cuda else "gloo", init_method=meeting, rank=rank, world_size=processes)
     torch.manual_seed(0)
-    plain = build(args.model, str(device)).train()
+    plain = timm.create_model(args.model).to(device).train()
     wrapped = torch.nn.parallel.DistributedDataParallel(plain, device_ids=[rank] if cuda else None)
     optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
 

@@ -1,5 +1,6 @@
 """tools/figures.py: the images show what the records and the demos say."""
 
+import functools
 import json
 
 import numpy as np
@@ -8,6 +9,9 @@ from PIL import Image
 
 from tools import figures
 from tools.readme_tables import read_json, record
+from training.errors import exit_code
+
+run = functools.partial(exit_code, "figures.py", figures.main)
 
 
 def texts(figure) -> set[str]:
@@ -67,20 +71,20 @@ def test_dense(tmp_path):
 
 
 def test_the_program(tmp_path, capsys, monkeypatch):
-    assert figures.run(["speed", "--output", str(tmp_path / "images")]) == 0
+    assert run(["speed", "--output", str(tmp_path / "images")]) == 0
     with Image.open(tmp_path / "images" / "speed.png") as image:
         assert image.width > 1200
-    assert figures.run(["sped", "--output", str(tmp_path)]) == 2
+    assert run(["sped", "--output", str(tmp_path)]) == 2
     assert "no such image (sped): choose from model" in capsys.readouterr().err
     monkeypatch.setitem(figures.FIGURES, "demo", lambda: figures.demo(tmp_path))
     monkeypatch.setitem(figures.FIGURES, "dense", lambda: figures.dense(tmp_path))
     capsys.readouterr()
     for name, command in (("demo", "make demo"), ("dense", "make demo-dense")):
-        assert figures.run([name, "--output", str(tmp_path)]) == 2
+        assert run([name, "--output", str(tmp_path)]) == 2
         assert f"run `{command}` first" in capsys.readouterr().err
 
 
 def test_all_images_without_names(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {"a": Figure, "b": Figure})
-    assert figures.run(["--output", str(tmp_path)]) == 0
+    assert run(["--output", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]

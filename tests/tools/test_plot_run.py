@@ -26,5 +26,5 @@ def test_curves_and_predictions(toy, tmp_path, monkeypatch, capsys):
 
 
 def test_a_folder_without_a_run(tmp_path):
-    with pytest.raises(UserError, match="no run here"):
+    with pytest.raises(UserError, match="no log"):
         plot_run.main([str(tmp_path), "--data-path", "x"])

@@ -9,10 +9,12 @@ import pytest
 import gvt
 import main
 from tools import readme_tables
+from training.errors import exit_code
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- table: {} (python -m tools.readme_tables) -->"
 END = "<!-- end table -->"
+run = functools.partial(exit_code, "readme_tables.py", readme_tables.main)
 counted = functools.cache(readme_tables.count)
 
 
@@ -334,7 +336,7 @@ def test_fills_the_tables_and_nothing_else(tmp_path, capsys, no_runs):
     path = readme(
         tmp_path, "# Title", BEGIN.format("recipes"), "old", "older", END, "text", "", BEGIN.format("runs"), END, "last"
     )
-    assert readme_tables.run(["--readme", str(path)]) == 0
+    assert run(["--readme", str(path)]) == 0
     expected = [
         "# Title",
         BEGIN.format("recipes"),
@@ -349,7 +351,7 @@ def test_fills_the_tables_and_nothing_else(tmp_path, capsys, no_runs):
     ]
     assert path.read_text() == "\n".join(expected) + "\n"
     assert "wrote recipes, runs" in capsys.readouterr().out
-    assert readme_tables.run(["--readme", str(path), "--check"]) == 0
+    assert run(["--readme", str(path), "--check"]) == 0
     assert "up to date" in capsys.readouterr().out
 
 
@@ -366,13 +368,13 @@ def test_fills_the_tables_and_nothing_else(tmp_path, capsys, no_runs):
 def test_check_notices_a_changed_figure(name, digit, other, tmp_path, capsys, no_runs):
     lines = [line for table in readme_tables.TABLES for line in (BEGIN.format(table), END)]
     path = readme(tmp_path, *lines)
-    assert readme_tables.run(["--readme", str(path)]) == 0
-    assert readme_tables.run(["--readme", str(path), "--check"]) == 0
+    assert run(["--readme", str(path)]) == 0
+    assert run(["--readme", str(path), "--check"]) == 0
     capsys.readouterr()
     changed = path.read_text().replace(digit, other, 1)
     assert changed != path.read_text()
     path.write_text(changed)
-    assert readme_tables.run(["--readme", str(path), "--check"]) == 1
+    assert run(["--readme", str(path), "--check"]) == 1
     out, error = capsys.readouterr()
     assert (out, error) == ("", f"readme_tables.py: out of date ({path}, {name}): run python -m tools.readme_tables\n")
     assert path.read_text() == changed
@@ -416,7 +418,7 @@ def test_other_errors_are_one_line(tmp_path, capsys, monkeypatch):
 
 
 def assert_one_line(argv, part, capsys):
-    assert readme_tables.run(argv) == 2
+    assert run(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("readme_tables.py: error: ")
     assert part in error
@@ -425,4 +427,4 @@ def assert_one_line(argv, part, capsys):
 
 @pytest.mark.skipif(not (ROOT / "README.md").exists(), reason="the project has no README.md yet")
 def test_the_projects_readme(capsys):
-    assert readme_tables.run(["--check"]) == 0, capsys.readouterr().err
+    assert run(["--check"]) == 0, capsys.readouterr().err
