@@ -22,10 +22,7 @@ from training import files
 from training.errors import UserError, exit_code, library_reason
 from utils import environment, is_main_process, keep_freed_memory, process_group
 
-METRICS = {
-    "mmseg": ["mIoU", "mDice", "mFscore"],
-    "mmdet": ["mAP", "bbox", "segm", "proposal", "proposal_fast"],
-}
+METRICS = {"mmseg": ["mIoU", "mDice", "mFscore"], "mmdet": ["mAP", "bbox", "segm", "proposal", "proposal_fast"]}
 
 
 # ---------------------------------------------------------------- options
