@@ -47,10 +47,8 @@ class FitSquare:
         return image if image.size == square else ImageOps.fit(image, square, Image.Resampling.BICUBIC)
 
 
-def build_transform(
-    is_train: bool, args: Options, *, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD
-) -> transforms.Compose:
-    """Return image -> (3, input_size, input_size), normalized.
+def build_transform(is_train: bool, args: Options, *, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
+    """Return image -> (3, input_size, input_size), normalized, as transforms.Compose.
 
     Training: crop, flip, RandAugment, erasing; evaluation: resize and center crop.
     """
@@ -133,27 +131,24 @@ class INat(Dataset):
 
     def __init__(self, root: Path, split: str, transform: Callable, *, year: int, category: str):
         self.transform = transform
-        train, part, categories = (
-            read_json(root / name) for name in (f"train{year}.json", f"{split}{year}.json", "categories.json")
-        )
+        files = f"train{year}.json", f"{split}{year}.json", "categories.json"
+        train, part, categories = (read_json(root / name) for name in files)
         try:
             names = {entry["id"]: str(entry[category]) for entry in categories}
             self.classes = list(dict.fromkeys(names[a["category_id"]] for a in train["annotations"]))
             index = {name: i for i, name in enumerate(self.classes)}
             labels = {a["image_id"]: index[names[a["category_id"]]] for a in part["annotations"]}
-            self.samples = [
-                (str(self.locate(root, image["file_name"])), labels[image["id"]]) for image in part["images"]
-            ]
+            self.samples = [(self.locate(root, image["file_name"]), labels[image["id"]]) for image in part["images"]]
         except (KeyError, TypeError) as error:
             where = f"{root}, {split}{year}.json, --inat-category {category}"
             raise UserError(f"files that do not belong together ({where}): {error} is in one of them only") from None
 
     @staticmethod
-    def locate(root: Path, name: str) -> Path:
+    def locate(root: Path, name: str) -> str:
         """Return the file that the JSON names, or without the super-category's folder, as the official code does."""
         parts = Path(name).parts
         flat = root.joinpath(parts[0], *parts[2:])
-        return flat if len(parts) > 3 and not (root / name).exists() else root / name
+        return str(flat if len(parts) > 3 and not (root / name).exists() else root / name)
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -84,7 +84,7 @@ class TwinsBackbone(Twins):
 
 
 def parts_of(names: set[str], order: dict[str, Tensor]) -> str:
-    """The parts of a model that some of its tensors belong to, in the model's order."""
+    """Return the parts of a model that some of its tensors belong to, in the model's order."""
     return ", ".join(dict.fromkeys(name.split(".")[0] for name in order if name in names)) or "nothing"
 
 
@@ -106,7 +106,7 @@ DROP_PATH = 0.2
 
 
 def official_drop_path(library: str, variant: str) -> float:
-    """The drop path of a variant's official run, which its class set, whatever the config said."""
+    """Return the drop path of a variant's official run, which its class set, whatever the config said."""
     return OFFICIAL[library]["drop_path"].get(variant, DROP_PATH)
 
 
@@ -118,10 +118,8 @@ def register_official(registry: Registry, library: str, variant: str) -> None:
         ignored = {key: options.pop(key) for key in sorted(facts["unread"] & options.keys())}
         if ignored:
             keys = ", ".join(f"{key}={value!r}" for key, value in ignored.items())
-            warn(
-                f"{build.__name__}: ignored, as in the official code: {keys}; for a drop path other than {rate}, use "
-                "type='TwinsBackbone'"
-            )
+            advice = f"for a drop path other than {rate}, use type='TwinsBackbone'"
+            warn(f"{build.__name__}: ignored, as in the official code: {keys}; {advice}")
         return TwinsBackbone(variant, drop_path_rate=rate, pad=facts["pad"], pretrained=pretrained, **options)
 
     build.__name__ = build.__qualname__ = facts["names"].get(variant, variant)

@@ -37,26 +37,20 @@ def check_data(cfg: Config, *splits: str) -> None:
         for key, value in named.items():
             path = Path(dataset.get("data_root") or "", value or "")
             if value and key in PATHS and not path.exists():
-                raise UserError(
-                    f"no {PATHS[key]} ({path}): put the data there, or set {split}_dataloader.dataset.data_root with "
-                    "--cfg-options"
-                )
+                advice = f"put the data there, or set {split}_dataloader.dataset.data_root with --cfg-options"
+                raise UserError(f"no {PATHS[key]} ({path}): {advice}")
         evaluator = cfg.get(f"{split}_evaluator") or []
         for metric in evaluator if isinstance(evaluator, list) else [evaluator]:
             if metric.get("ann_file") and not Path(metric.ann_file).is_file():
-                raise UserError(
-                    f"no annotation file for the scores ({metric.ann_file}): set {split}_evaluator.ann_file with "
-                    "--cfg-options"
-                )
+                advice = f"set {split}_evaluator.ann_file with --cfg-options"
+                raise UserError(f"no annotation file for the scores ({metric.ann_file}): {advice}")
 
 
 def check_pretrained(cfg: Config) -> None:
     path = cfg.model.backbone.get("pretrained")
     if path and not path.startswith("https://") and not Path(path).is_file():
-        raise UserError(
-            f"no such file ({path}): put classification weights there, or set model.backbone.pretrained with "
-            "--cfg-options (None: train from scratch)"
-        )
+        setting = "model.backbone.pretrained with --cfg-options (None: train from scratch)"
+        raise UserError(f"no such file ({path}): put classification weights there, or set {setting}")
 
 
 def check_batch(cfg: Config) -> None:
@@ -64,12 +58,9 @@ def check_batch(cfg: Config) -> None:
     recipe, images = cfg.get("auto_scale_lr", {}).get("base_batch_size"), cfg.train_dataloader.batch_size
     total = get_world_size() * images
     if recipe and recipe != total:
-        print_log(
-            f"total batch size {total} ({get_world_size()} processes x {images} images), the recipe's is {recipe}: the "
-            "learning rate is not scaled, set optim_wrapper.optimizer.lr with --cfg-options",
-            logger="current",
-            level=logging.WARNING,
-        )
+        what = f"total batch size {total} ({get_world_size()} processes x {images} images), the recipe's is {recipe}"
+        advice = "the learning rate is not scaled, set optim_wrapper.optimizer.lr with --cfg-options"
+        print_log(f"{what}: {advice}", logger="current", level=logging.WARNING)
 
 
 class StartChecks(Hook):
@@ -95,10 +86,8 @@ def check_scores(evaluator, dataset) -> None:
         if coco is None:
             continue
         if any(dataset.get_data_info(index)["img_id"] not in coco.imgs for index in range(len(dataset))):
-            raise UserError(
-                f"scores for other images than the data set's ({dataset.ann_file}): set the evaluator's ann_file to "
-                "this file"
-            )
+            advice = "set the evaluator's ann_file to this file"
+            raise UserError(f"scores for other images than the data set's ({dataset.ann_file}): {advice}")
         for key, annotation in coco.anns.items():
             try:
                 annotation["iscrowd"], annotation["area"]
@@ -113,16 +102,12 @@ def check_classes(model: nn.Module, dataset) -> None:
     classes = dataset.metainfo.get("classes") or ()
     found = getattr(dataset, "cat_ids", classes)  # in COCO's format: those that the annotations list
     if len(found) != len(classes):
-        raise UserError(
-            f"classes missing in the annotations ({dataset.ann_file}): {len(found)} of {len(classes)} are listed; set "
-            "metainfo.classes of the data set to those"
-        )
+        listed = f"{len(found)} of {len(classes)} are listed; set metainfo.classes of the data set to those"
+        raise UserError(f"classes missing in the annotations ({dataset.ann_file}): {listed}")
     for name, module in model.named_modules():
         number = getattr(module, "num_classes", None)
         # A region proposal head has one class, object, whatever the data.
         head = "head" in name and not name.endswith("rpn_head") and isinstance(number, int)
         if classes and head and number != len(classes):
-            raise UserError(
-                f"a head for another number of classes ({name}: {number}): the data set has {len(classes)}, set its "
-                "num_classes with --cfg-options"
-            )
+            advice = f"the data set has {len(classes)}, set its num_classes with --cfg-options"
+            raise UserError(f"a head for another number of classes ({name}: {number}): {advice}")

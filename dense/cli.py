@@ -22,10 +22,7 @@ from training import files
 from training.errors import UserError, exit_code, library_reason
 from utils import environment, is_main_process, keep_freed_memory, process_group
 
-METRICS = {
-    "mmseg": ["mIoU", "mDice", "mFscore"],
-    "mmdet": ["mAP", "bbox", "segm", "proposal", "proposal_fast"],
-}
+METRICS = {"mmseg": ["mIoU", "mDice", "mFscore"], "mmdet": ["mAP", "bbox", "segm", "proposal", "proposal_fast"]}
 
 
 # ---------------------------------------------------------------- options
@@ -37,10 +34,8 @@ def add_shared_options(parser: Parser) -> None:
     for name in ("--options", "--cfg-options"):
         text = "set values of the config, as model.backbone.pad=zero"
         parser.add_argument(name, nargs="+", default=[], metavar="KEY=VALUE", help=text)
-    launchers = ["none", "pytorch", "slurm", "mpi"]
-    parser.add_argument(
-        "--launcher", choices=launchers, default="none", help="what started the processes (%(default)s)"
-    )
+    kinds = ("none", "pytorch", "slurm", "mpi")
+    parser.add_argument("--launcher", choices=kinds, default="none", help="what started the processes (%(default)s)")
     parser.add_argument("--local_rank", type=int, default=0, help="ignored: launchers set it in the environment")
 
 
@@ -63,18 +58,14 @@ def test_parser(library: str) -> Parser:
     parser.add_argument("checkpoint", help="the weights of a segmentor or a detector")
     names = METRICS[library]
     parser.add_argument("--eval", nargs="+", choices=names, metavar="NAME", help=f"{', '.join(names)} (the config's)")
-    text = "segmentation: the mean over six sizes, each as it is and flipped"
-    parser.add_argument("--aug-test", action="store_true", help=text)
-    text = "write the results: detection to a .pkl file, segmentation to a folder with a PNG for each image"
-    parser.add_argument("--out", metavar="FILE", help=text)
-    text = "write the results in the format of a test server, without scores"
-    parser.add_argument("--format-only", action="store_true", help=text)
+    parser.add_argument("--aug-test", action="store_true", help="segmentation: average six sizes, each flipped too")
+    parser.add_argument("--out", metavar="FILE", help="write detections to a .pkl file, or labels to a folder of PNGs")
+    parser.add_argument("--format-only", action="store_true", help="write what a test server takes, without scores")
     parser.add_argument("--show", action="store_true", help="show each image with its result")
     parser.add_argument("--show-dir", metavar="FOLDER", help="write each image with its result to this folder")
-    text = "detection: draw boxes that score at least this (%(default)s)"
-    parser.add_argument("--show-score-thr", type=float, default=0.3, help=text)
-    text = "options of the metric, as classwise=True"
-    parser.add_argument("--eval-options", nargs="+", default=[], metavar="KEY=VALUE", help=text)
+    parser.add_argument("--show-score-thr", type=float, default=0.3, help="least score of a box shown (%(default)s)")
+    pairs = dict(nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--eval-options", **pairs, help="options of the metric, as classwise=True")
     parser.add_argument("--gpu-collect", action="store_true", help="gather the processes' results over GPUs")
     parser.add_argument("--tmpdir", metavar="FOLDER", help="gather the processes' results through this folder")
     return parser
@@ -198,7 +189,7 @@ def run_training(args, library: str) -> None:
 
 
 def seed_of(payload: dict, source: str) -> int | None:
-    """The seed of the run that wrote a checkpoint; None if another program did."""
+    """Return the seed of the run that wrote a checkpoint; None if another program did."""
     from dense.runner import cannot_resume
 
     meta = payload.get("meta")

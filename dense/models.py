@@ -96,9 +96,7 @@ def single_scale_pipeline(scale: tuple[int, int], *, with_mask: bool = False, fl
     ]
 
 
-def detection_eval_pipeline(
-    scale: tuple[int, int], *, with_mask: bool = False, meta_keys: tuple[str, ...] = ()
-) -> list[dict]:
+def detection_eval_pipeline(scale: tuple[int, int], *, with_mask: bool = False, meta_keys: tuple = ()) -> list[dict]:
     """For scores: whole images, resized to fit `scale`. meta_keys: what a metric needs beside the usual."""
     usual = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
     return [

@@ -70,8 +70,9 @@ class KeyedSampler(Sampler):
 
 
 class SeededPrepareData:
-    """A data set's prepare_data and _rand_another, seeded by the index's key and the number of the attempt: mmengine
-    uses another image if the pipeline rejects one.
+    """A data set's prepare_data and _rand_another, seeded by the index's key and the attempt's number.
+
+    mmengine uses another image if the pipeline rejects one.
     """
 
     def __init__(self, dataset, seed: int):

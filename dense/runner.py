@@ -50,20 +50,18 @@ def adapt_to_machine(cfg: Config) -> list[str]:
 
 
 def model_state(payload: Mapping, source: str) -> dict[str, Tensor]:
-    """The weights by name in what checkpoint.load returned; UserError if they are not a segmentor's or detector's."""
+    """Return the weights in what checkpoint.load returned; raise UserError if they are no segmentor's or detector's."""
     state = payload.get("state_dict", payload)
     items = state.items() if isinstance(state, Mapping) else ()
     state = {name.removeprefix("module."): value for name, value in items if isinstance(value, Tensor)}
     if not any(name.startswith("backbone.") for name in state):
-        raise UserError(
-            f"not a segmentor or detector ({source}): its weights have no backbone; for classification weights, set "
-            "model.backbone.pretrained"
-        )
+        advice = "for classification weights, set model.backbone.pretrained"
+        raise UserError(f"not a segmentor or detector ({source}): its weights have no backbone; {advice}")
     return state
 
 
 def to_plain(value: object) -> object:
-    """A value as a checkpoint may hold it: NumPy's numbers and arrays as Python's, and other objects as their text."""
+    """Return a value as a checkpoint may hold it: NumPy's numbers and arrays as Python's, other objects as text."""
     if isinstance(value, Mapping):
         return {str(name): to_plain(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,16 +72,14 @@ def to_plain(value: object) -> object:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of several processes and of test-time augmentation."""
+    """Return the model inside the wrappers of several processes and of test-time augmentation."""
     while is_model_wrapper(model) or hasattr(model, "merge_preds"):
         model = model.module
     return model
 
 
 class BroadcastBuffers(Hook):
-    """Before a validation, give all processes the first one's running statistics, which differ without a synchronized
-    batch norm (on a CPU).
-    """
+    """Give all processes the first one's running statistics: on a CPU, batch norm is not synchronized."""
 
     def before_val(self, runner: Runner) -> None:
         for buffer in unwrap(runner.model).buffers():
@@ -164,9 +160,8 @@ class TwinsRunner(Runner):
             heads = [name for name in own if not name.startswith("backbone.")]
             missing = tuple(name for name in heads if name not in state or state[name].shape != own[name].shape)
             state = {name: value for name, value in state.items() if name not in missing}
-        checkpoint.load_into(
-            model, state, source=filename, may_lack=missing, may_have=UNUSED, lists_all="TWINS_DEBUG=1"
-        )
+        allowed = dict(may_lack=missing, may_have=UNUSED, lists_all="TWINS_DEBUG=1")
+        checkpoint.load_into(model, state, source=filename, **allowed)
         unused = sorted(name for name in state if name not in own)
         self.logger.info(f"loaded {len(own) - len(missing)} of {len(own)} tensors from {filename}")
         if missing:
@@ -193,25 +188,15 @@ class TwinsRunner(Runner):
             raise cannot_resume(filename, library_reason(error)) from error
         processes = meta.get("processes", get_world_size())
         if processes != get_world_size():
-            self.logger.warning(
-                f"{filename} was written by {processes} processes, this run has {get_world_size()}: results will "
-                "differ from those of an uninterrupted run"
-            )
+            what = f"{filename} was written by {processes} processes, this run has {get_world_size()}"
+            self.logger.warning(f"{what}: results will differ from those of an uninterrupted run")
         self.logger.info(f"resumed epoch: {self.epoch}, iter: {self.iter}")
 
     @master_only
     def save_checkpoint(
-        self,
-        out_dir: str,
-        filename: str,
-        file_client_args: dict | None = None,
-        save_optimizer: bool = True,
-        save_param_scheduler: bool = True,
-        meta: dict | None = None,
-        by_epoch: bool = True,
-        backend_args: dict | None = None,
+        self, out_dir, filename, _=None, save_optimizer=True, save_param_scheduler=True, meta=None, by_epoch=True, **__
     ) -> None:
-        """Write what mmengine writes, in tensors and plain values only."""
+        """Write what mmengine writes, in tensors and plain values only; mmengine's arguments, but a local file."""
         epoch, iteration = (self.epoch + 1, self.iter) if by_epoch else (self.epoch, self.iter + 1)
         facts = dict(
             cfg=self.cfg.pretty_text,

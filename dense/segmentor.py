@@ -25,17 +25,16 @@ MOST_LOGITS = 2**27  # of an image at once: 0.5 GB
 
 
 def resized_rows(x: Tensor, start: int, stop: int, height: int, *, first: int = 0, rows: int | None = None) -> Tensor:
-    """Return rows start to stop of x (1, C, h, w) resized to `height` rows, bilinear. x may hold only the rows from
-    `first` on of a map of `rows` rows.
+    """Return rows start to stop of x (1, C, h, w) resized to `height` rows, bilinear.
+
+    x may hold only the rows from `first` on of a map of `rows` rows.
     """
     rows = rows or x.shape[2]
     upper, lower, weight = row_neighbors(start, stop, height, rows, device=x.device)
     return x[:, :, upper - first].lerp(x[:, :, lower - first], weight[:, None].to(x.dtype))
 
 
-def row_neighbors(
-    start: int, stop: int, height: int, rows: int, *, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
+def row_neighbors(start: int, stop: int, height: int, rows: int, *, device: torch.device) -> tuple[Tensor, ...]:
     """Return the two of `rows` rows between which each resized row lies, and the weight of the second."""
     y = ((torch.arange(start, stop, device=device, dtype=torch.float64) + 0.5) * rows / height - 0.5).clamp(min=0)
     upper = y.floor().long().clamp(max=rows - 1)
@@ -47,7 +46,7 @@ def resized_columns(x: Tensor, width: int) -> Tensor:
 
 
 def padding_of(meta: dict) -> list[int]:
-    """Left, right, top and bottom padding of an input."""
+    """Return the left, right, top and bottom padding of an input."""
     return meta.get("img_padding_size", meta.get("padding_size", [0] * 4))
 
 
@@ -76,9 +75,7 @@ def stripes(classes: int, height: int, width: int) -> Iterator[tuple[int, int]]:
 @MODELS.register_module()
 class TwinsSegmentor(EncoderDecoder):
     def head_logits(self, inputs: Tensor, data_samples: list) -> tuple[Tensor, list[dict]]:
-        """Return the head's logits, and for each image a meta for stripe(). A side below 32 is padded, and the padding
-        cut off again.
-        """
+        """Return the head's logits, and for each image a meta for stripe(), which cuts off what pads sides below 32."""
         height, width = inputs.shape[-2:]
         below, beside = max(0, SMALLEST - height), max(0, SMALLEST - width)
         logits = self.decode_head(self.extract_feat(F.pad(inputs, (0, beside, 0, below))))
@@ -91,17 +88,11 @@ class TwinsSegmentor(EncoderDecoder):
 
     def needs_stripes(self, inputs: Tensor, data_samples: list | None) -> bool:
         """Return True for a very small image, or one with too many logits, in a mode that stripes support."""
-        supported = (
-            data_samples is not None
-            and self.test_cfg.get("mode", "whole") == "whole"
-            and not self.align_corners
-            and self.out_channels > 1
-            and all(
-                not sample.metainfo.get("flip") or sample.metainfo.get("flip_direction") == "horizontal"
-                for sample in data_samples
-            )
-        )
-        if not supported:
+        whole = self.test_cfg.get("mode", "whole") == "whole"
+        if data_samples is None or not whole or self.align_corners or self.out_channels == 1:
+            return False
+        flips = [each.metainfo.get("flip_direction") for each in data_samples if each.metainfo.get("flip")]
+        if any(flip != "horizontal" for flip in flips):
             return False
         sizes = [inputs.shape[-2:], *(sample.metainfo["ori_shape"] for sample in data_samples)]
         most = max(height * width for height, width, *_ in sizes) * self.out_channels

@@ -95,9 +95,7 @@ def read_labels(path: str, shape: tuple[int, int]) -> np.ndarray:
         with Image.open(path) as file:
             labels, mode = np.array(file), file.mode
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"cannot read the labels ({path}): {library_reason(error)}; fix or replace this file"
-        ) from error
+        raise UserError(f"cannot read the labels ({path}): {library_reason(error)}; fix or replace it") from error
     if labels.ndim > 2:
         raise UserError(f"labels with several channels ({path}, {mode}): expected one, the class index of each pixel")
     if labels.shape != tuple(shape):
@@ -142,7 +140,6 @@ class CheckedPrepareData:
             wrong = labels[(labels >= self.classes) & (labels != self.dataset.ignore_index)]
             if len(wrong):
                 first = int(self.dataset.reduce_zero_label)
-                raise UserError(
-                    f"a label of no class ({info['seg_map_path']}): {int(wrong.max()) + first}; the data set has "
-                    f"{self.classes} classes, labels {first} to {self.classes - 1 + first}"
-                )
+                known = f"{self.classes} classes, labels {first} to {self.classes - 1 + first}"
+                what = f"{int(wrong.max()) + first}; the data set has {known}"
+                raise UserError(f"a label of no class ({info['seg_map_path']}): {what}")

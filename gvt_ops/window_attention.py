@@ -150,23 +150,9 @@ def shared_memory(index: int) -> int:
     return device.shared_memory_per_block_optin if torch.version.hip is None and device.major >= 8 else 0
 
 
-def reference(qkv: Tensor, heads: int, window: int) -> Tensor:
-    """attend_in_windows in plain PyTorch: what it must equal."""
-    H, W = qkv.shape[1:3]
-    below, right = -H % window, -W % window
-    windows = to_windows(F.pad(qkv, (0, 0, 0, right, 0, below)), window, window)
-    q, k, v = windows.unflatten(-1, (3, heads, -1)).unbind(-3)  # each (B * windows, N, heads, D)
-    real = real_keys(H, W, window, window, device=qkv.device).repeat(qkv.shape[0], 1, 1, 1)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~real, float("-inf")).softmax(dim=-1)
-    out = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2)  # (B * windows, N, C)
-    return from_windows(out, window, window, H + below, W + right)[:, :H, :W]
-
-
 @torch.library.custom_op("twins::attend_in_windows", mutates_args=())
 def attend_in_windows(qkv: Tensor, heads: int, window: int) -> Tensor:
-    """(B, H, W, 3 * C) -> (B, H, W, C): attention inside windows of window x window tokens. The map's edges cut
-    windows.
+    """(B, H, W, 3 * C) -> (B, H, W, C): attend inside windows of window x window tokens, which the map's edges cut.
 
     qkv holds [3, heads, D] for each token. In its dtype, with sums in float32.
     """
@@ -179,13 +165,12 @@ def attend_in_windows(qkv: Tensor, heads: int, window: int) -> Tensor:
 
 @torch.library.custom_op("twins::attend_in_windows_backward", mutates_args=())
 def attend_in_windows_backward(grad: Tensor, qkv: Tensor, heads: int, window: int) -> Tensor:
-    """The gradient of qkv, as qkv is laid out."""
+    """Return the gradient of qkv, as qkv is laid out."""
     from gvt_ops import window_kernel
 
     grad_qkv = like(qkv, qkv.shape[-1])
-    window_kernel.launch(
-        window_kernel.backward, grad.contiguous(), qkv.contiguous(), grad_qkv, heads=heads, window=window
-    )
+    maps = grad.contiguous(), qkv.contiguous(), grad_qkv
+    window_kernel.launch(window_kernel.backward, *maps, heads=heads, window=window)
     return grad_qkv
 
 

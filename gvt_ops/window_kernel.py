@@ -122,9 +122,8 @@ def sizes(*, heads: int, window: int, channels: int) -> dict:
     """
     D, keys = channels // (3 * heads), max(16, triton.next_power_of_2(window**2))
     tile = dict(KEYS=keys, CHANNELS=max(16, triton.next_power_of_2(D)), QUERIES=min(keys, 4096 // keys))
-    precision = (
-        "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    )  # of float32; the others have one only
+    # Of float32; the others have one only.
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return dict(WINDOW=window, D=D, PRECISION=precision, **tile)
 
 

@@ -21,8 +21,7 @@ Color = tuple[int, int, int]
 
 
 class RecordedRandAugment:
-    """timm's RandAugment that only draws: called, it returns the operations that it would do to an image, with the same
-    random numbers.
+    """Draw as timm's RandAugment does, and return the operations that it would do to an image.
 
     fill: the color of what comes in from outside an image.
     """
@@ -42,7 +41,7 @@ def note(name: str, found: list[Operation], argument: float = 0.0, **_) -> list[
 
 
 def unsupported_reason(augment) -> str | None:
-    """Why this RandAugment of timm's cannot be done here, empty if it can."""
+    """Return why this RandAugment of timm's cannot be done here, or None if it can."""
     unknown = sorted({op.name for op in augment.ops if op.aug_fn.__name__ not in (OPERATIONS | MATRICES)})
     if unknown:
         return f"it has {', '.join(unknown)}"
@@ -86,12 +85,10 @@ class Plan:
         numbers = self.numbers.to(images.device, non_blocking=non_blocking).split(sizes)
         arguments = self.arguments.to(images.device, non_blocking=non_blocking).split(sizes)
         for (name, _), some, values in zip(self.steps, numbers, arguments):
-            chosen = images[some]
-            done = (
-                bend(chosen, values, self.fill)
-                if name in MATRICES
-                else OPERATIONS[name](chosen, values[:, 0].view(-1, 1, 1, 1))
-            )
+            if name in MATRICES:
+                done = bend(images[some], values, self.fill)
+            else:
+                done = OPERATIONS[name](images[some], values[:, 0].view(-1, 1, 1, 1))
             images[some] = done.to(torch.uint8)
 
 
@@ -128,9 +125,7 @@ def auto_contrast(x: Tensor, _: Tensor) -> Tensor:
 def equalize(x: Tensor, _: Tensor) -> Tensor:
     """Give each channel a level histogram as even as it can be."""
     pixels, levels = x.flatten(2).long(), torch.arange(256, device=x.device)
-    counts = torch.zeros(*x.shape[:2], 256, dtype=torch.int64, device=x.device).scatter_add_(
-        2, pixels, torch.ones_like(pixels)
-    )
+    counts = pixels.new_zeros(*x.shape[:2], 256).scatter_add_(2, pixels, torch.ones_like(pixels))
     below = counts.cumsum(2) - counts
     step = below.gather(2, pixels.amax(2, keepdim=True)) // 255  # all pixels but those of the brightest level
     table = (step // 2 + below) // step.clamp(min=1)
@@ -138,7 +133,7 @@ def equalize(x: Tensor, _: Tensor) -> Tensor:
 
 
 def look_up(table: Tensor, x: Tensor) -> Tensor:
-    """table (N, 3, 256)."""
+    """Map levels x (N, 3, H, W) by a table (N, 3, 256)."""
     return table.gather(2, x.flatten(2).long()).view(x.shape)
 
 
@@ -149,7 +144,7 @@ def gray(x: Tensor) -> Tensor:
 
 
 def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
-    """From `other` (factor 0) through x (1) beyond, in float32, rounded down."""
+    """Go from `other` (factor 0) through x (1) beyond, in float32, rounded down."""
     return (other + factor.float() * (x.float() - other)).clamp(0, 255)
 
 
@@ -175,14 +170,8 @@ def sharpness(x: Tensor, factor: Tensor) -> Tensor:
     return blend(x, smooth, factor)
 
 
-OPERATIONS = {
-    **{
-        operation.__name__: operation
-        for operation in (invert, solarize, solarize_add, posterize, auto_contrast, equalize)
-    },
-    **{operation.__name__: operation for operation in (brightness, color, contrast, sharpness)},
-    "posterize_or_black": posterize,
-}
+LEVELS = (invert, solarize, solarize_add, posterize, auto_contrast, equalize, brightness, color, contrast, sharpness)
+OPERATIONS = {operation.__name__: operation for operation in LEVELS} | {"posterize_or_black": posterize}
 
 
 # ---------------------------------------------------------------- geometric operations
@@ -204,7 +193,7 @@ MATRICES = {
 
 
 def bend(x: Tensor, matrices: Tensor, fill: Color) -> Tensor:
-    """Each pixel of x (N, 3, H, W) from where its matrix (N, 6) says, bicubic with a = -1 as Pillow bends."""
+    """Take each pixel of x (N, 3, H, W) from where its matrix (N, 6) says, bicubic with a = -1 as Pillow does."""
     n, _, height, width = x.shape
     a, b, c, d, e, f = matrices.view(n, 6, 1, 1).unbind(1)
     # Positions in float64: at a border, rounding would decide between the image and the fill.
@@ -213,7 +202,7 @@ def bend(x: Tensor, matrices: Tensor, fill: Color) -> Tensor:
     xs, ys = a * across + b * down + c, d * across + e * down + f
     inside = (xs >= 0) & (xs < width) & (ys >= 0) & (ys < height)
     left, top = (xs - 0.5).floor(), (ys - 0.5).floor()
-    after_x, after_y = ((xs - 0.5 - left).float()[:, None], (ys - 0.5 - top).float()[:, None])
+    after_x, after_y = (xs - 0.5 - left).float()[:, None], (ys - 0.5 - top).float()[:, None]
     columns = [(left + i).clamp(0, width - 1).long() for i in range(-1, 3)]
     pixels, lines = x.flatten(2).float(), []
     for j in range(-1, 3):
@@ -224,7 +213,7 @@ def bend(x: Tensor, matrices: Tensor, fill: Color) -> Tensor:
 
 
 def cubic(a: Tensor, b: Tensor, c: Tensor, d: Tensor, t: Tensor) -> Tensor:
-    """Of four in a line, at t (0 to 1) between b and c. Equal ones stay what they are, without rounding."""
+    """Interpolate four in a line, at t (0 to 1) between b and c. Equal ones stay what they are, without rounding."""
     return b + t * (c - a + t * (2 * (a - b) + c - d + t * (b - a + d - c)))
 
 

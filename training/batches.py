@@ -26,6 +26,7 @@ from torchvision import transforms
 from training import augment
 from training.errors import UserError
 from training.processes import loading_process, time_limit
+from utils import get_random_state, set_random_state
 
 # ---------------------------------------------------------------- one image
 
@@ -92,9 +93,8 @@ class Uint8Transform:
         steps = pipeline.transforms
         at = next(i for i, step in enumerate(steps) if isinstance(step, transforms.ToTensor))
         self.steps, normalize, self.erasing = steps[:at], steps[at + 1], steps[at + 2 :]
-        self.normal = tuple(
-            tuple(torch.as_tensor(part, dtype=torch.float32).tolist()) for part in (normalize.mean, normalize.std)
-        )
+        parts = torch.stack([torch.as_tensor(part, dtype=torch.float32) for part in (normalize.mean, normalize.std)])
+        self.normal = tuple(map(tuple, parts.tolist()))
         self.recorded = augment.RecordedRandAugment(self.take_augment()) if fast_augment else None
         if fast_augment and isinstance(self.steps[0], RandomResizedCropAndInterpolation):
             self.steps[0] = TorchCrop(self.steps[0])
@@ -151,13 +151,7 @@ class ImageBatch:
         plan = self.plan and self.plan.pin_memory()
         return replace(self, pixels=self.pixels.pin_memory(), plan=plan, values=self.values.pin_memory())
 
-    def to(
-        self,
-        device: torch.device,
-        *,
-        non_blocking: bool = False,
-        memory_format: torch.memory_format = torch.contiguous_format,
-    ) -> Tensor:
+    def to(self, device: torch.device, *, non_blocking=False, memory_format=torch.contiguous_format) -> Tensor:
         """Return (B, 3, H, W) in float32 on the device, augmented where that is left, normalized and erased."""
         pixels = self.pixels.to(device, non_blocking=non_blocking).permute(0, 3, 1, 2)
         if self.plan is not None:
@@ -203,17 +197,13 @@ def seed_by(key: Sequence[int]) -> None:
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Seed Python, numpy and torch by `key`; in the training process, restore their states afterwards."""
-    states = None
-    if get_worker_info() is None:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    state = get_random_state() if get_worker_info() is None else None
     seed_by(key)
     try:
         yield
     finally:
-        if states is not None:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+        if state is not None:
+            set_random_state(state)
 
 
 class SeededDataset(Dataset):
@@ -258,30 +248,12 @@ class TimedLoader(DataLoader):
             yield batch
 
 
-def build_loader(
-    dataset: Dataset,
-    sampler: Iterable,
-    *,
-    batch_size: int,
-    workers: int,
-    pin_memory: bool,
-    drop_last: bool,
-    timeout: float = 0,
-) -> DataLoader:
+def build_loader(dataset: Dataset, sampler: Iterable, *, workers: int, timeout: float = 0, **settings) -> DataLoader:
     """Return a loader of (images (B, 3, H, W) or ImageBatch, labels (B,)), which leaves the random states alone.
 
-    timeout: seconds to wait for a batch of the workers before raising RuntimeError, 0 for ever.
+    timeout: seconds to wait for a batch of the workers before raising RuntimeError, 0 for ever. settings: DataLoader's
+    batch_size, pin_memory and drop_last.
     """
-    return TimedLoader(
-        dataset,
-        sampler=sampler,
-        batch_size=batch_size,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        drop_last=drop_last,
-        persistent_workers=workers > 0,
-        seconds=timeout,
-        collate_fn=collate,
-        worker_init_fn=loading_process,
-        generator=torch.Generator(),
-    )
+    settings |= dict(num_workers=workers, persistent_workers=workers > 0, worker_init_fn=loading_process)
+    settings |= dict(collate_fn=collate, generator=torch.Generator())
+    return TimedLoader(dataset, sampler=sampler, seconds=timeout, **settings)

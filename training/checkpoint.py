@@ -29,8 +29,9 @@ WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema")
 # Limits of what is read. A training state has about 50,000 pickled objects, of some 50 bytes each; configurations and
 # histories stay far below a string of that size; the header of the largest model here has 100 kB.
 MOST_OPCODES, MOST_STRING, MOST_HEADER = 2_000_000, 2**24, 2**24
-FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-DTYPES = FLOATS | {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+DTYPES = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+DTYPES |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool}
+STORAGES = ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
 SHOWN = 3  # names of each kind in an error's line
 
 
@@ -49,7 +50,7 @@ class _Dtype:
 
 
 def _scalar(dtype: _Dtype, data: bytes) -> int | float | bool:
-    """Stands in for numpy's function that makes a scalar."""
+    """Stand in for numpy's function that makes a scalar."""
     kind = np.dtype(dtype.text)
     if kind.kind not in "biuf" or len(data) != kind.itemsize:
         raise ValueError(f"a numpy scalar of type {kind} in {len(data)} bytes")
@@ -57,12 +58,7 @@ def _scalar(dtype: _Dtype, data: bytes) -> int | float | bool:
 
 
 class _Left:
-    """Stand in for objects that are of no use here (the log history in mmengine's files): whatever they hold is left
-    out.
-    """
-
-    def __new__(cls, *_):
-        return super().__new__(cls)
+    """Stand in for objects of no use here (the log history in mmengine's files), and omit whatever they hold."""
 
     def __init__(self, *_):
         pass
@@ -98,14 +94,8 @@ NAMES = {
     "torch._utils._rebuild_tensor",
     "torch._utils._rebuild_tensor_v2",
     "torch.storage.UntypedStorage",
-    *(
-        f"torch.{kind}Storage"
-        for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-    ),
-    *(
-        f"torch.{kind}"
-        for kind in ("float32", "float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-    ),
+    *(f"torch.{kind}Storage" for kind in STORAGES),
+    *map(str, DTYPES),
 }
 
 
@@ -122,9 +112,7 @@ class _Short:
 
 
 def _scan(file: BinaryIO, opcodes: int = 0) -> int:
-    """Refuse a pickle that names anything else, without executing it. Leaves the file behind it; counts its
-    operations.
-    """
+    """Refuse a pickle that names anything else, without executing it, read to its end; count its operations."""
     for opcode, argument, _ in pickletools.genops(_Short(file)):
         opcodes += 1
         if opcodes > MOST_OPCODES:
@@ -233,8 +221,7 @@ def _read_safetensors(path: Path, header: int) -> dict[str, Tensor]:
 
 
 class _Plain:
-    """Takes what a file gave apart: tensors become copies of their own, everything else plain values. Raises ValueError
-    for the rest.
+    """Copy the tensors of what a file gave, and make the rest plain values; raise ValueError for what is neither.
 
     Tensors that claim more than the file has (an expanded or shared storage) are refused before they are copied.
     """
@@ -288,10 +275,9 @@ class _Plain:
 
 
 def all_finite(value: Tensor) -> bool:
-    """Whether no element is infinite or not a number, in parts that need little memory."""
-    return not value.is_floating_point() or all(
-        bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(2**22)
-    )
+    """Return True if no element is infinite or not a number."""
+    parts = value.reshape(-1).split(2**22)  # which need little memory
+    return not value.is_floating_point() or all(bool(torch.isfinite(part).all()) for part in parts)
 
 
 # ---------------------------------------------------------------- weights

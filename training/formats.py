@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gvt import VARIANTS, Twins
 from training.errors import UserError
@@ -29,27 +29,15 @@ MMSEG = (
     ("blocks.*.*.mlp.fc2", "layers.*.*.ffn.layers.1"),
 )
 MMPRETRAIN = (
-    *(
-        (official, theirs.replace("layers", "stages", 1) if theirs.startswith("layers") else theirs)
-        for official, theirs in MMSEG
-    ),
+    *((official, re.sub("^layers", "stages", theirs)) for official, theirs in MMSEG),
     ("norm", "norm_after_stage3"),
     ("head", "head.fc"),
 )
 BACKBONE = "backbone."
 # What stands beside the backbone in files of segmentors and detectors.
-OTHER_PARTS = (
-    "neck.",
-    "decode_head.",
-    "auxiliary_head.",
-    "rpn_head.",
-    "roi_head.",
-    "bbox_head.",
-    "mask_head.",
-    "data_preprocessor.",
-)
-# What a network may lack: the classifier, the final norm (mmsegmentation's models), the norms after each stage (all but
-# dense SVT).
+HEADS = ("decode", "auxiliary", "rpn", "roi", "bbox", "mask")
+OTHER_PARTS = ("neck.", "data_preprocessor.", *(f"{kind}_head." for kind in HEADS))
+# What a network may lack: the classifier, the final norm (in mmsegmentation), the norms of stages (all but dense SVT).
 OPTIONAL = ("head.", "norm.", "norm_list.")
 # What the networks of a format never have.
 NOT_HELD = {"mmseg": ("head.",), "timm": ("norm_list.",), "hub": ("norm_list.",), "mmpretrain": ("norm_list.",)}
@@ -73,13 +61,13 @@ def to_official(state: Mapping[str, Tensor], *, source: str) -> tuple[dict[str, 
         backbone = {name: value for name, value in state.items() if not name.startswith(OTHER_PARTS)}
         state = _renamed(backbone, lambda name: name.removeprefix(BACKBONE), source=source)
     blocks = [found[0] for name in state if (found := re.match(r"(layers|stages|blocks)(?=\.[0-9]+\.[0-9]+\.)", name))]
-    usual = max(
-        set(blocks), key=blocks.count, default=None
-    )  # not the first: a strange name does not change how the others are read
-    if usual == "layers":
-        fmt, state = "mmseg", _renamed(_split(state), lambda name: _rename(name, _inverse(MMSEG)), source=source)
-    elif usual == "stages":
-        fmt, state = "mmpretrain", _renamed(state, lambda name: _rename(name, _inverse(MMPRETRAIN)), source=source)
+    # Not the first: a strange name does not change how the others are read.
+    usual = max(set(blocks), key=blocks.count, default="blocks")
+    if usual != "blocks":
+        fmt, rules = ("mmseg", MMSEG) if usual == "layers" else ("mmpretrain", MMPRETRAIN)
+        inverse = [(theirs, official) for official, theirs in rules]
+        state = _split(state) if fmt == "mmseg" else state
+        state = _renamed(state, lambda name: _rename(name, inverse), source=source)
     return dict(state), fmt, left_out
 
 
@@ -93,16 +81,12 @@ def from_official(
     where they lack what a classifier has and no_head is not given. no_head also leaves a classifier out.
     """
     variant = variant_of(state, source=source)
+    lacking = [what for what, part in (("classifier", "head"), ("final norm", "norm")) if f"{part}.weight" not in state]
     if fmt == "hub" and not VARIANTS[variant].timm:
-        raise UserError(f"timm has no {variant} ({source}): a hub folder is for timm, take another format")
-    if fmt == "hub" and "norm.weight" not in state:
-        raise UserError(
-            f"no final norm ({source}): a hub folder is for timm, whose model needs it, take another format"
-        )
+        raise UserError(f"timm has no {variant} ({source}): a hub folder is for timm, use another format")
+    if fmt == "hub" and "final norm" in lacking:
+        raise UserError(f"no final norm ({source}): a hub folder is for timm, which needs it, use another format")
     order = {name: rank for rank, name in enumerate(_shapes(variant))}
-    lacking = [
-        what for what, name in (("classifier", "head.weight"), ("final norm", "norm.weight")) if name not in state
-    ]
     if lacking and fmt != "mmseg" and not no_head:
         raise UserError(f"no {' and no '.join(lacking)} ({source}): give --no-head to write {fmt} weights without")
     absent = NOT_HELD.get(fmt, ()) + (("head.",) if no_head else ())
@@ -114,10 +98,7 @@ def from_official(
         held = {name: held[name] for name in sorted(held, key=_timm_rank)}
     elif fmt == "mmseg":
         if "norm.weight" in held:
-            notes.append(
-                "norm is kept, as mmsegmentation's own converter does, but its models have none: they load with "
-                "strict=False"
-            )
+            notes.append("norm is kept, as by mmsegmentation's converter; its models have none: load with strict=False")
         held = _renamed(_joined(held, source=source), lambda name: _rename(name, MMSEG), source=source)
     elif fmt == "mmpretrain":
         held = _renamed(held, _to_mmpretrain, source=source)
@@ -125,11 +106,9 @@ def from_official(
 
 
 def variant_of(state: Mapping[str, Tensor], *, source: str = "these weights") -> str:
-    """The key of gvt.VARIANTS whose network these official names and shapes are; any number of classes and of input
-    channels.
+    """Return the key of gvt.VARIANTS whose network has these official names and shapes; raise UserError if none has.
 
-    The classifier, the final norm and the norms after each stage may be absent as a whole. Raises UserError with what
-    is wrong.
+    Any number of classes and of input channels. The parts in OPTIONAL may be absent, each as a whole.
     """
     wrong = {}
     for key in VARIANTS:
@@ -144,19 +123,12 @@ def variant_of(state: Mapping[str, Tensor], *, source: str = "these weights") ->
         if not wrong[key]:
             return key
     nearest = min(wrong, key=lambda key: sum(map(len, wrong[key].values())))
-    parts = [
-        f"{len(names)} {kind} ({', '.join(name[:60] for name in names[:3])})" for kind, names in wrong[nearest].items()
-    ]
-    raise UserError(
-        f"these weights are no Twins ({source}): {nearest} is nearest, with {'; '.join(parts)}: is it the right file?"
-    )
+    first = {kind: ", ".join(name[:60] for name in names[:3]) for kind, names in wrong[nearest].items()}
+    parts = "; ".join(f"{len(wrong[nearest][kind])} {kind} ({names})" for kind, names in first.items())
+    raise UserError(f"these weights are no Twins ({source}): {nearest} is nearest, with {parts}: is it the right file?")
 
 
 # ---------------------------------------------------------------- names
-
-
-def _inverse(rules: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(new, old) for old, new in rules]
 
 
 def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
@@ -171,7 +143,7 @@ def _rename(name: str, rules: Iterable[tuple[str, str]]) -> str:
 
 
 def _renamed(state: Mapping[str, Tensor], rename: Callable[[str], str], *, source: str) -> dict[str, Tensor]:
-    """The same tensors by other names, in the same order."""
+    """Return the same tensors by other names, in the same order."""
     new = {}
     for old, value in state.items():
         name = rename(old)
@@ -186,9 +158,7 @@ def _to_mmpretrain(name: str) -> str:
 
 
 def _timm_rank(name: str) -> tuple[int, ...]:
-    """The rank of an official name in timm's order. Names of equal rank keep their order, which is timm's within a
-    module.
-    """
+    """Return the rank of an official name in timm's order; equal ranks, of one module, are in timm's order already."""
     part, *rest = name.split(".")
     rank = (TIMM_ORDER.index(part),)
     return (*rank, int(rest[0]), int(rest[1]), TIMM_BLOCK_ORDER.index(rest[2])) if part == "blocks" else rank
@@ -209,10 +179,8 @@ def _joined(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
             if module == "q":
                 kv = state[f"{block}.attn.kv.{kind}"]
                 if kv.dtype != value.dtype:
-                    raise UserError(
-                        f"q and kv differ in type ({source}, {name}): {value.dtype} and {kv.dtype} do not fit in one "
-                        "tensor"
-                    )
+                    types = f"{value.dtype} and {kv.dtype} do not fit in one tensor"
+                    raise UserError(f"q and kv differ in type ({source}, {name}): {types}")
                 name, value = f"{block}.attn.attn.in_proj_{kind}", torch.cat([value, kv])
             elif module == "kv":
                 continue
@@ -223,9 +191,7 @@ def _joined(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
 
 
 def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of _joined, for names with any front. in_proj_*: (3C, ...) -> q (C, ...) and kv (2C, ...), tensors of
-    their own.
-    """
+    """Invert _joined, for names with any front. in_proj_*: (3C, ...) -> q (C, ...) and kv (2C, ...), both copied."""
     split = {}
     for name, value in state.items():
         block, found, leaf = name.rpartition(".attn.attn.")
@@ -245,19 +211,15 @@ def _split(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @functools.cache
 def _shapes(key: str) -> dict[str, torch.Size]:
-    """Official names, in the order of registration, and shapes of a network with every part that it can have."""
+    """Return official names, in the order of registration, and shapes of a network with every part it can have."""
     with torch.device("meta"):
         model = Twins(VARIANTS[key])
-        norms = {
-            f"norm_list.{stage}.{kind}": torch.empty(dim)
-            for stage, dim in enumerate(VARIANTS[key].dims)
-            for kind in ("weight", "bias")
-        }
-    return {name: value.shape for name, value in (model.state_dict() | norms).items()}
+        model.norm_list = nn.ModuleList(map(nn.LayerNorm, VARIANTS[key].dims))
+    return {name: value.shape for name, value in model.state_dict().items()}
 
 
 def _expected(key: str, state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    """The shapes of a variant with the optional parts, the classes and the input channels of `state`."""
+    """Return the shapes of a variant with the optional parts, the classes and the input channels of `state`."""
     absent = tuple(part for part in OPTIONAL if not any(name.startswith(part) for name in state))
     shapes = {name: shape for name, shape in _shapes(key).items() if not name.startswith(absent)}
     for names, axis in ((("head.weight", "head.bias"), 0), (("patch_embeds.0.proj.weight",), 1)):

@@ -127,48 +127,17 @@ def get_parser() -> argparse.ArgumentParser:
     add("--throughout", "--throughput", action="store_true", help="time inference in images per second, and exit")
 
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        default="alt_gvt_small",
-        metavar="NAME",
-        help="a name of gvt.py, or any that timm knows (%(default)s)",
-    )
+    add("--model", default="alt_gvt_small", metavar="NAME", help="a model of gvt.py or timm (%(default)s)")
     add("--input-size", type=pixels, default=224, metavar="PIXELS", help="side of an image (%(default)s)")
     add("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
-    add(
-        "--drop-path",
-        type=probability,
-        default=0.1,
-        metavar="P",
-        help="stochastic depth of the last block (%(default)s)",
-    )
-    add(
-        "--finetune",
-        type=path,
-        default="",
-        metavar="FILE",
-        help="start from these weights; a head of another size is reinitialized",
-    )
+    add("--drop-path", type=probability, default=0.1, metavar="P", help="stochastic depth, last block (%(default)s)")
+    add("--finetune", type=path, default="", metavar="FILE", help="start from weights; a head of another size is reset")
     parts = dict(nargs="?", const="block", default=False, choices=("block", "mlp"))
-    add(
-        "--grad-checkpointing",
-        **parts,
-        help="recompute activations in the backward pass: less memory; mlp: of the MLPs alone",
-    )
+    add("--grad-checkpointing", **parts, help="recompute activations to save memory; mlp: of the MLPs alone")
     add("--channels-last", action="store_true", help="images and weights in channels-last memory format")
-    add("--torchcompile", nargs="?", const="inductor", default=None, metavar="BACKEND", help="compile the model")
-    add(
-        "--model-ema",
-        action="store_true",
-        help="keep and evaluate a moving average of the weights too; --eval: score it",
-    )
-    add(
-        "--model-ema-decay",
-        type=probability,
-        default=0.9998,
-        metavar="D",
-        help="of the average, per step (%(default)s)",
-    )
+    add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
+    add("--model-ema", action="store_true", help="keep and score a moving average of the weights too")
+    add("--model-ema-decay", type=probability, default=0.9998, metavar="D", help="of --model-ema (%(default)s)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=positive, default=64, metavar="N", help="images per process and step (%(default)s)")
@@ -176,42 +145,26 @@ def get_parser() -> argparse.ArgumentParser:
     add("--epochs", type=positive, default=300, metavar="N", help="(%(default)s)")
     add("--opt", default="adamw", metavar="NAME", help="an optimizer of timm (%(default)s)")
     add("--opt-eps", type=above_zero, default=1e-8, metavar="E", help="(%(default)s)")
-    add("--opt-betas", type=probability, default=None, nargs="+", metavar="B", help="(the optimizer's own)")
+    add("--opt-betas", type=probability, nargs="+", metavar="B", help="(the optimizer's own)")
     add(
-        "--clip-grad",
-        type=amount,
-        default=5.0,
-        metavar="NORM",
-        help="largest gradient norm, 0 for no limit (%(default)s)",
+        "--clip-grad", type=amount, default=5.0, metavar="NORM", help="largest gradient norm, 0: no limit (%(default)s)"
     )
     add("--momentum", type=probability, default=0.9, metavar="M", help="for optimizers that have one (%(default)s)")
     add("--weight-decay", type=amount, default=0.05, metavar="W", help="(%(default)s)")
     amp = ("float16", "bfloat16", "float32")
-    add("--amp-dtype", choices=amp, default=None, help="precision of the forward pass (CUDA: float16, CPU: float32)")
+    add("--amp-dtype", choices=amp, help="precision of the forward pass (CUDA: float16, CPU: float32)")
 
     add = parser.add_argument_group("learning rate, set after each epoch").add_argument
     add("--sched", default="cosine", metavar="NAME", help="a schedule of timm (%(default)s)")
     add("--lr", type=amount, default=5e-4, help="for a global batch of 512; scaled in proportion (%(default)s)")
-    add("--lr-noise", type=amount, nargs="+", default=None, metavar="F", help="on and off points, fractions of the run")
+    add("--lr-noise", type=amount, nargs="+", metavar="F", help="on and off points, fractions of the run")
     add("--lr-noise-pct", type=above_zero, default=0.67, metavar="F", help="(%(default)s)")
     add("--lr-noise-std", type=amount, default=1.0, metavar="S", help="(%(default)s)")
     add("--warmup-lr", type=amount, default=1e-6, metavar="LR", help="not scaled (%(default)s)")
     add("--min-lr", type=amount, default=1e-5, metavar="LR", help="not scaled (%(default)s)")
-    add(
-        "--warmup-epochs",
-        type=count,
-        default=5,
-        metavar="N",
-        help="any but 0 spends two epochs at --warmup-lr (%(default)s)",
-    )
+    add("--warmup-epochs", type=count, default=5, metavar="N", help="unless 0, two at --warmup-lr (%(default)s)")
     add("--decay-epochs", type=above_zero, default=30, metavar="N", help="for --sched step (%(default)s)")
-    add(
-        "--cooldown-epochs",
-        type=count,
-        default=10,
-        metavar="N",
-        help="without effect, as in the official code (%(default)s)",
-    )
+    add("--cooldown-epochs", type=count, default=10, metavar="N", help="without effect, as officially (%(default)s)")
     add("--patience-epochs", type=count, default=10, metavar="N", help="for --sched plateau (%(default)s)")
     add("--decay-rate", "--dr", type=amount, default=0.1, metavar="R", help="for --sched step (%(default)s)")
 
@@ -220,128 +173,49 @@ def get_parser() -> argparse.ArgumentParser:
     add("--aa", default="rand-m9-mstd0.5-inc1", metavar="POLICY", help="timm's policy, '' for none (%(default)s)")
     add("--fast-augment", action="store_true", help="RandAugment on the device: as drawn for --aa, rounded otherwise")
     add("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
-    add(
-        "--train-interpolation",
-        default="bicubic",
-        choices=("random", "bilinear", "bicubic", "lanczos"),
-        help="(%(default)s)",
-    )
-    add(
-        "--repeated-aug",
-        action="store_true",
-        dest="repeated_aug",
-        default=False,
-        help="each image three times an epoch",
-    )
+    kinds = ("random", "bilinear", "bicubic", "lanczos")
+    add("--train-interpolation", default="bicubic", choices=kinds, help="(%(default)s)")
+    add("--repeated-aug", action="store_true", help="each image three times an epoch")
     add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="(default)")
     add("--reprob", type=probability, default=0.25, metavar="P", help="of random erasing (%(default)s)")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="(%(default)s)")
     add("--recount", type=positive, default=1, metavar="N", help="(%(default)s)")
     add("--resplit", action="store_true", help="refused: never had an effect")
     add("--hflip", type=probability, default=0.5, metavar="P", help="of a horizontal flip (%(default)s)")
-    add(
-        "--scale",
-        type=amount,
-        nargs=2,
-        default=(0.08, 1.0),
-        metavar=("MIN", "MAX"),
-        help="area of a random crop %(default)s",
-    )
-    add(
-        "--ratio",
-        type=amount,
-        nargs=2,
-        default=(3 / 4, 4 / 3),
-        metavar=("MIN", "MAX"),
-        help="its width to height (3/4, 4/3)",
-    )
+    bounds = dict(type=amount, nargs=2, metavar=("MIN", "MAX"))
+    add("--scale", **bounds, default=(0.08, 1.0), help="area of a random crop %(default)s")
+    add("--ratio", **bounds, default=(3 / 4, 4 / 3), help="its width to height (3/4, 4/3)")
     add("--mixup", type=amount, default=0.8, metavar="ALPHA", help="0 for none (%(default)s)")
     add("--cutmix", type=amount, default=1.0, metavar="ALPHA", help="0 for none (%(default)s)")
-    add("--cutmix-minmax", type=amount, nargs="+", default=None, metavar="F", help="overrides --cutmix and sets it on")
+    add("--cutmix-minmax", type=amount, nargs="+", metavar="F", help="overrides --cutmix and sets it on")
     add("--mixup-prob", type=probability, default=1.0, metavar="P", help="of either (%(default)s)")
-    add(
-        "--mixup-switch-prob",
-        type=probability,
-        default=0.5,
-        metavar="P",
-        help="of cutmix where both are on (%(default)s)",
-    )
+    add("--mixup-switch-prob", type=probability, default=0.5, metavar="P", help="of cutmix beside mixup (%(default)s)")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="(%(default)s)")
 
     add = parser.add_argument_group("data").add_argument
     default = "/datasets01/imagenet_full_size/061417/"
-    add(
-        "--data-path",
-        type=path,
-        default=default,
-        metavar="FOLDER",
-        help="with train/CLASS/* and val/CLASS/* (%(default)s)",
-    )
-    add(
-        "--data-set",
-        default="IMNET",
-        choices=("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19"),
-        help="CIFAR is CIFAR-100",
-    )
+    add("--data-path", type=path, default=default, metavar="FOLDER", help="of train/CLASS/*, val/CLASS/* (%(default)s)")
+    sets = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19")
+    add("--data-set", default="IMNET", choices=sets, help="CIFAR is CIFAR-100 (%(default)s)")
     inat = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
     add("--inat-category", default="name", choices=inat, help="what iNaturalist's classes are (%(default)s)")
     add("--use-mcloader", action="store_true", help="refused: a cache of one cluster")
-    add(
-        "--num_workers",
-        type=count,
-        default=10,
-        metavar="N",
-        help="per process; if not given: at most its share of cores",
-    )
-    add("--pin-mem", action="store_true", dest="pin_mem", default=True, help="(default)")
+    add("--num_workers", type=count, default=10, metavar="N", help="per process (%(default)s, or fewer cores)")
+    add("--pin-mem", action="store_true", default=True, help="(default)")
     add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU")
-    add(
-        "--eval-crop-ratio",
-        type=share,
-        default=0.875,
-        metavar="F",
-        help="of the resized side in evaluation (%(default)s)",
-    )
+    add("--eval-crop-ratio", type=share, default=0.875, metavar="F", help="share of the resized side (%(default)s)")
     add("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=path, default="", metavar="FOLDER", help="of a training run (./MODEL)")
     add("--overwrite", action="store_true", help="start in a folder that holds a run, and replace that run")
-    what = (
-        "a checkpoint to continue, or auto: the newest whole one of the output folder; with --eval, weights to evaluate"
-    )
+    what = "a checkpoint to continue, or auto: the output folder's newest whole one; with --eval, weights to evaluate"
     add("--resume", type=path, default="", metavar="FILE", help=what)
-    add(
-        "--resume-changed",
-        action="store_true",
-        help="continue although model settings, data or recipe differ from the stored ones",
-    )
-    add(
-        "--checkpoint-interval",
-        type=count,
-        default=0,
-        metavar="N",
-        help="save every N updates inside an epoch too (0: never)",
-    )
-    add(
-        "--checkpoint-hist",
-        type=positive,
-        default=2,
-        metavar="N",
-        help="checkpoints to keep beside the best (%(default)s)",
-    )
-    add(
-        "--keep-going",
-        action="store_true",
-        help="go on where a checkpoint cannot be written, and try again with the next",
-    )
-    add(
-        "--report",
-        type=path,
-        default="",
-        metavar="FILE",
-        help="list in JSON which weights were loaded and which do not fit",
-    )
+    add("--resume-changed", action="store_true", help="continue although model, data or recipe differ from the stored")
+    add("--checkpoint-interval", type=count, default=0, metavar="N", help="save every N updates too (0: never)")
+    add("--checkpoint-hist", type=positive, default=2, metavar="N", help="kept beside the best (%(default)s)")
+    add("--keep-going", action="store_true", help="go on if a checkpoint cannot be written, retry with the next")
+    add("--report", type=path, default="", metavar="FILE", help="list which weights fit, in JSON")
     add("--start_epoch", type=count, default=0, metavar="N", help="(%(default)s)")
     add("--seed", type=seed, default=0, metavar="N", help="(%(default)s)")
     add("--deterministic", action="store_true", help="the same bits every time on a GPU too, at some cost in speed")
@@ -352,7 +226,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dist-timeout", type=seconds, default=1800, metavar="S", help=note)
     note = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
     add("--loader-timeout", type=wait, default=1800, metavar="S", help=note)
-    add("--local-rank", type=int, default=None, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
+    add("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
     return parser
 
 

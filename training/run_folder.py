@@ -7,24 +7,13 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from training import files
 from training.errors import Preempted, UserError
-from training.files import (
-    BEST,
-    CHECKPOINT,
-    LOG,
-    STATUS,
-    Lock,
-    in_use,
-    older_checkpoints,
-    remove_unfinished,
-    this_process,
-    write_text,
-)
 from training.processes import explain, is_lost_process
 from utils import all_gather, in_main_process, is_main_process, warn
 
 NON_FINITE = "non_finite.json"  # which images a step had whose loss was not finite
-RUN_FILES = (CHECKPOINT, BEST, LOG)  # a folder with one of them holds a run
+RUN_FILES = (files.CHECKPOINT, files.BEST, files.LOG)  # a folder with one of them holds a run
 
 
 def now() -> str:
@@ -39,13 +28,13 @@ class Status:
     """
 
     def __init__(self, folder: Path, started: str):
-        self.path, self.started, self.progress = Path(folder) / STATUS, started, {"epoch": -1, "updates": 0}
+        self.path, self.started, self.progress = Path(folder) / files.STATUS, started, {"epoch": -1, "updates": 0}
 
     def write(self, state: str, reason: str = "") -> None:
         record = {"state": state, "reason": reason, **self.progress}
-        record |= {"by": this_process(), "started": self.started, "time": now()}
+        record |= {"by": files.this_process(), "started": self.started, "time": now()}
         with contextlib.suppress(OSError):  # a full disk has an error of its own, which comes first
-            write_text(self.path, json.dumps(record, indent=1) + "\n")
+            files.write_text(self.path, json.dumps(record, indent=1) + "\n")
 
     def fail(self, reason: str, *, echo: bool = False) -> None:
         if not (echo and self.has_failed()):
@@ -101,30 +90,30 @@ class RunFolder:
     def _open(self, records: dict[str, object]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = Lock(self.path)
+            self.lock = files.Lock(self.path)
             if self.lock.taken_by is None:
-                remove_unfinished(self.path)
+                files.remove_unfinished(self.path)
         except OSError as error:
             raise UserError(f"cannot make the folder (--output_dir {self.path}): {error.strerror}") from error
         if self.lock.taken_by is not None:
-            raise UserError(in_use(self.path, self.lock.taken_by))
+            raise UserError(files.in_use(self.path, self.lock.taken_by))
         if self.overwrite and not self.resumed:
-            for path in [*(self.path / name for name in RUN_FILES), *older_checkpoints(self.path)]:
+            for path in [*(self.path / name for name in RUN_FILES), *files.older_checkpoints(self.path)]:
                 path.unlink(missing_ok=True)
         for name, record in records.items():
             self.write(name, json.dumps(record, indent=1) + "\n")
 
     def write(self, name: str, text: str) -> None:
         try:
-            write_text(self.path / name, text)
+            files.write_text(self.path / name, text)
         except OSError as error:
             advice = "make room and continue with --resume auto"
             raise UserError(f"cannot write ({self.path / name}): {error.strerror}; {advice}") from error
 
     def write_log(self, line: dict) -> None:
         """Write one JSON line for each epoch: an epoch that was logged before a restart is not logged twice."""
-        lines = [earlier for earlier in log_lines(self.path / LOG) if earlier["epoch"] < line["epoch"]]
-        self.write(LOG, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
+        lines = [earlier for earlier in log_lines(self.path / files.LOG) if earlier["epoch"] < line["epoch"]]
+        self.write(files.LOG, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
 
     def attempt(self, write: Callable[[], None]) -> bool:
         """Let the main process write. Return True if it could; a UserError is raised in all processes, or a warning."""

@@ -110,9 +110,8 @@ class TrainingState:
             another_run = resume.changes(resume.stored_recipe(file.payload), self.recipe)
         if another_run:
             return
-        kinds = {kind: names for kind, names in checkpoint.differences(self.model, file.weights()).items() if names}
-        if kinds:
-            counts = ", ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
+        kinds = checkpoint.differences(self.model, file.weights()).items()
+        if counts := ", ".join(f"{len(names)} {kind}" for kind, names in kinds if names):
             raise UserError(f"corrupt weights ({file.source}): {counts}")
         with must_fit(file.source):
             resume.optimizer_state(file.payload, self.model)
@@ -147,18 +146,16 @@ class TrainingState:
             if payload.get("scaler") and self.scaler.is_enabled():
                 resume.check_scale(payload["scaler"])
                 self.scaler.load_state_dict(payload["scaler"])
-            self.epoch, self.best, self.progress = (
-                payload["epoch"],
-                payload.get("max_accuracy", 0.0),
-                payload.get("progress"),
-            )
+            self.epoch, self.best = payload["epoch"], payload.get("max_accuracy", 0.0)
             self.evaluated, self.train_stats = bool(payload.get("evaluated", True)), payload.get("train_stats") or {}
+            self.progress = payload.get("progress")
             self.set_rates([group["lr"] for group in groups] if "recipe" in payload and not changed else None)
-            if self.progress and self.progress["updates"] > self.updates_per_epoch:
-                updates = f"{self.progress['updates']} updates of an epoch"
-                raise ValueError(f"{updates} that has {self.updates_per_epoch} here")
-            if self.progress:  # in batches of this process, which may be another share of the global batch than before
-                self.progress["batches"] = self.progress["updates"] * self.args.grad_accum_steps
+            if self.progress:
+                updates = self.progress["updates"]
+                if updates > self.updates_per_epoch:
+                    raise ValueError(f"{updates} updates of an epoch that has {self.updates_per_epoch} here")
+                # In batches of this process, which may be another share of the global batch than before.
+                self.progress["batches"] = updates * self.args.grad_accum_steps
             self.restore_random(payload.get("random_states") or [], threads=payload.get("threads"))
 
     def set_rates(self, stored: list[float] | None) -> None:

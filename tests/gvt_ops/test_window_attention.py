@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT
+from exact import reference
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gvt
 from gvt_ops import accelerate, window_attention
-from gvt_ops.window_attention import attend_in_windows, reference, unsupported_reason
+from gvt_ops.window_attention import attend_in_windows, unsupported_reason
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])

@@ -10,6 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import golden_images, golden_weights
+from exact import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,6 @@ from gvt_ops.window_attention import (
     attend_in_windows_backward,
     from_windows,
     real_keys,
-    reference,
     to_windows,
 )
 
