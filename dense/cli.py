@@ -130,7 +130,7 @@ def configure(args, library: str):
     try:
         cfg.merge_from_dict(key_values(args.options, "--options") | key_values(args.cfg_options, "--cfg-options"))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise UserError(f"no such key in the config (--cfg-options): {str(error).strip()}") from None
+        raise UserError(f"no such key in the config (--options, --cfg-options): {str(error).strip()}") from None
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
     for line in adapt_to_machine(cfg):
@@ -165,6 +165,8 @@ def run_training(args, library: str) -> None:
     if args.resume_from and args.load_from:
         raise UserError("both --resume-from (continue a run) and --load-from (start a new one): pass one of them")
     libraries.load(library)
+    from mmengine.runner import find_latest_checkpoint
+
     from dense.checks import check_batch, check_data, check_pretrained
     from training import checkpoint
 
@@ -176,6 +178,8 @@ def run_training(args, library: str) -> None:
     cfg.randomness = dict(seed=args.seed, deterministic=args.deterministic)
     cfg.resume = bool(args.resume_from or cfg.get("resume"))
     cfg.load_from = args.resume_from or args.load_from or cfg.get("load_from")
+    if cfg.resume and not cfg.load_from:  # mmengine would find it too, but only after the seed is drawn
+        cfg.load_from = find_latest_checkpoint(cfg.work_dir)
     payload = {}
     if cfg.load_from:
         payload = checkpoint.load(cfg.load_from)
@@ -245,6 +249,8 @@ def all_or_nothing(folder: Path) -> Iterator[None]:
             for path in unfinished(folder).iterdir():
                 path.replace(folder / path.name)
     except OSError as error:
+        if error.filename and unfinished(folder).name not in str(error.filename):  # of something else
+            raise
         raise UserError(f"cannot write the labels ({folder}): {error.strerror or error}; pass another --out") from error
     finally:
         if first:

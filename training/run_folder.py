@@ -50,7 +50,7 @@ class Status:
 
 
 class RunFolder:
-    """The folder of a run. Every process must make one and call its methods; the main process writes.
+    """The folder of a run. Every process must make one, and call open and attempt; the main process writes.
 
     overwrite: replace a run that the folder holds. keep_going: a file that cannot be written is a warning.
     """

@@ -124,7 +124,7 @@ class TrainingState:
         log(f"resume: weights only in {file.source}, the schedule starts at epoch {self.args.start_epoch}")
 
     def load(self, file: Checkpoint) -> None:
-        """Resume from a training state. Everything is checked before anything is changed."""
+        """Resume from a training state; raise UserError if it does not fit, and the run then must not go on."""
         payload, source = file.payload, file.source
         resume.check_complete(file)
         with must_fit(source):
@@ -183,7 +183,7 @@ class TrainingState:
 
 
 class CheckpointManager:
-    """Save a run's state into its folder and resume it from there. Every process must call its methods."""
+    """Save a run's state into its folder and resume it from there. Every process must call save and resume."""
 
     def __init__(self, state: TrainingState, folder: RunFolder, signals: StopSignals):
         self.state, self.folder, self.signals = state, folder, signals

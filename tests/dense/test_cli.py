@@ -248,23 +248,22 @@ def test_a_score(trained, segmentor, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_resumed_training_has_the_same_bits(trained, segmentor, tmp_path):
-    """For 0 and 2 workers; and the text of a config inside the file does not run."""
+    """For 0 and 2 workers, and by resume=True in the config; the text of a config inside the file does not run."""
     folder, _ = trained
     payload = checkpoint.load(str(folder / "iter_2.pth"))
     text = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
     payload["meta"] |= {"cfg": text, "config": text}
     checkpoint.save(tmp_path / "iter_2.pth", payload)
-    for workers in (0, 2):
-        words = [
-            "--resume-from",
-            "iter_2.pth",
-            "--work-dir",
-            f"run{workers}",
-            "--cfg-options",
-            f"train_dataloader.num_workers={workers}",
-        ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last_checkpoint").write_text(str(tmp_path / "iter_2.pth"))
+    for workers, work_dir, words in (
+        (0, "run0", ["--resume-from", "iter_2.pth", "--cfg-options"]),
+        (2, "run2", ["--resume-from", "iter_2.pth", "--cfg-options"]),
+        (0, "run", ["--cfg-options", "resume=True"]),
+    ):
+        words = ["--work-dir", work_dir, *words, f"train_dataloader.num_workers={workers}"]
         ok(run([*python("mmseg", "train"), segmentor, *words], tmp_path))
-        assert same_weights(folder / "iter_4.pth", tmp_path / f"run{workers}" / "iter_4.pth")
+        assert same_weights(folder / "iter_4.pth", tmp_path / work_dir / "iter_4.pth")
     assert not (tmp_path / "ran").exists()
     assert not same_weights_but_iter(folder / "iter_2.pth", folder / "iter_4.pth")
 
