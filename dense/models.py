@@ -4,7 +4,7 @@ from gvt import VARIANTS
 
 
 def backbone(variant: str, **options) -> dict:
-    """The variant with its classification weights. options: those of dense.backbone.TwinsBackbone that differ."""
+    """Return a backbone with its classification weights. options: those of TwinsBackbone that differ."""
     return dict(variant=variant, pretrained=f"pretrained/{variant}.pth") | options
 
 
@@ -18,7 +18,7 @@ def upernet(variant: str, *, num_classes: int = 150, **options) -> dict:
 
 
 def with_fpn(variant: str, **options) -> dict:
-    """Semantic FPN, RetinaNet and Mask R-CNN: only the neck sees the backbone's maps."""
+    """Return what Semantic FPN, RetinaNet and Mask R-CNN share: only the neck sees the backbone's maps."""
     return dict(backbone=backbone(variant, **options), neck=dict(in_channels=list(VARIANTS[variant].dims)))
 
 
@@ -26,7 +26,7 @@ def with_fpn(variant: str, **options) -> dict:
 
 
 def step_schedule(*, epochs: int, milestones: list[int], warmup: int = 500) -> list[dict]:
-    """A detector's: linear warm-up from a thousandth in `warmup` iterations, then a tenth at each milestone (epochs).
+    """Return a detector's: linear warm-up from 1/1000 in `warmup` iterations, then a tenth at each milestone (epochs).
 
     mmengine's schedules take end - begin - 1 steps, hence the end of the first.
     """
@@ -39,7 +39,7 @@ def step_schedule(*, epochs: int, milestones: list[int], warmup: int = 500) -> l
 def poly_schedule(
     *, iterations: int, power: float = 1.0, eta_min: float = 0.0, warmup: int = 0, start_factor: float = 1e-6
 ) -> list[dict]:
-    """A segmentor's: (1 - i / iterations)^power from the rate to eta_min, times a linear warm-up. Ends as above."""
+    """Return a segmentor's: (1 - i / iterations)^power down to eta_min, times a linear warm-up. Ends as above."""
     line = [dict(type="LinearLR", start_factor=start_factor, by_epoch=False, begin=0, end=warmup + 1)] if warmup else []
     return [*line, dict(type="PolyLR", power=power, eta_min=eta_min, by_epoch=False, begin=0, end=iterations + 1)]
 
@@ -48,13 +48,13 @@ def poly_schedule(
 
 
 def train_loader(batch_size: int, workers: int, **dataset) -> dict:
-    """Batches in one random order after another, without an end."""
+    """Return batches in one random order after another, without an end."""
     sampler = dict(type="InfiniteSampler", shuffle=True)
     return dict(batch_size=batch_size, num_workers=workers, persistent_workers=True, sampler=sampler, dataset=dataset)
 
 
 def eval_loader(workers: int, **dataset) -> dict:
-    """One image at a time, in order."""
+    """Return one image at a time, in order."""
     sampler = dict(type="DefaultSampler", shuffle=False)
     return dict(batch_size=1, num_workers=workers, persistent_workers=True, sampler=sampler, dataset=dataset)
 

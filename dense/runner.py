@@ -107,7 +107,7 @@ class TwinsRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        """As mmengine's, with checked data; augmentation is seeded by progress, and an empty data set is an error."""
+        """Build as mmengine does, with checked data, augmentation seeded by progress, and an error for an empty set."""
         if isinstance(dataloader, DataLoader):
             return dataloader
         dataloader = with_checks(copy.deepcopy(dataloader), DefaultScope.get_current_instance().scope_name)

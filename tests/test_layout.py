@@ -31,7 +31,7 @@ ARROWS = {
     "losses": {"gvt_ops/__init__", "training/errors", "training/options"},
     "training/processes": {"training/errors", "training/launcher", "utils"},
     "training/augment": set(),  # what a device does to a batch, drawn in training/batches
-    "training/batches": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes", "utils"},
+    "training/batches": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes"},
     "training/formats": {"gvt", "training/errors"},
     "training/checkpoint": {"training/errors", "training/files", "training/formats", "utils"},
     "training/resume": {"training/checkpoint", "training/errors"},

@@ -162,7 +162,7 @@ def contrast(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def sharpness(x: Tensor, factor: Tensor) -> Tensor:
-    """The smooth image has each pixel five times and its neighbors once; the border is left as it is."""
+    """Blend with a smooth image: each pixel five times, its neighbors once; the border stays as it is."""
     smooth, inside = x.float(), (..., slice(1, -1), slice(1, -1))
     total = F.avg_pool2d(smooth, 3, stride=1, divisor_override=1) + 4 * smooth[inside]
     smooth = smooth.clone()

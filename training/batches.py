@@ -26,7 +26,6 @@ from torchvision import transforms
 from training import augment
 from training.errors import UserError
 from training.processes import loading_process, time_limit
-from utils import get_random_state, set_random_state
 
 # ---------------------------------------------------------------- one image
 
@@ -197,13 +196,17 @@ def seed_by(key: Sequence[int]) -> None:
 @contextlib.contextmanager
 def seeded(*key: int) -> Iterator[None]:
     """Seed Python, numpy and torch by `key`; in the training process, restore their states afterwards."""
-    state = get_random_state() if get_worker_info() is None else None
+    states = None
+    if get_worker_info() is None:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed_by(key)
     try:
         yield
     finally:
-        if state is not None:
-            set_random_state(state)
+        if states is not None:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 class SeededDataset(Dataset):

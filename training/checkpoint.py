@@ -316,7 +316,7 @@ class Checkpoint:
 
     @property
     def class_names(self) -> list[str] | None:
-        """The names of a classifier's outputs in their order, None if the file does not hold them."""
+        """Return the names of a classifier's outputs in their order, None if the file does not hold them."""
         names = self.payload.get("class_names")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise UserError(f"not a training state ({self.source}): its class names are no list of names")

@@ -14,7 +14,7 @@ LAST_SECONDS = 4.0  # that a process without its launcher has for saving
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun) started this process."""
+    """Return True if a launcher (torchrun) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 

@@ -49,9 +49,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def numbers(kind: type, says: str, test: Callable[[float], bool]) -> Callable[[str], float]:
-    """The type of an option: a number of `kind` that passes `test`, which `says` describes. Not a number and infinity
-    pass none.
-    """
+    """Return an option's type: finite numbers of `kind` that pass `test`, which `says` describes."""
 
     def number(text: str) -> float:
         try:
@@ -66,7 +64,7 @@ def numbers(kind: type, says: str, test: Callable[[float], bool]) -> Callable[[s
 
 
 def path(text: str) -> str:
-    """The type of an option that names a file or folder."""
+    """Return the name of a file or folder; raise ArgumentTypeError if it cannot be one."""
     if (
         "\0" in text
         or (not text.startswith("https://") and max(len(os.fsencode(part)) for part in text.split("/")) > 255)
@@ -113,7 +111,7 @@ class Options(argparse.Namespace):
 
     @property
     def workers(self) -> int:
-        """As given; else the official 10, but at most this process's share of the machine's cores."""
+        """Return the number given; else the official 10, but at most this process's share of the machine's cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return self.num_workers if "num_workers" in self.given else min(self.num_workers, max(share, 1))
