@@ -33,6 +33,7 @@ from torch import nn
 
 import engine
 from datasets import build_transform, read_image
+from gvt_ops import accelerate
 from tools.count import side
 from tools.measurement import columns, environment, quartiles, run_rounds, text_table, write_record
 from training import options
@@ -157,7 +158,7 @@ def measure_loop(args: argparse.Namespace) -> dict:
     # For all, as main.py does: otherwise the bare step waits for the kernel's pages.
     keep_freed_memory()
     torch.manual_seed(0)
-    model = timm.create_model(args.model, num_classes=100)
+    model = accelerate(timm.create_model(args.model, num_classes=100))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
     shape = args.batch_size, 3, args.size, args.size
     batches = [(torch.randn(shape), torch.randint(100, shape[:1])) for _ in range(args.steps)]

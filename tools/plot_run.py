@@ -16,6 +16,7 @@ import torch
 from matplotlib.figure import Figure, SubFigure
 
 import datasets
+from gvt_ops import accelerate
 from tools.plot_logs import plot, read_log, tidy
 from training.checkpoint import Checkpoint
 from training.errors import exit_code
@@ -30,7 +31,7 @@ def predict(folder: Path, data_path: str, images: int) -> list[tuple[np.ndarray,
     file = Checkpoint.open(folder / "checkpoint_best.pth")
     args = argparse.Namespace(**file.payload["args"] | {"data_path": data_path})
     classes = file.class_names
-    model = timm.create_model(args.model, num_classes=len(classes)).eval()
+    model = accelerate(timm.create_model(args.model, num_classes=len(classes))).eval()
     file.load_into(model)
     dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args), classes=classes)
     chosen = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int)

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from gvt_ops import accelerate
 from tools.count import count
 from tools.measurement import environment, progress, run_rounds, seconds, write_record
 from tools.readme_tables import markdown
@@ -115,7 +116,7 @@ def time_steps(rank: int, processes: int, args: argparse.Namespace, batches: dic
     meeting = f"file://{folder}/meet"
     dist.init_process_group("nccl" if cuda else "gloo", init_method=meeting, rank=rank, world_size=processes)
     torch.manual_seed(0)
-    plain = timm.create_model(args.model).to(device).train()
+    plain = accelerate(timm.create_model(args.model)).to(device).train()
     wrapped = torch.nn.parallel.DistributedDataParallel(plain, device_ids=[rank] if cuda else None)
     optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
 
