@@ -34,7 +34,8 @@ BATCH = 32  # does not divide 1,000: the last batch is smaller
 WORLD = 3  # divides neither 1,000 nor 50,000: the shares differ in size
 COUNTS = ("count", "correct1", "correct5")
 LOSS_BOUND = 1e-6
-# Measured earlier for this network on 1,000 images, one of each class, in full resolution: see logs/evaluation/README.md.
+# Measured earlier for this network on 1,000 images, one of each class, in full resolution: see
+# logs/evaluation/README.md.
 REFERENCE = {"count": 1000, "acc1": 88.8, "acc5": 97.6, "loss": 0.597}
 
 

@@ -1,5 +1,5 @@
-"""The evaluation of main.py against a plain loop: on synthetic images, and if they are at hand on ImageNet's with a real
-network.
+"""The evaluation of main.py against a plain loop: on synthetic images, and if they are at hand on ImageNet's with a
+real network.
 """
 
 import functools

@@ -1,4 +1,6 @@
-"""The backbone: equal to the official one through the wrapper, its options and errors, and the weights that it reads."""
+"""The backbone: equal to the official one through the wrapper, its options and errors, and the weights that it
+reads.
+"""
 
 import importlib
 

@@ -174,7 +174,9 @@ STRANGE = {
 
 
 def give_image(root: Path, number: int, image: Image.Image) -> None:
-    """Replace a training and a validation image of a toy and its annotations: a label of each class, a box of all of it."""
+    """Replace a training and a validation image of a toy and its annotations: a label of each class, a box of all of
+    it.
+    """
     width, height = image.size
     if (root / "images").is_dir():
         for part in ("training", "validation"):

@@ -144,8 +144,8 @@ LARGEST = [(90, "bf16", 14, 64), (80, "bf16", 14, 64), (86, "bf16", 11, 64), (86
     "case", [MODELS[0], *(pytest.param(case, marks=pytest.mark.slow) for case in (*MODELS[1:], *LARGEST))], ids=str
 )
 def test_the_kernels_compile_for_gpus_that_are_not_here(case, pass_, tmp_path, monkeypatch):
-    """The interpreter is more lenient than the compiler; and each program has to fit into the memory that unsupported_reason
-    counts on.
+    """The interpreter is more lenient than the compiler; and each program has to fit into the memory that
+    unsupported_reason counts on.
     """
     triton = pytest.importorskip("triton")
     from gvt_ops import window_kernel

@@ -1,5 +1,5 @@
-"""The kernels of window attention: equal to plain PyTorch, forward and backward, on a GPU or (test_window_attention.py) in
-Triton's interpreter.
+"""The kernels of window attention: equal to plain PyTorch, forward and backward, on a GPU or (test_window_attention.py)
+in Triton's interpreter.
 """
 
 import itertools

@@ -140,7 +140,9 @@ def test_what_counts_by_the_group_or_starts_late(more, toy, tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes(processes, toy, tmp_path):
-    """From four on, the order in which DistributedDataParallel adds up gradients matters (see settle_gradient_buckets)."""
+    """From four on, the order in which DistributedDataParallel adds up gradients matters (see
+    settle_gradient_buckets).
+    """
     a, b = tmp_path / "a", tmp_path / "b"
     batch = 8 // processes
     assert program("none", *words(toy, a, batch=batch), processes=processes).returncode == 0
