@@ -26,7 +26,7 @@ endef
 
 help:
 	@echo "make demo       install, train a small Twins on handwritten digits, evaluate it, draw what it says (about 3 minutes)"
-	@echo "make demo-dense the same for a segmentor and a detector: digits on photographs, scores and images (4 minutes after make dense and make demo)"
+	@echo "make demo-dense the same for a segmentor and a detector: digits on photographs, scores and images (4 to 7 minutes after make dense and make demo)"
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (under 3 minutes; about 4 where make dense ran)"
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
