@@ -44,7 +44,7 @@ import gvt
 import utils
 from losses import build_criterion, build_mixup
 from training import processes, resume
-from training.checkpoint import Checkpoint, finetune
+from training.checkpoint import Checkpoint, finetune, load_into
 from training.errors import PREEMPTED, NonFiniteError, Preempted, UserError, print_error, short_reason
 from training.options import Options
 from training.processes import StopSignals
@@ -160,7 +160,8 @@ def evaluate(args: Options, device: torch.device) -> None:
     """Score the weights of --resume on val."""
     key, kwargs = "model_ema" if args.model_ema else None, precision_kwargs(args, device)
     file = Checkpoint.open(args.resume)
-    head = file.weights(key).get("head.weight")
+    state = file.weights(key)
+    head = state.get("head.weight")
     if head is None or head.ndim != 2:
         raise UserError(f"no classifier in the weights ({args.resume}): expected head.weight, --finetune can add one")
     classes = file.class_names
@@ -170,22 +171,22 @@ def evaluate(args: Options, device: torch.device) -> None:
     if len(val_set.classes) != len(head):
         counts = f"{len(val_set.classes)}, the classifier has {len(head)}"
         raise UserError(f"other classes than the weights' ({args.data_path}): {counts}")
-    loader = datasets.build_val_loader(args, val_set, device)
     model = build_model(args, len(head))
-    file.load_into(model, key=key, report=args.report)
+    load_into(model, state, source=file.source, report=args.report)
     model = compile_model(prepare_model(model, args, device), args)
+    loader = datasets.build_val_loader(args, val_set, device)
     stats = engine.evaluate(loader, model, device, shared=args.dist_eval, **kwargs)
     log(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
 
 
 def throughput(args: Options, device: torch.device) -> None:
     """Time inference at the evaluation's batch size (1.5 x --batch-size), in float32 unless --amp-dtype is given."""
-    model = compile_model(prepare_model(build_model(args, 1000), args, device).eval(), args)
     if "data_path" in args.given:
         images = next(iter(datasets.build_val_loader(args, datasets.build_val_set(args), device)))[0]
     else:
         log("images: random numbers (no --data-path)")
         images = torch.randn(args.eval_batch_size, 3, args.input_size, args.input_size)
+    model = compile_model(prepare_model(build_model(args, 1000), args, device).eval(), args)
     images = images.to(device, memory_format=memory_format(args))
     engine.throughput(model, images, getattr(torch, args.amp_dtype or "float32"))
 

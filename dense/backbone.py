@@ -19,7 +19,7 @@ from mmengine.logging import print_log
 from mmengine.registry import MODELS, Registry
 from torch import Tensor, nn
 
-from training.checkpoint import Checkpoint
+from training.checkpoint import Checkpoint, load_into
 
 STAGES = (0, 1, 2, 3)
 PARTS = ("patch_embeds", "pos_drops", "blocks", "pos_block", "norm_list")  # lists with an entry for each stage
@@ -69,7 +69,9 @@ class TwinsBackbone(Twins):
         state = file.weights()
         pruned = tuple(f"{part}.{stage}." for part in PARTS for stage in STAGES[len(self.blocks) :])
         may_have = ("head.", "norm.", *pruned)
-        file.load_into(self, may_lack=("norm_list.",), may_have=may_have, lists_all="TWINS_DEBUG=1")
+        load_into(
+            self, state, source=file.source, may_lack=("norm_list.",), may_have=may_have, lists_all="TWINS_DEBUG=1"
+        )
         own = self.state_dict()
         missing, unused = own.keys() - state.keys(), state.keys() - own.keys()
         loaded = f"loaded {len(own) - len(missing)} of {len(own)} tensors from {file.source}"
