@@ -8,6 +8,7 @@ import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a
 # isort: split
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, auto_augment, create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
 
 from samplers import RASampler, ShuffleSampler, eval_indices
 from training.batches import SeededDataset, Uint8Transform, build_loader
-from training.errors import UserError, short_reason
+from training.errors import UserError
+from training.folders import is_ignored, log_unread, walk
+from training.images import ImageReader
 from training.options import Options
 from utils import get_rank, get_world_size, log
 
@@ -97,40 +100,47 @@ def eval_transform(args: Options, mean, std) -> transforms.Compose:
 # ---------------------------------------------------------------- data sets
 
 
-def read_image(path: str) -> Image.Image:
-    """Return an image in RGB; raise UserError with its path if it cannot be read, never replace it by another."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read an image ({path}): replace or remove it [{short_reason(error)}]") from error
+class ImageFiles(Dataset):
+    """Image files with their class indices: `samples` has (path, index), `classes` the names."""
+
+    samples: list[tuple[str, int]]
+    classes: list[str]
+
+    def __init__(self, transform: Callable, reader: ImageReader):
+        self.transform, self.reader = transform, reader
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(self.reader(path)), label
 
 
-class Folder(ImageFolder):
+class Folder(ImageFiles):
     """root/CLASS/image. With `classes`, their order gives the indices, and a folder of another name is refused."""
 
-    def __init__(self, root: Path, transform: Callable, classes: list[str] | None = None):
-        self.wanted = classes
-        super().__init__(str(root), transform=transform, loader=read_image, allow_empty=True)
+    def __init__(self, root: Path, transform: Callable, reader: ImageReader, classes: list[str] | None = None):
+        super().__init__(transform, reader)
+        self.samples, unread = [], Counter()
+        found = class_folders(root)
+        self.classes = found if classes is None else classes
+        index = {name: number for number, name in enumerate(self.classes)}
+        for name in found:
+            if name not in index:
+                raise UserError(f"a class that training does not know ({root / name}): remove it, or add it to train")
+            self.samples += [(path, index[name]) for path in walk(root / name, unread)]
+        log_unread(unread, root)
         if not self.samples:
-            raise UserError(f"no images ({root}): expected {root.name}/CLASS/* with images in PNG, JPEG or WebP")
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        found = class_folders(Path(directory))
-        if self.wanted is None:
-            return found, {name: index for index, name in enumerate(found)}
-        extra = sorted(set(found) - set(self.wanted))
-        if extra:
-            where = Path(directory) / extra[0]
-            raise UserError(f"a class that training does not know ({where}): remove it, or add it to train")
-        return self.wanted, {name: index for index, name in enumerate(self.wanted)}
+            advice = f"expected {root.name}/CLASS/* with images in JPEG, PNG, WebP, TIFF or another format of Pillow"
+            raise UserError(f"no images ({root}): {advice}")
 
 
-class INat(Dataset):
+class INat(ImageFiles):
     """iNaturalist 2018 or 2019 from its JSON files; classes are the values of one category over the training images."""
 
-    def __init__(self, root: Path, split: str, transform: Callable, *, year: int, category: str):
-        self.transform = transform
+    def __init__(self, root: Path, split: str, transform: Callable, reader: ImageReader, *, year: int, category: str):
+        super().__init__(transform, reader)
         files = f"train{year}.json", f"{split}{year}.json", "categories.json"
         train, part, categories = (read_json(root / name) for name in files)
         try:
@@ -150,13 +160,6 @@ class INat(Dataset):
         flat = root.joinpath(parts[0], *parts[2:])
         return str(flat if len(parts) > 3 and not (root / name).exists() else root / name)
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path, label = self.samples[index]
-        return self.transform(read_image(path)), label
-
 
 def read_json(path: Path):
     try:
@@ -172,21 +175,38 @@ def class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         layout = "ImageNet's layout, train/CLASS/* and val/CLASS/*"
         raise UserError(f"no such data folder ({root}): expected {layout}, in --data-path")
-    found = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = [entry for entry in root.iterdir() if entry.is_dir()]
+    found = sorted(entry.name for entry in folders if not entry.name.startswith(".") and not is_ignored(entry.name))
     if not found:
         raise UserError(f"no images ({root}): expected a folder for each class in it")
     return found
 
 
+def check_levels(root: Path) -> None:
+    """Raise UserError if a class folder holds only folders."""
+    for name in class_folders(root):
+        entries = [entry for entry in sorted((root / name).iterdir()) if not is_ignored(entry.name)]
+        if entries and all(entry.is_dir() for entry in entries):
+            inside = ", ".join(entry.name for entry in entries[:3])
+            what = f"a class folder that holds only folders ({root / name}: {inside})"
+            raise UserError(f"{what}: one level too many, move them up into {root}")
+
+
 def build_dataset(split: str, args: Options, *, transform: Callable, classes: list[str] | None = None) -> Dataset:
     """Return the "train" or "val" part of --data-set. classes: those of training, beyond which val must not go."""
     root = Path(args.data_path)
+    reader = ImageReader(split, alpha=args.alpha, exif=args.exif, max_pixels=args.max_pixels)
     if args.data_set == "IMNET":
-        dataset = Folder(root / split, transform, classes)
+        if classes is None:
+            check_levels(root / split)
+        dataset = Folder(root / split, transform, reader, classes)
         counts = np.bincount([label for _, label in dataset.samples], minlength=len(dataset.classes))
         empty = [name for name, number in zip(dataset.classes, counts) if not number]
         if empty and classes is None:
             raise UserError(f"a class without images ({root / split / empty[0]}): remove the folder, or fill it")
+        if len(dataset.classes) == 1:
+            where = root / split / dataset.classes[0]
+            raise UserError(f"only one class ({where}): expected a folder for each of two or more classes")
         dataset.missing = empty
         return dataset
     if args.data_set in ("CIFAR", "CIFAR10"):
@@ -198,7 +218,7 @@ def build_dataset(split: str, args: Options, *, transform: Callable, classes: li
             raise UserError(f"no {kind.__name__} ({where}): unpack {kind.url} there, or pass --data-path") from None
     else:
         year = 2018 if args.data_set == "INAT" else 2019
-        dataset = INat(root, split, transform, year=year, category=args.inat_category)
+        dataset = INat(root, split, transform, reader, year=year, category=args.inat_category)
     if classes is not None and list(dataset.classes) != list(classes):
         counts = f"{len(dataset.classes)}, not {len(classes)}"
         raise UserError(f"other classes than those trained with ({args.data_set} in {root}): {counts}")
@@ -220,11 +240,17 @@ def match_classes(found: list[str], stored: list[str] | None, head: int) -> list
     """Return the class names of a classifier of `head` outputs, for val folders `found`.
 
     stored: the names that its checkpoint holds, if any. Without them, exactly as many folders as outputs are taken in
-    sorted order, and fewer only if they are ImageNet's WordNet ids; else raises UserError.
+    sorted order, that of numbers if they count from 0 or 1, and fewer only if they are ImageNet's WordNet ids; else
+    raises UserError.
     """
     if stored is not None:
         return stored
     if len(found) == head:
+        for first in (0, 1):
+            counted = [str(number) for number in range(first, first + head)]
+            if set(found) == set(counted):
+                log(f"val folders are named {first} to {counted[-1]}: taken as class indices, in the order of numbers")
+                return counted
         return sorted(found)
     imagenet = ImageNetInfo().label_names()
     if head == len(imagenet) and set(found) <= set(imagenet):

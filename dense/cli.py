@@ -120,6 +120,7 @@ def configure(args, library: str):
     """Return the config with the command line's values, adapted to this machine, and join the processes of the run."""
     from dense.checks import read_config
     from dense.runner import adapt_to_machine
+    from dense.transforms import set_reading
 
     if library == "mmseg":
         from dense import segmentor  # noqa: F401  registers what a user's config may not import
@@ -131,6 +132,7 @@ def configure(args, library: str):
         cfg.merge_from_dict(key_values(args.options, "--options") | key_values(args.cfg_options, "--cfg-options"))
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(f"no such key in the config (--options, --cfg-options): {str(error).strip()}") from None
+    set_reading(cfg, cfg.get("reading", {}))
     cfg.launcher = args.launcher
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
     for line in adapt_to_machine(cfg):

@@ -63,7 +63,7 @@ def crop_pipeline(scale: tuple[int, int], *, ratio_range: tuple[float, float], c
     """For training: squares of crop_size pixels, from images resized to fit `scale` times a random ratio."""
     return [
         dict(type="LoadImageFromFile"),
-        dict(type="TwinsLoadAnnotations"),
+        dict(type="LoadAnnotations"),
         dict(type="RandomResize", scale=scale, ratio_range=ratio_range, keep_ratio=True, resize_type="TwinsResize"),
         dict(type="RandomCrop", crop_size=(crop_size, crop_size), cat_max_ratio=0.75),
         dict(type="TwinsRandomFlip", prob=0.5),
@@ -77,7 +77,7 @@ def eval_pipeline(scale: tuple[int, int]) -> list[dict]:
     return [
         dict(type="LoadImageFromFile"),
         dict(type="TwinsResize", scale=scale, keep_ratio=True),
-        dict(type="TwinsLoadAnnotations"),  # after the resize: labels keep the image's own size
+        dict(type="LoadAnnotations"),  # after the resize: labels keep the image's own size
         dict(type="PackSegInputs"),
     ]
 

@@ -5,6 +5,7 @@ Of mmengine's private names it sets train_loop._epoch and _iter, as mmengine's o
 """
 
 import copy
+import functools
 import os
 import time
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from mmengine.config import Config
 from mmengine.dist import broadcast, get_world_size, master_only
 from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from dense.libraries import quiet
 from dense.randomness import StepRandomness, seed_by_index
-from dense.transforms import CheckedPrepareData, with_checks
+from dense.transforms import CheckedPrepareData, image_loaders, with_checks
 from training import checkpoint
 from training.errors import UserError, library_reason
 
@@ -86,6 +87,27 @@ class BroadcastBuffers(Hook):
             broadcast(buffer)
 
 
+class ReportImages(Hook):
+    """Log what was decided about the images that were read."""
+
+    def report(self, loader: DataLoader, name: str, *, final: bool) -> None:
+        for step in image_loaders(loader.dataset):
+            step.reader.name = name
+            step.reader.report(final=final, write=functools.partial(print_log, logger="current"))
+
+    def after_train_iter(self, runner: Runner, *_, **__) -> None:
+        self.report(runner.train_dataloader, "train", final=False)
+
+    def after_train(self, runner: Runner) -> None:
+        self.report(runner.train_dataloader, "train", final=True)
+
+    def after_val(self, runner: Runner) -> None:
+        self.report(runner.val_dataloader, "val", final=True)
+
+    def after_test(self, runner: Runner) -> None:
+        self.report(runner.test_dataloader, "test", final=True)
+
+
 class DumpConfig(Hook):
     """Write the config to the work folder after all checks."""
 
@@ -141,9 +163,13 @@ class TwinsRunner(Runner):
         """Do nothing: an earlier run's config stays in the folder until this one has begun, see DumpConfig."""
 
     def train(self) -> nn.Module:
-        for hook in (DumpConfig(), StepRandomness(), BroadcastBuffers()):
+        for hook in (DumpConfig(), StepRandomness(), BroadcastBuffers(), ReportImages()):
             self.register_hook(hook)
         return super().train()
+
+    def test(self) -> dict:
+        self.register_hook(ReportImages())
+        return super().test()
 
     # ------------------------------------------------------------ files
 

@@ -21,6 +21,8 @@ from mmseg.models import EncoderDecoder, SegTTAModel
 from PIL import Image
 from torch import Tensor
 
+from training.images import inverse, turn
+
 MOST_LOGITS = 2**27  # of an image at once: 0.5 GB
 
 
@@ -137,5 +139,6 @@ class TwinsIoUMetric(IoUMetric):
         self.output_dir = folder
         for sample in data_samples if folder is not None else ():
             labels = sample["pred_sem_seg"]["data"][0].cpu().numpy() + int(sample.get("reduce_zero_label", False))
+            labels = turn(labels, inverse(sample.get("label_orientation", 1)))  # as the data set's labels are
             path = Path(folder, Path(sample["img_path"]).with_suffix(".png").name)
             Image.fromarray(labels.astype(np.uint8)).save(path)

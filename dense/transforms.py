@@ -5,17 +5,26 @@ TwinsLoadAnnotations, TwinsResize and TwinsRandomFlip do what the transforms of 
 have these names without Twins. They also accept images of a single row or column.
 """
 
+import importlib
+import importlib.util
+
 import mmcv
 import numpy as np
-from mmcv.transforms import BaseTransform
+import torch
+from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmengine.dataset import BaseDataset
 from mmengine.registry import TRANSFORMS
-from PIL import Image
 
 from training.errors import UserError, library_reason
+from training.images import MAX_PIXELS, ORIENTATIONS, ImageReader, opened, orientation_of, turn
 
 # The types of each library that with_checks replaces.
-CHECKED = {"mmseg": ("LoadAnnotations", "Resize", "RandomFlip", "IoUMetric"), "mmdet": ("Resize", "RandomFlip")}
+CHECKED = {
+    "mmseg": ("LoadAnnotations", "Resize", "RandomFlip", "IoUMetric"),
+    "mmdet": ("LoadAnnotations", "Resize", "RandomFlip"),
+}
+COLOR = ("color", "color_ignore_orientation")  # the color types of mmcv that TwinsLoadImage reads
+READING = {"exif": ("apply", "ignore"), "labels": ("shown", "stored"), "alpha": ("white", "black", "drop")}
 
 
 def with_checks(config: object, library: str) -> object:
@@ -66,6 +75,86 @@ class TwinsRandomFlip(BaseTransform):
         return results
 
 
+# ---------------------------------------------------------------- images
+
+
+def set_reading(config: object, reading: dict) -> None:
+    """Set how the pipelines in a config read images, by its key `reading`: exif, labels, alpha, max_pixels."""
+    if isinstance(config, list | tuple):
+        for each in config:
+            set_reading(each, reading)
+    elif isinstance(config, dict):
+        if config.get("type") == "LoadImageFromFile":
+            config.update(reading)
+        for each in config.values():
+            set_reading(each, reading)
+
+
+class TwinsLoadImage(LoadImageFromFile):
+    """Load img (H, W, 3), in BGR, as classification reads images.
+
+    exif: apply the EXIF orientation (mmcv's default), or ignore it. labels: whether boxes, masks and label maps are
+    those of the shown image, or of the stored pixels and turn with them. alpha, max_pixels: as ImageReader's. Other
+    color types, and files that are not local, are mmcv's.
+    """
+
+    def __init__(
+        self,
+        *args,
+        exif: str | None = None,
+        labels: str | None = None,
+        alpha: str = "white",
+        max_pixels: int = MAX_PIXELS,
+        **options,
+    ):
+        super().__init__(*args, **options)
+        exif = exif or ("apply" if self.color_type == "color" else "ignore")
+        self.labels = labels or ("shown" if exif == "apply" else "stored")
+        for (key, known), value in zip(READING.items(), (exif, self.labels, alpha)):
+            if value not in known:
+                raise UserError(f"no such setting (reading.{key}={value}): use {' or '.join(known)}")
+        if not (isinstance(max_pixels, int) and max_pixels > 0):
+            raise UserError(f"no number of pixels (reading.max_pixels={max_pixels}): use {MAX_PIXELS} or another")
+        if (exif, self.labels) == ("ignore", "shown"):
+            what = "stored pixels with labels of the shown image (reading.exif=ignore, reading.labels=shown)"
+            raise UserError(f"{what}: set reading.exif=apply or reading.labels=stored")
+        self.reader = ImageReader(exif=exif, alpha=alpha, max_pixels=max_pixels)
+
+    def transform(self, results: dict) -> dict | None:
+        if self.color_type not in COLOR or self.backend_args or "://" in str(results["img_path"]):
+            return super().transform(results)
+        try:
+            image, orientation = self.reader.read(results["img_path"])
+        except UserError:
+            if self.ignore_empty:
+                return None
+            raise
+        pixels = np.ascontiguousarray(np.asarray(image)[..., ::-1])
+        results["img"] = pixels.astype(np.float32) if self.to_float32 else pixels
+        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+        results["label_orientation"] = orientation if self.labels == "stored" else 1
+        return results
+
+    def label_orientation(self, path: str) -> int:
+        """Return the orientation that leads from an image's labels to the image, without decoding it."""
+        if self.labels == "shown" or self.reader.exif == "ignore":
+            return 1
+        with opened(path, max_pixels=self.reader.max_pixels) as file:
+            return orientation_of(file)
+
+
+def image_loaders(dataset: object) -> list[TwinsLoadImage]:
+    """Return the image loading transforms of a data set, or of those that a data set wraps."""
+    inner = [*getattr(dataset, "datasets", ()), *([dataset.dataset] if hasattr(dataset, "dataset") else ())]
+    steps = getattr(getattr(dataset, "pipeline", None), "transforms", ())
+    return [step for step in steps if isinstance(step, TwinsLoadImage)] + [
+        x for each in inner for x in image_loaders(each)
+    ]
+
+
+# ---------------------------------------------------------------- labels
+
+
 @TRANSFORMS.register_module()
 class TwinsLoadAnnotations(BaseTransform):
     """Load gt_seg_map (H, W): the class index of each pixel, 255 where there is none.
@@ -78,7 +167,9 @@ class TwinsLoadAnnotations(BaseTransform):
         self.reduce_zero_label = reduce_zero_label
 
     def transform(self, results: dict) -> dict:
-        labels = read_labels(results["seg_map_path"], results["ori_shape"])
+        labels = turn(read_labels(results["seg_map_path"]), results.get("label_orientation", 1))
+        if labels.shape != tuple(results["ori_shape"]):
+            raise another_size("labels", results["seg_map_path"], labels.shape, results)
         classes = np.arange(256, dtype=np.uint8)  # of each label
         for old, new in (results.get("label_map") or {}).items():
             classes[old] = new
@@ -89,21 +180,100 @@ class TwinsLoadAnnotations(BaseTransform):
         return results
 
 
-def read_labels(path: str, shape: tuple[int, int]) -> np.ndarray:
-    """Return the labels (H, W) in a file as uint8; raise UserError if they do not fit an image of this shape."""
-    try:
-        with Image.open(path) as file:
-            labels, mode = np.array(file), file.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the labels ({path}): {library_reason(error)}; fix or replace it") from error
+def read_labels(path: str) -> np.ndarray:
+    """Return the labels (H, W) in a file as uint8; raise UserError if it holds something else."""
+    with opened(path, "the labels") as file:
+        labels, mode = np.array(file), file.mode
     if labels.ndim > 2:
         raise UserError(f"labels with several channels ({path}, {mode}): expected one, the class index of each pixel")
-    if labels.shape != tuple(shape):
-        sizes = f"{labels.shape[0]} x {labels.shape[1]}, the image is {shape[0]} x {shape[1]}"
-        raise UserError(f"labels of another size than their image ({path}): {sizes}; crop or resize one of them")
     if labels.max() > 255:
         raise UserError(f"a label above 255 ({path}): {labels.max()}, expected the class index of each pixel")
     return labels.astype(np.uint8)
+
+
+def another_size(what: str, path: str, size: tuple[int, int], results: dict) -> UserError:
+    """Return an error for labels of another size than their image; it names EXIF if that is the likely reason."""
+    shape, advice = tuple(results["ori_shape"]), "crop or resize one of them"
+    with opened(results["img_path"]) as file:
+        orientation = orientation_of(file)
+    if orientation != 1 and tuple(size) == shape[::-1]:
+        turned = results.get("label_orientation", 1) != 1
+        of = "shown image: set reading.labels=shown" if turned else "stored pixels: set reading.labels=stored"
+        advice = f"the EXIF orientation is {orientation}, and the labels are those of the {of}"
+    sizes = f"{size[0]} x {size[1]}, the image is {shape[0]} x {shape[1]}"
+    return UserError(f"{what} of another size than their image ({path}): {sizes}; {advice}")
+
+
+# ---------------------------------------------------------------- boxes and masks
+
+
+def turn_points(x, y, shape: tuple[int, int], orientation: int) -> tuple:
+    """Return coordinates on a stored image as those on the shown one of this shape (height, width)."""
+    transpose, columns, rows = ORIENTATIONS[orientation]
+    x, y = (y, x) if transpose else (x, y)
+    return shape[1] - x if columns else x, shape[0] - y if rows else y
+
+
+def turn_boxes(boxes, shape: tuple[int, int], orientation: int):
+    """Return boxes (..., 4), x1 y1 x2 y2, on a stored image as those on the shown one of this shape."""
+    x1, y1 = turn_points(boxes[..., 0], boxes[..., 1], shape, orientation)
+    x2, y2 = turn_points(boxes[..., 2], boxes[..., 3], shape, orientation)
+    least, most, stack = (torch.minimum, torch.maximum, torch.stack)
+    if isinstance(boxes, np.ndarray):
+        least, most, stack = np.minimum, np.maximum, np.stack
+    return stack([least(x1, x2), least(y1, y2), most(x1, x2), most(y1, y2)], -1)
+
+
+def turn_polygon(points: np.ndarray, shape: tuple[int, int], orientation: int) -> np.ndarray:
+    x, y = turn_points(points[0::2], points[1::2], shape, orientation)
+    return np.stack([x, y], 1).reshape(-1)
+
+
+class TwinsLoadObjects(BaseTransform):
+    """Load boxes, masks and labels as mmdetection's LoadAnnotations; those of stored pixels turn with their image."""
+
+    def __init__(self, **options):
+        self.load = TRANSFORMS.build(dict(type="LoadAnnotations", **options))
+
+    def transform(self, results: dict) -> dict:
+        orientation, shape = results.get("label_orientation", 1), results["ori_shape"]
+        if orientation == 1:
+            return self.load.transform(results)
+        results["ori_shape"] = shape[::-1] if ORIENTATIONS[orientation][0] else shape
+        results = self.load.transform(results)
+        results["ori_shape"] = shape
+        if "gt_bboxes" in results:
+            boxes = results["gt_bboxes"]
+            if hasattr(boxes, "tensor"):
+                boxes.tensor = turn_boxes(boxes.tensor, shape, orientation)
+            else:
+                results["gt_bboxes"] = turn_boxes(boxes, shape, orientation)
+        if "gt_masks" in results:
+            results["gt_masks"] = turn_masks(results["gt_masks"], shape, orientation)
+        if "gt_seg_map" in results:
+            results["gt_seg_map"] = turn(results["gt_seg_map"], orientation)
+        return results
+
+
+def turn_masks(masks, shape: tuple[int, int], orientation: int):
+    """Return mmdetection's masks, bitmaps or polygons, on a stored image as those on the shown one."""
+    if isinstance(masks.masks, list):
+        turned = [[turn_polygon(part, shape, orientation) for part in parts] for parts in masks.masks]
+    else:
+        turned = np.ascontiguousarray(turn(masks.masks, orientation))
+    return type(masks)(turned, *shape)
+
+
+# Inferencers look for the library's name of the first transform.
+for library in CHECKED:
+    if importlib.util.find_spec(library):
+        registry = importlib.import_module(f"{library}.registry").TRANSFORMS
+        registry.register_module(name="LoadImageFromFile", module=TwinsLoadImage)
+        if library == "mmdet":
+            registry.register_module(name="TwinsLoadAnnotations", module=TwinsLoadObjects)
+
+
+# ---------------------------------------------------------------- a data set's items
 
 
 class CheckedPrepareData:
@@ -112,6 +282,7 @@ class CheckedPrepareData:
     def __init__(self, dataset: BaseDataset):
         self.dataset, self.prepare_data = dataset, dataset.prepare_data
         self.classes = len(dataset.metainfo.get("classes") or ())
+        self.stored = [each for each in image_loaders(dataset) if each.labels == "stored"]
 
     def __call__(self, index: int) -> dict | None:
         info = self.dataset.get_data_info(int(index))
@@ -124,7 +295,9 @@ class CheckedPrepareData:
             raise UserError(f"cannot use an image ({info.get('img_path')}): {reason}; fix or remove it") from error
         # Several samples with test-time augmentation, none if the pipeline rejected the image
         samples = (data or {}).get("data_samples", [])
+        orientation = self.stored[0].label_orientation(info["img_path"]) if self.stored else 1
         for sample in samples if isinstance(samples, list) else [samples]:
+            sample.set_metainfo(dict(label_orientation=orientation))  # metrics turn results back
             self.check(sample, info)
         return data
 
@@ -132,9 +305,12 @@ class CheckedPrepareData:
         """Raise UserError if the annotations are for another image size, or a label is that of no class."""
         shape = tuple(sample.metainfo.get("ori_shape", ()))[:2]
         listed = (info.get("height"), info.get("width"))
-        if shape and None not in listed and shape != listed:
-            sizes = f"{listed[0]} x {listed[1]}, the image is {shape[0]} x {shape[1]}"
-            raise UserError(f"annotations for another image size ({info['img_path']}): {sizes}; replace one of them")
+        if shape and None not in listed:
+            orientation = sample.label_orientation
+            size = listed[::-1] if ORIENTATIONS[orientation][0] else listed
+            if shape != size:
+                about = dict(ori_shape=shape, label_orientation=orientation, img_path=info["img_path"])
+                raise another_size("annotations", info["img_path"], size, about)
         if self.classes and "gt_sem_seg" in sample:
             labels = sample.gt_sem_seg.data
             wrong = labels[(labels >= self.classes) & (labels != self.dataset.ignore_index)]

@@ -31,6 +31,8 @@ ARROWS = {
     "losses": {"gvt_ops/__init__", "training/errors", "training/options"},
     "training/processes": {"training/errors", "training/launcher", "utils"},
     "training/augment": set(),  # what a device does to a batch, drawn in training/batches
+    "training/images": {"training/errors", "utils"},
+    "training/folders": {"training/errors", "training/images", "utils"},
     "training/batches": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes"},
     "training/formats": {"gvt", "training/errors"},
     "training/checkpoint": {"training/errors", "training/files", "training/formats", "utils"},
@@ -41,22 +43,23 @@ ARROWS = {
         *("gvt_ops/__init__", "training/run_folder", "utils"),
     },
     "datasets": {
-        *("gvt_ops/__init__", "samplers", "training/batches", "training/errors", "training/options", "utils"),
+        *("gvt_ops/__init__", "samplers", "training/batches", "training/errors", "training/folders"),
+        *("training/images", "training/options", "utils"),
     },
     "dense/__init__": set(),
     "dense/libraries": {"gvt_ops/__init__", "training/errors"},
     "dense/models": {"gvt"},
     "dense/backbone": {"gvt", "gvt_ops/__init__", "training/checkpoint"},
-    "dense/segmentor": {"gvt"},
+    "dense/segmentor": {"gvt", "training/images"},
     "dense/randomness": {"utils"},
-    "dense/transforms": {"training/errors"},
+    "dense/transforms": {"training/errors", "training/images"},
     "dense/checks": {"training/errors"},
     "dense/runner": {
         *("dense/libraries", "dense/randomness", "dense/transforms"),
         *("training/checkpoint", "training/errors"),
     },
     "dense/cli": {
-        *("dense/checks", "dense/libraries", "dense/runner", "dense/segmentor"),
+        *("dense/checks", "dense/libraries", "dense/runner", "dense/segmentor", "dense/transforms"),
         *("training/checkpoint", "training/errors", "training/files", "training/options", "utils"),
     },
     "main": {

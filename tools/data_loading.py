@@ -32,13 +32,14 @@ from PIL import Image
 from torch import nn
 
 import engine
-from datasets import build_transform, read_image
+from datasets import build_transform
 from gvt_ops import accelerate
 from tools.count import side
 from tools.measurement import columns, environment, quartiles, run_rounds, text_table, write_record
 from training import options
 from training.batches import Uint8Transform, collate, seed_by
 from training.errors import UserError, exit_code
+from training.images import ImageReader
 from training.options import Parser, above_zero, count, positive
 from utils import keep_freed_memory
 
@@ -75,7 +76,7 @@ def build_ways(size: int) -> dict[str, Callable]:
 def steps_of(transform: Callable) -> dict[str, Callable]:
     """Return the steps from a file's name to what the loading process collates, by name."""
     uint8 = isinstance(transform, Uint8Transform)
-    steps = {"decode": read_image}
+    steps = {"decode": ImageReader()}
     for step in transform.steps if uint8 else transform.transforms:
         steps[type(step).__name__] = step
     if uint8:
@@ -87,12 +88,12 @@ def steps_of(transform: Callable) -> dict[str, Callable]:
 
 def check_equal(paths: Sequence[Path], ways: dict[str, Callable]) -> float:
     """Return the share of values that differ with --fast-augment; raise UserError if it is large or others differ."""
-    batches = {}
+    batches, reader = {}, ImageReader()
     for way, transform in ways.items():
         items = []
         for position, path in enumerate(paths):
             seed_by((SEED, EPOCH, position))
-            items.append((transform(read_image(str(path))), 0))
+            items.append((transform(reader(str(path))), 0))
         images, _ = collate(items)
         batches[way] = images.to(CPU, memory_format=torch.contiguous_format)
     different = {way: (images != batches[OFFICIAL]).double().mean().item() for way, images in batches.items()}

@@ -9,6 +9,7 @@ import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a
 # isort: split
 import contextlib
 import functools
+import itertools
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -241,13 +242,16 @@ class TimedLoader(DataLoader):
 
     def __iter__(self) -> Iterator:
         end, late = object(), RuntimeError(f"DataLoader timed out after {self.seconds:g} seconds")
+        reader = getattr(getattr(self.dataset, "dataset", self.dataset), "reader", None)
         with time_limit(self.seconds, late):  # persistent workers are waited for here already
             batches = super().__iter__()
-        while True:
+        for number in itertools.count(1):
             with time_limit(self.seconds, late):
                 batch = next(batches, end)
             if batch is end:
                 return
+            if reader is not None:
+                reader.report(final=number == len(self))
             yield batch
 
 

@@ -202,6 +202,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--pin-mem", action="store_true", default=True, help="(default)")
     add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU")
     add("--eval-crop-ratio", type=share, default=0.875, metavar="F", help="share of the resized side (%(default)s)")
+    add("--alpha", default="white", choices=("white", "black", "drop"), help="under transparent pixels (%(default)s)")
+    add("--exif", default="ignore", choices=("apply", "ignore"), help="the EXIF orientation of images (%(default)s)")
+    add("--max-pixels", type=positive, default=178_956_970, metavar="N", help="refuse larger images (%(default)s)")
     add("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
 
     add = parser.add_argument_group("run").add_argument

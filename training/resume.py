@@ -18,7 +18,17 @@ from training.errors import UserError
 FREE = {
     *("eval", "throughout", "finetune", "resume", "resume_changed", "report", "overwrite", "output_dir", "start_epoch"),
     *("keep_going", "checkpoint_interval", "checkpoint_hist", "device", "world_size", "dist_url", "local_rank"),
-    *("dist_timeout", "loader_timeout", "data_path", "num_workers", "pin_mem", "dist_eval", "use_mcloader", "resplit"),
+    *(
+        "dist_timeout",
+        "loader_timeout",
+        "data_path",
+        "max_pixels",
+        "num_workers",
+        "pin_mem",
+        "dist_eval",
+        "use_mcloader",
+        "resplit",
+    ),
     *("deterministic", "grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
 RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the official schedule's state, in today's timm

@@ -229,7 +229,7 @@ def test_data(name):
         assert steps["RandomCrop"] == dict(type="RandomCrop", crop_size=(512, 512), cat_max_ratio=0.75)
         assert list(steps) == [
             "LoadImageFromFile",
-            "TwinsLoadAnnotations",
+            "LoadAnnotations",
             "RandomResize",
             "RandomCrop",
             "TwinsRandomFlip",

@@ -54,7 +54,7 @@ def test_names_in_a_config():
         scope=("Resize",),
     )
     assert config["dataset"]["pipeline"][0] == dict(type="LoadAnnotations") and flip["type"] == "RandomFlip"
-    assert with_checks(load, "mmdet") == load
+    assert with_checks(load, "mmdet") == dict(type="TwinsLoadAnnotations")
     resized = dict(type="RandomResize", **size)
     assert with_checks(resized, "mmdet") == dict(resized, resize_type="TwinsResize")
     own = dict(type="RandomResize", resize_type="FixScaleResize", **size)

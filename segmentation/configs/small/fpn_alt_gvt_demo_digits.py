@@ -25,7 +25,7 @@ scenes = dict(
     img_suffix=".png",
     seg_map_suffix=".png",
     reduce_zero_label=True,
-    pipeline=[dict(type="LoadImageFromFile"), dict(type="TwinsLoadAnnotations"), dict(type="PackSegInputs")],
+    pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
 )
 train_dataloader = train_loader(
     8, 1, **scenes, data_prefix=dict(img_path="images/training", seg_map_path="annotations/training")

@@ -39,7 +39,7 @@ tta_pipeline = [
                 dict(type="TwinsRandomFlip", prob=0.0, direction="horizontal"),
                 dict(type="TwinsRandomFlip", prob=1.0, direction="horizontal"),
             ],
-            [dict(type="TwinsLoadAnnotations")],
+            [dict(type="LoadAnnotations")],
             [dict(type="PackSegInputs")],
         ],
     ),

@@ -1,0 +1,58 @@
+"""Walk folders of images: which files are read, which are not, and where links lead."""
+
+import functools
+import os
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from training.errors import UserError
+from training.images import dangling, formats
+from utils import log
+
+IGNORED = (".DS_Store", "__MACOSX", ".ipynb_checkpoints", "Thumbs.db", "desktop.ini")  # left by other programs
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of files that are read, in lower case."""
+    known = (*formats(), "MPO")
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in known)
+
+
+def is_ignored(name: str) -> bool:
+    """Return True for files and folders that other programs leave beside images."""
+    return name.startswith("._") or name in IGNORED
+
+
+def walk(folder: str | Path, unread: Counter, above: tuple[Path, ...] = ()) -> list[str]:
+    """Return the image files in a folder and those below, sorted by folder and name; links are followed.
+
+    unread: counts the other files by suffix. above: the real paths of the folders that led here. Raises UserError for
+    a link that leads back above itself, or to nothing.
+    """
+    chain, files = (*above, Path(os.path.realpath(folder))), []
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if is_ignored(entry.name):
+            continue
+        if entry.is_dir():
+            if entry.is_symlink():
+                target = Path(os.path.realpath(entry.path))
+                if any(target == path or target in path.parents for path in chain):
+                    raise UserError(f"a link that leads back above itself ({entry.path} -> {target}): remove it")
+            files += walk(entry.path, unread, chain)
+        elif os.path.splitext(entry.name)[1].lower() not in suffixes():
+            unread[os.path.splitext(entry.name)[1].lower() or "without a suffix"] += 1
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            raise dangling(entry.path)
+        else:
+            files.append(entry.path)
+    return files if above else sorted(files, key=os.path.split)
+
+
+def log_unread(unread: Counter, where: str | Path) -> None:
+    """Log how many files are not read, by suffix."""
+    if unread:
+        counts = ", ".join(f"{number} {suffix}" for suffix, number in unread.most_common(8))
+        log(f"files that are not read ({where}): {counts}")
