@@ -129,7 +129,7 @@ class TwinsLoadImage(LoadImageFromFile):
             if self.ignore_empty:
                 return None
             raise
-        pixels = np.ascontiguousarray(np.asarray(image)[..., ::-1])
+        pixels = mmcv.rgb2bgr(np.asarray(image))
         results["img"] = pixels.astype(np.float32) if self.to_float32 else pixels
         results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
         results["label_orientation"] = orientation if self.labels == "stored" else 1
