@@ -3,6 +3,7 @@
 import functools
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
@@ -26,10 +27,20 @@ def is_ignored(name: str) -> bool:
     return name.startswith("._") or name in IGNORED
 
 
-def walk(folder: str | Path, unread: Counter, above: tuple[Path, ...] = ()) -> list[str]:
+def fail(error: UserError) -> None:
+    raise error
+
+
+def walk(
+    folder: str | Path,
+    unread: Counter,
+    above: tuple[Path, ...] = (),
+    *,
+    on_error: Callable[[UserError], None] = fail,
+) -> list[str]:
     """Return the image files in a folder and those below, sorted by folder and name; links are followed.
 
-    unread: counts the other files by suffix. above: the real paths of the folders that led here. Raises UserError for
+    unread: counts the other files by suffix. above: the real paths of the folders that led here. on_error: called for
     a link that leads back above itself, or to nothing.
     """
     chain, files = (*above, Path(os.path.realpath(folder))), []
@@ -40,12 +51,13 @@ def walk(folder: str | Path, unread: Counter, above: tuple[Path, ...] = ()) -> l
             if entry.is_symlink():
                 target = Path(os.path.realpath(entry.path))
                 if any(target == path or target in path.parents for path in chain):
-                    raise UserError(f"a link that leads back above itself ({entry.path} -> {target}): remove it")
-            files += walk(entry.path, unread, chain)
+                    on_error(UserError(f"a link that leads back above itself ({entry.path} -> {target}): remove it"))
+                    continue
+            files += walk(entry.path, unread, chain, on_error=on_error)
         elif os.path.splitext(entry.name)[1].lower() not in suffixes():
             unread[os.path.splitext(entry.name)[1].lower() or "without a suffix"] += 1
         elif entry.is_symlink() and not os.path.exists(entry.path):
-            raise dangling(entry.path)
+            on_error(dangling(entry.path))
         else:
             files.append(entry.path)
     return files if above else sorted(files, key=os.path.split)

@@ -67,7 +67,10 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_image_has_its_values(kind, tmp_path):
     image, name, expected = KINDS[kind]
-    options = {"WebP": {"lossless": True}, "YCbCr": {"compression": "tiff_lzw"}}  # Pillow 12 cannot read its own raw one
+    options = {
+        "WebP": {"lossless": True},
+        "YCbCr": {"compression": "tiff_lzw"},
+    }  # Pillow 12 cannot read its own raw one
     found, _ = read(saved(tmp_path, image, name, **options.get(kind, {})))
     assert found.shape == (6, 8, 3) and found.dtype == np.uint8
     assert np.abs(found.astype(int) - expected).max() <= (1 if kind == "YCbCr" else 0)
