@@ -1,6 +1,7 @@
 """Walk folders of images: which files are read, which are not, and where links lead."""
 
 import functools
+import glob
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -68,3 +69,22 @@ def log_unread(unread: Counter, where: str | Path) -> None:
     if unread:
         counts = ", ".join(f"{number} {suffix}" for suffix, number in unread.most_common(8))
         log(f"files that are not read ({where}): {counts}")
+
+
+def image_files(words: list[str], on_error: Callable[[UserError], None] = fail) -> list[str]:
+    """Return the image files that are named: files, folders with all below them, and globs; each once, in order.
+
+    Raises UserError for a name of nothing.
+    """
+    files, unread = [], Counter()
+    for word in words:
+        if os.path.isdir(word):
+            files += walk(word, unread, on_error=on_error)
+        elif os.path.lexists(word):
+            files.append(word)
+        elif found := sorted(glob.glob(word, recursive=True)):
+            files += [path for path in found if os.path.splitext(path)[1].lower() in suffixes()]
+        else:
+            raise UserError(f"no such image or folder ({word}): check the name")
+    log_unread(unread, ", ".join(words))
+    return list(dict.fromkeys(files))
