@@ -197,27 +197,36 @@ class Objects:
     """Draw boxes and masks with their scores, and collect them in COCO's format."""
 
     def __init__(self, predictor: Predictor, args):
-        from mmdet.visualization import DetLocalVisualizer
-
         self.classes, self.palette = predictor.classes, predictor.palette
         self.threshold, self.most, self.save_json = args.score_thr, args.max_boxes, args.save_json
-        self.visualizer = DetLocalVisualizer()
-        self.visualizer.dataset_meta = dict(classes=self.classes, palette=self.palette)
         self.images, self.annotations = [], []
 
     def write(self, path: str, pixels: np.ndarray, result: object, out: Path) -> str:
         found = result.pred_instances
         found = found[found.scores >= self.threshold][: self.most]
-        result.pred_instances = found
-        self.visualizer.add_datasample("image", pixels, result, draw_gt=False, pred_score_thr=0.0)
         names = [self.classes[label] for label in found.labels.tolist()]
         entries = {name: self.palette[self.classes.index(name)] for name in sorted(set(names))}
         legend = [(f"{name} {names.count(name)}", color) for name, color in entries.items()]
-        save(out.with_name(f"{out.name}.png"), with_legend(self.visualizer.get_image(), legend))
+        save(out.with_name(f"{out.name}.png"), with_legend(self.draw(pixels, found), legend))
         if self.save_json:
             self.collect(path, pixels.shape, found)
         scores = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist())]
         return ", ".join(scores[:5]) + (f" and {len(scores) - 5} more" if len(scores) > 5 else "") or "nothing found"
+
+    def draw(self, pixels: np.ndarray, found: object) -> np.ndarray:
+        """Return an image with masks, boxes and scores, the highest score on top."""
+        drawn, font = pixels.astype(np.float32), ImageFont.load_default(size=LINE - 6)
+        labels = found.labels.tolist()
+        for mask, label in zip(found.masks.numpy() if "masks" in found else (), labels):
+            drawn[mask] = drawn[mask] * 0.5 + np.float32(self.palette[label]) * 0.5
+        image = Image.fromarray(drawn.round().astype(np.uint8))
+        draw = ImageDraw.Draw(image)
+        for box, label, score in [*zip(found.bboxes.tolist(), labels, found.scores.tolist())][::-1]:
+            draw.rectangle(box, outline=self.palette[label], width=2)
+            text, left, top = f"{self.classes[label]} {score:.2f}", box[0], max(box[1] - LINE + 4, 0)
+            draw.rectangle(draw.textbbox((left, top), text, font=font), fill="black")
+            draw.text((left, top), text, fill="white", font=font)
+        return np.asarray(image)
 
     def collect(self, path: str, shape: tuple[int, ...], found: object) -> None:
         from mmdet.structures.mask import encode_mask_results
