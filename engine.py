@@ -194,7 +194,7 @@ def evaluate(
             logits = model(images)
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        loss = F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+        loss = F.cross_entropy(logits, targets, reduction="none").cpu().double().sum().item()
         n, correct = len(targets), torch.stack([targets.new_tensor(len(targets)), hits[:, 0].sum(), hits.sum()])
         counts += correct
         loss_sum += loss
@@ -214,7 +214,7 @@ def evaluate(
 @torch.inference_mode()
 def throughput(model: nn.Module, images: Tensor, amp_dtype: torch.dtype) -> None:
     """Log images per second of inference: the mean of 30 runs on one batch, after 50 runs of warm-up (CPU: 2)."""
-    synchronize = torch.cuda.synchronize if images.is_cuda else lambda: None
+    synchronize = (lambda: None) if images.device.type == "cpu" else torch.accelerator.synchronize
 
     def seconds(runs: int) -> float:
         synchronize()
@@ -225,6 +225,6 @@ def throughput(model: nn.Module, images: Tensor, amp_dtype: torch.dtype) -> None
         synchronize()
         return time.perf_counter() - start
 
-    seconds(50 if images.is_cuda else 2)
+    seconds(2 if images.device.type == "cpu" else 50)
     log("throughput averaged with 30 times")
     log(f"batch_size {len(images)} throughput {30 * len(images) / seconds(30)}")

@@ -6,11 +6,12 @@ python main.py --help lists the options; README.md has a command for each model 
 import os
 import sys
 
-from training import files, launcher, options
+from training import errors, files, launcher, options
 
 if __name__ == "__main__":
     # Before torch is imported, so that --help, a wrong option and a folder in use are answered at once. Not the last
     # under Slurm: its tasks would take each other for the folder's owner.
+    errors.end_at_interrupt("main.py")
     ARGS = options.parse_args(sys.argv[1:])
     if launcher.launched():
         launcher.end_with_launcher()
@@ -25,6 +26,7 @@ import gvt_ops  # before timm: lets torchvision be imported beside a CPU build o
 # isort: split
 import datetime
 import difflib
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -45,7 +47,7 @@ import utils
 from losses import build_criterion, build_mixup
 from training import processes, resume
 from training.checkpoint import Checkpoint, finetune, load_into
-from training.errors import PREEMPTED, NonFiniteError, Preempted, UserError, print_error, short_reason
+from training.errors import NonFiniteError, Preempted, UserError, print_error, short_reason
 from training.options import Options
 from training.processes import StopSignals
 from training.run_folder import NON_FINITE, RunFolder, record_images
@@ -69,7 +71,7 @@ def main(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> N
     processes.meet_peers()
     with utils.process_group():
         for name, reason in without_effect.items():
-            utils.warn(f"--{name.replace('_', '-')} has no effect ({reason})")
+            utils.warn(f"{options.flag(name)} has no effect ({reason})")
         log(args)
         if args.throughout:
             throughput(args, device)
@@ -159,11 +161,15 @@ def compile_model(model: nn.Module, args: Options) -> nn.Module:
 def evaluate(args: Options, device: torch.device) -> None:
     """Score the weights of --resume on val."""
     key, kwargs = "model_ema" if args.model_ema else None, precision_kwargs(args, device)
-    file = Checkpoint.open(args.resume)
-    state = file.weights(key)
+    file = Checkpoint.open(files.best_checkpoint(args.run_folder) if args.resume == "auto" else args.resume)
+    state, stored = file.weights(key), dict(file.options)
+    if not timm.is_model(str(stored.get("model"))):
+        stored.pop("model", None)
+    for line in (f"evaluating {file.source}", *options.take_stored(args, stored)):
+        log(line)
     head = state.get("head.weight")
     if head is None or head.ndim != 2:
-        raise UserError(f"no classifier in the weights ({args.resume}): expected head.weight, --finetune can add one")
+        raise UserError(f"no classifier in the weights ({file.source}): expected head.weight, --finetune can add one")
     classes = file.class_names
     if args.data_set == "IMNET":
         classes = datasets.match_classes(datasets.class_folders(Path(args.data_path) / "val"), classes, len(head))
@@ -218,10 +224,10 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
             log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
             evaluate_epoch(state, saver, val_loader, network)
         log(f"Start training for {args.epochs} epochs")
-        start = time.perf_counter()
+        start, updates = time.perf_counter(), itertools.count(state.updates + 1)
         for epoch in range(state.epoch + 1, args.epochs):
             hooks = engine.EpochHooks(
-                after_step=(lambda: ema.update(model)) if ema else None,
+                after_step=(lambda: ema.update(model, next(updates) if ema.use_warmup else None)) if ema else None,
                 wants_to_stop=lambda batch: signals.poll("train", state, batch),
                 after_update=saver.after_update,
                 progress=state.progress,
@@ -256,12 +262,15 @@ def build_networks(
         ids = [device.index] if device.type == "cuda" else None
         parallel = DistributedDataParallel(network, device_ids=ids)
     # After DistributedDataParallel has given all processes the weights of the first.
-    ema = ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None
+    average = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+    ema = ModelEmaV3(model, **average) if args.model_ema else None
     return model, network, parallel, ema
 
 
 def build_optimizer(args: Options, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    kwargs = optimizer_kwargs(args) | {"lr": lr} | ({"fused": True} if args.opt.lower() in FUSED else {})
+    kwargs = optimizer_kwargs(args) | {"lr": lr}
+    if args.opt.lower() in FUSED and next(model.parameters()).device.type in ("cpu", "cuda"):
+        kwargs["fused"] = True
     try:
         return create_optimizer_v2(model, **kwargs)
     except (ValueError, IndexError, TypeError) as error:
@@ -307,6 +316,8 @@ def log_run(state: TrainingState, train_loader, folder: RunFolder) -> None:
     counts = f"{state.updates_per_epoch} updates an epoch, {state.n_parameters} parameters"
     where = f"device {state.device}, {state.recipe['amp_dtype']}, {train_loader.num_workers} workers a process"
     log(f"{counts}, {where}, output in {folder.path}")
+    for line in options.schedule_warnings(args, state.recipe["lr"]):
+        utils.warn(line)
     recipe = RECIPE_BATCH.get(args.model)
     if recipe and recipe != global_batch:
         what = f"the official {args.model} was trained with a global batch of {recipe}, not {global_batch}"
@@ -350,7 +361,7 @@ def run(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> in
             raise
         code, line = known
         processes.end_stopped_processes()
-        print_error(line, kind="stopped" if code == PREEMPTED else "error")
+        print_error(line, kind="stopped" if isinstance(error, Preempted) else "error")
         return code
 
 

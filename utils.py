@@ -6,7 +6,6 @@ import datetime
 import os
 import platform
 import random
-import resource
 import shlex
 import subprocess
 import sys
@@ -21,8 +20,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from training.devices import TESTED, choose_device
 from training.errors import UserError, print_error, short_reason
 from training.launcher import launcher_variables
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None
 
 ROOT = Path(__file__).resolve().parent
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
@@ -67,30 +72,6 @@ def keep_freed_memory() -> None:
             mallopt(M_MMAP_THRESHOLD, 2**25)
 
 
-def choose_device(name: str, *, given: bool, local_rank: int | None) -> torch.device:
-    """Return the device of this process; raise UserError if it does not exist. given: whether --device was passed."""
-    try:
-        kind, index = torch.device(name).type, torch.device(name).index or 0
-    except RuntimeError:
-        raise UserError(f"no such device (--device {name}): use cuda or cpu") from None
-    if kind != "cuda":
-        return torch.device(kind)
-    count = torch.cuda.device_count()
-    if not torch.cuda.is_available():
-        if given:
-            where = f"--device {name}, torch {torch.__version__}"
-            raise UserError(f"no CUDA device ({where}): pass --device cpu, or omit --device")
-        return torch.device("cpu")
-    if index >= count:
-        raise UserError(f"no such device (--device {name}): this machine has {count}")
-    if local_rank is not None:
-        # Slurm may show each task only its own GPU.
-        index = local_rank % count if "SLURM_LOCALID" in os.environ else local_rank
-    if index >= count:
-        raise UserError(f"process {index} of this machine has no GPU of its own ({count} found): start fewer")
-    return torch.device(kind, index)
-
-
 def init_device(name: str, *, given: bool, dist_url: str = "env://", timeout: float = 1800) -> torch.device:
     """Choose the device, and join the run's other processes if a launcher started several (NCCL; on a CPU gloo)."""
     variables = launcher_variables(os.environ)
@@ -106,6 +87,8 @@ def init_device(name: str, *, given: bool, dist_url: str = "env://", timeout: fl
         join_processes(variables, "nccl" if device.type == "cuda" else "gloo", dist_url=dist_url, timeout=timeout)
     if device.type == "cpu" and not given:
         log("device: cpu (no CUDA device found)")
+    if device.type not in TESTED:
+        warn(f"untested (--device {name}): compare a short run with one of --device cpu")
     return device
 
 
@@ -233,9 +216,11 @@ class Meter:
 
 
 def peak_memory_mb() -> float:
-    """Return the peak of the GPU's allocator if CUDA is in use, else of the process, in MiB."""
+    """Return the peak of the GPU's allocator if CUDA is in use, else of the process, in MiB; 0 on Windows."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
+    if resource is None:
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 

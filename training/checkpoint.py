@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from training import formats
 from training.errors import UserError, did_you_mean, short_reason
-from training.files import atomic_write, write_text
+from training.files import atomic_write, best_checkpoint, write_text
 from utils import log
 
 # Keys under which files keep the weights, in this order.
@@ -293,8 +293,15 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | Path) -> "Checkpoint":
-        """Read a file or an https address; see `load`."""
+        """Read a file or an https address, see `load`; of a run's folder, the best checkpoint."""
+        source = best_checkpoint(source) if os.path.isdir(source) else source
         return cls(load(source), source)
+
+    @property
+    def options(self) -> dict:
+        """Return the options of the training run that wrote the file, as far as it holds them."""
+        args = self.payload.get("args")
+        return args if isinstance(args, dict) else {}
 
     def weights(self, key: str | None = None) -> dict[str, Tensor]:
         """Return the weights under `key` ("model_ema"), by default wherever files keep them."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 LONGEST_LINE = 300  # characters
 PREEMPTED = 128 + signal.SIGTERM  # the exit code of a run that a signal ended, its state saved
+INTERRUPTED = 128 + signal.SIGINT  # the same after Ctrl-C, whether there was a state to save or not
 
 
 class UserError(Exception):
@@ -27,7 +28,11 @@ class NonFiniteError(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked the run to end, and its state is saved. Exit code 143."""
+    """A signal asked the run to end, and its state is saved. Exit code 143, after Ctrl-C 130."""
+
+    def __init__(self, message: str, code: int = PREEMPTED):
+        super().__init__(message)
+        self.code = code
 
 
 def short_reason(error: BaseException, limit: int | None = None) -> str:
@@ -51,10 +56,25 @@ def print_error(message: str, kind: str = "error", program: str = "main.py") -> 
     print(line if short else line[: LONGEST_LINE - 3] + "...", file=sys.stderr, flush=True)
 
 
+def end_at_interrupt(program: str) -> None:
+    """Let Ctrl-C end this process at once, with one line: there is nothing to save."""
+
+    def end(*_) -> None:
+        # Not by print, inside which the signal may come.
+        os.write(sys.stderr.fileno(), f"{program}: stopped: stopped by SIGINT\n".encode())
+        os._exit(INTERRUPTED)
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
+
+
 def exit_code(program: str, main: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Run a tool's main; return its exit code, or 2 after a UserError, which is printed as one line."""
+    """Run a tool's main; return its exit code, 2 after a UserError, or 130 after Ctrl-C; each prints one line."""
     try:
         return main(argv) or 0
+    except KeyboardInterrupt:
+        print_error("stopped by SIGINT", kind="stopped", program=program)
+        return INTERRUPTED
     except UserError as error:
         if os.environ.get("TWINS_DEBUG") == "1":
             raise

@@ -3,15 +3,23 @@
 Needs the standard library only: main.py asks before torch is imported.
 """
 
-import fcntl
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from training.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
 CHECKPOINT, BEST, LOG, STATUS, LOCK = "checkpoint.pth", "checkpoint_best.pth", "log.txt", "status.json", ".lock"
+FAR = 2**30  # bytes
 OLDER = re.compile(r"checkpoint-\d{4,}-\d{6,}\.pth")  # what --checkpoint-hist keeps beside the newest
 
 
@@ -39,7 +47,9 @@ class _Recorder:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a folder durable, where a folder can be opened (not on Windows)."""
+    if sys.platform == "win32":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -117,6 +127,17 @@ def candidates(folder: Path) -> list[Path]:
     return [path for path in named if path.is_file()]
 
 
+def best_checkpoint(folder: str | Path) -> Path:
+    """Return a folder's best checkpoint, its newest one if none is scored yet; raise UserError if it has none."""
+    if not (found := sorted(candidates(folder), key=lambda path: path.name != BEST)):
+        raise no_checkpoint(folder)
+    return found[0]
+
+
+def no_checkpoint(folder: str | Path) -> UserError:
+    return UserError(f"a folder without a checkpoint ({folder}): pass a file, or the folder of a run")
+
+
 def prune(folder: Path, keep: int, position: tuple[int, int]) -> None:
     """Delete all but the newest `keep` checkpoints, CHECKPOINT counted, and those beyond the run's `position`.
 
@@ -138,12 +159,24 @@ def this_process() -> str:
 def _lock(file) -> bool:
     """Return True if the lock was free and is now this process's. It ends with the process, and is not inherited."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            _lock_byte(file.fileno())
     except (BlockingIOError, PermissionError):
         return False
     except OSError:  # a file system without locks: there is none to hold
         return True
     return True
+
+
+def _lock_byte(descriptor: int) -> None:
+    """Lock as Windows does: what is locked cannot be read, so it is a byte behind the owner's name."""
+    import msvcrt
+
+    os.lseek(descriptor, FAR, os.SEEK_SET)
+    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    os.lseek(descriptor, 0, os.SEEK_SET)
 
 
 def owner(folder: Path) -> str | None:

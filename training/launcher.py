@@ -18,10 +18,10 @@ def launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def die_with_parent(number: int) -> None:
-    """Have the kernel send this process a signal when its parent ends (Linux; elsewhere nothing)."""
+def die_with_parent(name: str) -> None:
+    """Have the kernel send this process the signal of that name when its parent ends (Linux; elsewhere nothing)."""
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None, use_errno=True).prctl(1, int(signal.Signals[name]), 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def end_with_launcher() -> None:
@@ -31,7 +31,7 @@ def end_with_launcher() -> None:
     torchrun's processes outlive it otherwise, and go on writing into the run's folder.
     """
     parent = os.getppid()
-    die_with_parent(signal.SIGTERM)
+    die_with_parent("SIGTERM")
 
     def watch() -> None:
         while os.getppid() == parent:

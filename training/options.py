@@ -8,7 +8,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 # What the official code accepts and this one cannot honor: each ends with what to use instead.
@@ -20,8 +20,12 @@ REFUSED = {
 }
 
 
+# How the help of an option begins that is accepted, or refused, but does nothing.
+INERT = ("refused:", "without effect:", "ignored:", "not supported:")
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, and `-` and `_` alike in the names of options."""
+    """argparse with one-line errors, which suggest no inert option, and `-` and `_` alike in the names of options."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
@@ -40,7 +44,9 @@ class Parser(argparse.ArgumentParser):
         words = message.split()
         if message.startswith("unrecognized arguments:"):
             unknown = next((word for word in words[2:] if word.startswith("-")), words[2])
-            close = difflib.get_close_matches(unknown.split("=")[0], self._option_string_actions, n=1)
+            options = self._option_string_actions.items()
+            useful = [name for name, option in options if not (option.help or "").startswith(INERT)]
+            close = difflib.get_close_matches(unknown.split("=")[0], useful, n=1)
             advice = f"did you mean {close[0]}?" if close else "--help lists the options"
             message = f"unknown option (command line, {unknown}): {advice}"
         else:
@@ -78,13 +84,25 @@ MOST = 2**62  # no option is as large; torch and numpy take no larger integers
 positive = numbers(int, "a number from 1 up", lambda value: value >= 1)
 count = numbers(int, "a number from 0 up", lambda value: value >= 0)
 seed = numbers(int, "a number", lambda value: True)
-pixels = numbers(int, "a number of pixels from 1 to 16384", lambda value: 1 <= value <= 16384)
+LARGEST = 16384  # pixels
+pixels = numbers(int, f"a number of pixels from 1 to {LARGEST}", lambda value: 1 <= value <= LARGEST)
 wait = numbers(int, "a number of seconds from 0 up", lambda value: 0 <= value < 10**6)
 seconds = numbers(int, "a number of seconds from 1 up", lambda value: 1 <= value < 10**6)
 probability = numbers(float, "between 0 and 1", lambda value: 0 <= value <= 1)
 share = numbers(float, "above 0 and up to 1", lambda value: 0 < value <= 1)
 amount = numbers(float, "a number from 0 up", lambda value: value >= 0)
 above_zero = numbers(float, "a number above 0", lambda value: value > 0)
+
+
+ALPHA, EXIF = ("white", "black", "drop"), ("apply", "ignore")
+# What --eval takes from a checkpoint: the model, and how its images were prepared; each with what its value may be.
+STORED = {
+    "model": lambda value: isinstance(value, str),
+    "input_size": lambda value: type(value) is int and 1 <= value <= LARGEST,
+    "eval_crop_ratio": lambda value: isinstance(value, float) and 0 < value <= 1,
+    "alpha": lambda value: value in ALPHA,
+    "exif": lambda value: value in EXIF,
+}
 
 
 class Options(argparse.Namespace):
@@ -121,7 +139,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="main.py", description="Train, evaluate and time Twins (PCPVT, ALTGVT) on images.")
 
     add = parser.add_argument_group("what to do (default: train)").add_argument
-    add("--eval", action="store_true", help="evaluate the weights of --resume on the val images, and exit")
+    add(
+        "--eval",
+        action="store_true",
+        help="evaluate the weights of --resume on val, and exit; model and image size are theirs if not given",
+    )
     add("--throughout", "--throughput", action="store_true", help="time inference in images per second, and exit")
 
     add = parser.add_argument_group("model").add_argument
@@ -129,13 +151,21 @@ def get_parser() -> argparse.ArgumentParser:
     add("--input-size", type=pixels, default=224, metavar="PIXELS", help="side of an image (%(default)s)")
     add("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
     add("--drop-path", type=probability, default=0.1, metavar="P", help="stochastic depth, last block (%(default)s)")
-    add("--finetune", type=path, default="", metavar="FILE", help="start from weights; a head of another size is reset")
+    add(
+        "--finetune",
+        type=path,
+        default="",
+        metavar="FILE",
+        help="start from weights, or a run's best; a head of another size is reset",
+    )
     parts = dict(nargs="?", const="block", default=False, choices=("block", "mlp"))
     add("--grad-checkpointing", **parts, help="recompute activations to save memory; mlp: of the MLPs alone")
     add("--channels-last", action="store_true", help="images and weights in channels-last memory format")
     add("--torchcompile", nargs="?", const="inductor", metavar="BACKEND", help="compile the model")
     add("--model-ema", action="store_true", help="keep and score a moving average of the weights too")
     add("--model-ema-decay", type=probability, default=0.9998, metavar="D", help="of --model-ema (%(default)s)")
+    add("--model-ema-warmup", action="store_true", default=True, help="let the decay grow from 0 to that (default)")
+    add("--no-model-ema-warmup", action="store_false", dest="model_ema_warmup", help="the same decay from the start")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--batch-size", type=positive, default=64, metavar="N", help="images per process and step (%(default)s)")
@@ -162,8 +192,20 @@ def get_parser() -> argparse.ArgumentParser:
     add("--min-lr", type=amount, default=1e-5, metavar="LR", help="not scaled (%(default)s)")
     add("--warmup-epochs", type=count, default=5, metavar="N", help="unless 0, two at --warmup-lr (%(default)s)")
     add("--decay-epochs", type=above_zero, default=30, metavar="N", help="for --sched step (%(default)s)")
-    add("--cooldown-epochs", type=count, default=10, metavar="N", help="without effect, as officially (%(default)s)")
-    add("--patience-epochs", type=count, default=10, metavar="N", help="for --sched plateau (%(default)s)")
+    add(
+        "--cooldown-epochs",
+        type=count,
+        default=10,
+        metavar="N",
+        help="without effect: the schedule ignores it (%(default)s)",
+    )
+    add(
+        "--patience-epochs",
+        type=count,
+        default=10,
+        metavar="N",
+        help="without effect: no schedule has patience (%(default)s)",
+    )
     add("--decay-rate", "--dr", type=amount, default=0.1, metavar="R", help="for --sched step (%(default)s)")
 
     add = parser.add_argument_group("augmentation").add_argument
@@ -202,15 +244,17 @@ def get_parser() -> argparse.ArgumentParser:
     add("--pin-mem", action="store_true", default=True, help="(default)")
     add("--no-pin-mem", action="store_false", dest="pin_mem", help="do not pin memory for the copy to a GPU")
     add("--eval-crop-ratio", type=share, default=0.875, metavar="F", help="share of the resized side (%(default)s)")
-    add("--alpha", default="white", choices=("white", "black", "drop"), help="under transparent pixels (%(default)s)")
-    add("--exif", default="ignore", choices=("apply", "ignore"), help="the EXIF orientation of images (%(default)s)")
+    add("--alpha", default="white", choices=ALPHA, help="under transparent pixels (%(default)s)")
+    add("--exif", default="ignore", choices=EXIF, help="the EXIF orientation of images (%(default)s)")
     add("--max-pixels", type=positive, default=178_956_970, metavar="N", help="refuse larger images (%(default)s)")
     add("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", type=path, default="", metavar="FOLDER", help="of a training run (./MODEL)")
     add("--overwrite", action="store_true", help="start in a folder that holds a run, and replace that run")
-    what = "a checkpoint to continue, or auto: the output folder's newest whole one; with --eval, weights to evaluate"
+    what = (
+        "continue a checkpoint or a folder's newest whole one (auto: --output_dir); with --eval: weights, or its best"
+    )
     add("--resume", type=path, default="", metavar="FILE", help=what)
     add("--resume-changed", action="store_true", help="continue although model, data or recipe differ from the stored")
     add("--checkpoint-interval", type=count, default=0, metavar="N", help="save every N updates too (0: never)")
@@ -231,6 +275,23 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def take_stored(args: Options, stored: Mapping) -> list[str]:
+    """Set what is STORED in a checkpoint's options and was not given; return lines on that, and on what differs."""
+    found = {name: stored[name] for name, is_valid in STORED.items() if name in stored and is_valid(stored[name])}
+    taken = {name: value for name, value in found.items() if name not in args.given}
+    given = [name for name in found.keys() & args.given if found[name] != getattr(args, name)]
+    vars(args).update(taken)
+    words = [f"{flag(name)} {value}" for name, value in taken.items()]
+    lines = [f"from the checkpoint: {', '.join(words)}"] if words else []
+    for name in sorted(given):
+        lines.append(f"{flag(name)} {getattr(args, name)} as given, where the checkpoint has {found[name]}")
+    return lines
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def without_effect(args: Options) -> dict[str, str]:
     """Return the given options that this run does not read, each with the reason."""
     small = args.input_size <= 32
@@ -242,6 +303,8 @@ def without_effect(args: Options) -> dict[str, str]:
         "decay_epochs": args.sched != "step" and f"--sched {args.sched} has no steps",
         "decay_rate": args.sched not in rates and f"--sched {args.sched} has no such rate",
         "patience_epochs": args.sched != "plateau" and f"--sched {args.sched} has no patience",
+        "model_ema_decay": not args.model_ema and "--model-ema is not given",
+        "model_ema_warmup": not args.model_ema and "--model-ema is not given",
         "momentum": args.opt.lower() in ("adamw", "adam") and f"--opt {args.opt} has betas",
         "world_size": "the launcher sets the number of processes",
         "remode": not args.reprob and "--reprob is 0",
@@ -251,9 +314,25 @@ def without_effect(args: Options) -> dict[str, str]:
         "scale": shifted,
         "ratio": shifted,
     }
+    for name in ("resume", "finetune", "model_ema"):
+        reasons[name] = args.throughout and "--throughput times a new model"
+    if args.eval and not args.throughout:
+        reasons["finetune"] = "--eval takes the weights of --resume"
     for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode"):
         reasons[name] = not args.mixing and "--mixup and --cutmix are 0"
     return {name: reason for name, reason in reasons.items() if reason and name in args.given}
+
+
+def schedule_warnings(args: Options, lr: float) -> list[str]:
+    """Return what is unusual about a schedule that starts at the rate `lr`, after warm-up."""
+    lines = []
+    if args.sched in ("cosine", "tanh", "poly") and lr <= args.min_lr > 0:
+        what = f"the learning rate does not fall: after warm-up it is {lr:g}, and --min-lr is {args.min_lr:g}"
+        lines.append(f"{what}; raise --lr, which is scaled by the global batch / 512, or lower --min-lr, which is not")
+    if 2 * args.warmup_epochs >= args.epochs:
+        what = f"warm-up takes {args.warmup_epochs} of {args.epochs} epochs, from a rate of {args.warmup_lr:g}"
+        lines.append(f"{what} to {lr:g}; raise --epochs, or lower --warmup-epochs")
+    return lines
 
 
 def parse_args(argv: list[str]) -> Options:
@@ -266,8 +345,8 @@ def parse_args(argv: list[str]) -> Options:
     for name in ("scale", "ratio", "cutmix_minmax"):
         bounds = getattr(args, name)
         if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]):
-            parser.error(f"argument --{name.replace('_', '-')}: expected two numbers above 0, the smaller first")
+            parser.error(f"argument {flag(name)}: expected two numbers above 0, the smaller first")
     for name, advice in REFUSED.items():
         if getattr(args, name):
-            parser.exit(2, f"{parser.prog}: error: cannot be used (--{name.replace('_', '-')}): {advice}\n")
+            parser.exit(2, f"{parser.prog}: error: cannot be used ({flag(name)}): {advice}\n")
     return args

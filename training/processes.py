@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from training.errors import PREEMPTED, NonFiniteError, Preempted, UserError, short_reason
+from training.errors import NonFiniteError, Preempted, UserError, short_reason
 from training.launcher import die_with_parent
 from utils import all_gather, get_random_state, get_world_size, set_random_state
 
@@ -26,18 +27,20 @@ PEERS: list[tuple[str, int, str]] = []  # `identity` of each process of the run
 
 
 class StopSignals:
-    """Note SIGTERM and SIGUSR1 while entered: `received` is the signal's name, or None. The run ends at a safe point.
+    """Note SIGTERM, SIGINT and SIGUSR1 while entered: `received` is the signal's name, or None. The run ends at a safe
+    point; at a second SIGINT (Ctrl-C) at once. Signals that are ignored, as SIGINT is in the background, stay so.
 
     on_poll: called each time before the run looks, with what it tells of where it is; tests stop runs there.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
     def __init__(self, on_poll: Callable[..., None] = lambda *where: None):
         self.received, self.on_poll = None, on_poll
 
     def __enter__(self):
-        self.before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        heard = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_):
@@ -46,6 +49,8 @@ class StopSignals:
 
     def _note(self, number, _frame) -> None:
         self.received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def poll(self, *where: object) -> bool:
         """Return True if a signal asked this process to stop."""
@@ -57,9 +62,10 @@ class StopSignals:
 def time_limit(seconds: float, error: Exception) -> Iterator[None]:
     """Raise `error` in the main thread if the body takes longer, even inside a system call.
 
-    No limit with 0 seconds or in another thread.
+    No limit with 0 seconds, in another thread, or on Windows, which lacks the signal.
     """
-    if not seconds or threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not (seconds and is_main and hasattr(signal, "SIGALRM")):
         yield
         return
 
@@ -77,13 +83,14 @@ def time_limit(seconds: float, error: Exception) -> Iterator[None]:
 
 def loading_process(_index: int) -> None:
     """Start a loader worker: in a group of its own, away from the launcher's signals, ending with its parent."""
-    os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Of the thread that hands over memory, when the trainer breaks off: the trainer prints a line of its own.
     sys.excepthook = lambda *_: None
-    die_with_parent(signal.SIGKILL)
+    die_with_parent("SIGKILL")
 
 
 # ---------------------------------------------------------------- lost processes
@@ -156,15 +163,34 @@ def loading_error(error: BaseException | None) -> BaseException | None:
     return error
 
 
+def is_out_of_shared_memory(error: BaseException) -> bool:
+    """Return True if a batch found no room where workers leave it: torch's error or a bus error, in any process."""
+    signs = ("unable to allocate shared memory", "out of shared memory", "No space left on device")
+    while error is not None and not (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)):
+        error = error.__context__
+    return error is not None
+
+
+def shared_memory() -> str:
+    try:
+        return f"/dev/shm has {shutil.disk_usage('/dev/shm').total / 2**20:.0f} MiB"
+    except OSError:
+        return "/dev/shm"
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Return the exit code and the line of an error that a user can act on; None for one of ours."""
     if isinstance(error, Preempted):
-        return PREEMPTED, str(error)
+        return error.code, str(error)
     if isinstance(error, (UserError, NonFiniteError)):
         return 2 if isinstance(error, UserError) else 1, short_reason(error)
     if is_lost_process(error):
         what = f"no answer from another process of this run ({lost_processes()})"
         return 1, f"{what}: stopped too, continue with --resume auto"
+    if is_out_of_shared_memory(error):
+        what = f"shared memory is too small ({shared_memory()}, {len(multiprocessing.active_children())} workers)"
+        advice = "start the container with a larger --shm-size, or pass fewer --num_workers; then --resume auto"
+        return 1, f"{what}: {advice}"
     if (loading := loading_error(error)) is not None:
         what = f"data loading failed ({short_reason(loading, 120)} [{loading_processes()}])"
         return 1, f"{what}: look for lack of memory or a stuck disk, then --resume auto"

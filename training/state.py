@@ -4,6 +4,7 @@ import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a
 
 # isort: split
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import nn
 
 from training import checkpoint, resume
 from training.checkpoint import Checkpoint
-from training.errors import Preempted, UserError, short_reason
-from training.files import BEST, CHECKPOINT, candidates, older_name, prune
+from training.errors import INTERRUPTED, PREEMPTED, Preempted, UserError, short_reason
+from training.files import BEST, CHECKPOINT, candidates, no_checkpoint, older_name, prune
 from training.options import Options
 from training.processes import StopSignals
 from training.run_folder import RunFolder
@@ -75,6 +76,12 @@ class TrainingState:
     def position(self) -> tuple[int, int]:
         """Whole epochs, and updates of the next one."""
         return self.epoch + 1, self.progress["updates"] if self.progress else 0
+
+    @property
+    def updates(self) -> int:
+        """Updates from the first epoch on."""
+        epochs, updates = self.position
+        return epochs * self.updates_per_epoch + updates
 
     def records(self) -> dict[str, object]:
         """Return what the run is made with, as JSON values by file name."""
@@ -140,6 +147,8 @@ class TrainingState:
         file.load_into(self.model, report=self.args.report)
         if self.ema:
             file.load_into(self.ema.module, key="model_ema" if "model_ema" in payload else None)
+            if self.ema.use_warmup and "model_ema_warmup" not in resume.stored_recipe(payload):
+                log("resume: --model-ema-warmup from here on, the checkpoint's average is without")
         with must_fit(source):
             groups = payload["optimizer"]["param_groups"]
             resume.load_optimizer_state(self.optimizer, self.model, optimizer_state, groups)
@@ -235,18 +244,24 @@ class CheckpointManager:
         epochs, updates = self.state.position
         by = self.signals.received or "a signal to another process"
         where = f"after {epochs} epochs and {updates} updates"
-        return Preempted(f"stopped by {by} {where}, all saved: continue with --resume auto")
+        code = INTERRUPTED if by == "SIGINT" else PREEMPTED
+        return Preempted(f"stopped by {by} {where}, all saved: continue with --resume auto", code)
 
     # ------------------------------------------------------------ resuming
 
     def resume(self, source: str) -> None:
-        """Resume from a file, or ("auto") from the folder's newest; bare weights start a new schedule."""
+        """Resume from a file or a folder's newest, "auto": the run's folder; bare weights start a new schedule."""
         state, path = self.state, self.folder.path
         if not source:
             return
-        source = in_main_process(self.newest) if source == "auto" else source
-        if not source:
-            return log(f"resume: no checkpoint in {path}, the run starts")
+        if source == "auto" or os.path.isdir(source):
+            folder = path if source == "auto" else Path(source)
+            if newest := in_main_process(lambda: self.newest(folder)):
+                source = newest
+            elif source == "auto":
+                return log(f"resume: no checkpoint in {path}, the run starts")
+            else:
+                raise no_checkpoint(source)
         self.folder.resumed = Path(source).parent.resolve() == path.resolve()
         if not self.folder.resumed:
             self.folder.check_no_run()
@@ -265,9 +280,9 @@ class CheckpointManager:
         inside = f" and {state.position[1]} updates" if state.progress else ""
         log(f"resume: {source}, after epoch {state.epoch}{inside}, max accuracy {state.best:.2f}%")
 
-    def newest(self) -> str:
-        """Return the newest usable checkpoint of the folder, "" if it has none; warn of corrupt ones, and keep them."""
-        found = candidates(self.folder.path)
+    def newest(self, folder: Path) -> str:
+        """Return the newest usable checkpoint of a folder, "" if it has none; warn of corrupt ones, and keep them."""
+        found = candidates(folder)
         for path in found:
             try:
                 file = Checkpoint.open(path)
@@ -278,7 +293,7 @@ class CheckpointManager:
                 warn(f"{error}; trying the checkpoint before it")
         if found:
             state = f"all {len(found)} are broken, nothing was deleted"
-            raise UserError(f"no checkpoint to resume from ({self.folder.path}): {state}; --overwrite starts again")
+            raise UserError(f"no checkpoint to resume from ({folder}): {state}; --overwrite starts again")
         return ""
 
     def best_of_folder(self) -> float:
