@@ -230,7 +230,8 @@ class SeededDataset(Dataset):
 
 
 class TimedLoader(DataLoader):
-    """A DataLoader that raises RuntimeError if its workers do not deliver a batch within `seconds` (0: no limit).
+    """A DataLoader that raises RuntimeError if its workers do not start, or deliver no batch within `seconds` (0: no
+    limit).
 
     DataLoader's own timeout ends at the first sign of a batch: it waits for ever for a worker that stops while it
     hands over its memory.
@@ -243,8 +244,11 @@ class TimedLoader(DataLoader):
     def __iter__(self) -> Iterator:
         end, late = object(), RuntimeError(f"DataLoader timed out after {self.seconds:g} seconds")
         reader = getattr(getattr(self.dataset, "dataset", self.dataset), "reader", None)
-        with time_limit(self.seconds, late):  # persistent workers are waited for here already
-            batches = super().__iter__()
+        try:
+            with time_limit(self.seconds, late):  # persistent workers are waited for here already
+                batches = super().__iter__()
+        except OSError as error:  # their locks and queues need shared memory and open files
+            raise RuntimeError(f"DataLoader cannot start its workers: {error}") from error
         for number in itertools.count(1):
             with time_limit(self.seconds, late):
                 batch = next(batches, end)

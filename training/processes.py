@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,6 +21,8 @@ from training.errors import NonFiniteError, Preempted, UserError, short_reason
 from training.launcher import die_with_parent
 from utils import all_gather, get_random_state, get_world_size, set_random_state
 
+# What torch says if batches find no room in shared memory; the second after a bus error.
+NO_ROOM = re.compile("unable to allocate shared memory|out of shared memory|(shared memory|DataLoader).*No space left")
 PEERS: list[tuple[str, int, str]] = []  # `identity` of each process of the run
 
 
@@ -158,22 +161,22 @@ def loading_processes() -> str:
 
 def loading_error(error: BaseException | None) -> BaseException | None:
     """Return DataLoader's error among an error and those that it was raised while handling, or None."""
-    while error is not None and not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader")):
+    signs = re.compile("^DataLoader|unable to open shared memory|^Too many open files")
+    while error is not None and not (isinstance(error, RuntimeError) and signs.search(str(error))):
         error = error.__context__
     return error
 
 
 def is_out_of_shared_memory(error: BaseException) -> bool:
-    """Return True if a batch found no room where workers leave it: torch's error or a bus error, in any process."""
-    signs = ("unable to allocate shared memory", "out of shared memory", "No space left on device")
-    while error is not None and not (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)):
+    """Return True if a batch found no room where workers leave it, by torch's errors (the second: a bus error)."""
+    while error is not None and not (isinstance(error, RuntimeError) and NO_ROOM.search(str(error))):
         error = error.__context__
     return error is not None
 
 
 def shared_memory() -> str:
     try:
-        return f"/dev/shm has {shutil.disk_usage('/dev/shm').total / 2**20:.0f} MiB"
+        return f"/dev/shm has {shutil.disk_usage('/dev/shm').total / 2**20:.3g} MiB"
     except OSError:
         return "/dev/shm"
 
@@ -188,9 +191,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         what = f"no answer from another process of this run ({lost_processes()})"
         return 1, f"{what}: stopped too, continue with --resume auto"
     if is_out_of_shared_memory(error):
-        what = f"shared memory is too small ({shared_memory()}, {len(multiprocessing.active_children())} workers)"
-        advice = "start the container with a larger --shm-size, or pass fewer --num_workers; then --resume auto"
-        return 1, f"{what}: {advice}"
+        advice = "start the container with a larger --shm-size, or pass fewer --num_workers, 0 for none"
+        return 1, f"shared memory is too small ({shared_memory()}): {advice}; --resume auto continues a training run"
     if (loading := loading_error(error)) is not None:
         what = f"data loading failed ({short_reason(loading, 120)} [{loading_processes()}])"
         return 1, f"{what}: look for lack of memory or a stuck disk, then --resume auto"

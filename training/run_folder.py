@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from training import files
-from training.errors import Preempted, UserError
+from training.errors import Preempted, UserError, short_reason
 from training.processes import explain, is_lost_process
 from utils import all_gather, in_main_process, is_main_process, warn
 
@@ -80,7 +80,7 @@ class RunFolder:
                 self.status.write("preempted", str(error))
             raise
         except BaseException as error:
-            _, reason = explain(error) or (1, repr(error))
+            _, reason = explain(error) or (1, short_reason(error, 300))
             self.status.fail(reason, echo=is_lost_process(error))
             raise
         finally:
