@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, launch, log_lines, make_images, run_main
+from conftest import ROOT, SMALL_RUN, errors_of, launch, log_lines, make_images, run_main
 
 import engine
 import main
@@ -485,7 +485,7 @@ def test_a_plain_run_as_a_program(toy, tmp_path):
         r"^Training time \d:",
     ):
         assert re.search(form, done.stdout, re.M), form
-    assert done.stderr.splitlines() == ["main.py: warning: --color-jitter has no effect (--aa is set)"]
+    assert errors_of(done.stderr) == ["main.py: warning: --color-jitter has no effect (--aa is set)"]
     assert "\r" not in done.stdout
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import utils
-from training import launcher
+from training import devices, launcher
 from training.errors import UserError, short_reason
 
 
@@ -75,6 +75,31 @@ def test_a_device_that_is_not_there_is_an_error_only_if_given(monkeypatch, capsy
         utils.init_device("cuda", given=True)
     assert utils.init_device("cuda", given=False) == torch.device("cpu")
     assert capsys.readouterr().out.splitlines() == ["Not using distributed mode", "device: cpu (no CUDA device found)"]
+
+
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta", "hpu", "lazy", "foo", "cuda:-1", ""])
+def test_a_device_that_this_torch_lacks_is_one_line(name):
+    with pytest.raises(UserError, match=r"^no such device.*\(--device " + name + r".*\): use cuda or cpu"):
+        devices.choose_device(name, given=True, local_rank=None)
+
+
+def test_a_device_beside_cuda_works_alone_and_is_called_untested(monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("mps"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert utils.init_device("mps", given=True) == torch.device("mps")
+    assert capsys.readouterr().err.startswith("main.py: warning: untested (--device mps): ")
+    for wrong in ("xpu", "mps:1"):
+        with pytest.raises(UserError, match="no such device here"):
+            devices.choose_device(wrong, given=True, local_rank=None)
+    with pytest.raises(UserError, match="several processes"):
+        devices.choose_device("mps", given=True, local_rank=0)
+
+
+def test_memory_is_0_where_the_system_does_not_tell(monkeypatch):
+    monkeypatch.setattr(utils, "resource", None)
+    assert utils.peak_memory_mb() == 0
 
 
 def test_random_states_survive_a_file(tmp_path):

@@ -79,10 +79,14 @@ OURS = {
     "grad_checkpointing": False,
     "model_ema": False,
     "model_ema_decay": 0.9998,
+    "model_ema_warmup": True,
     "hflip": 0.5,
     "scale": (0.08, 1.0),
     "ratio": (3 / 4, 4 / 3),
     "eval_crop_ratio": 0.875,
+    "alpha": "white",
+    "exif": "ignore",
+    "max_pixels": 178_956_970,
     "overwrite": False,
     "resume_changed": False,
     "checkpoint_interval": 0,
@@ -169,6 +173,9 @@ def test_wrong_options_are_one_line_and_exit_2(words, says, capsys):
         (["--mixup-mode", "elem", "--mixup", "0", "--cutmix", "0"], ["--mixup-mode", "elem"]),
         (["--inat-category", "genus"], ["--inat-category", "genus", "--data-set", "INAT"]),
         (["--world_size", "8"], []),
+        (["--model-ema-decay", "0.9"], ["--model-ema-decay", "0.9", "--model-ema"]),
+        (["--finetune", "a", "--eval", "--resume", "b"], ["--finetune", "a"]),
+        (["--resume", "a", "--throughput"], ["--resume", "a"]),
     ],
 )
 def test_options_without_effect_are_named_once(words, silent):
@@ -193,3 +200,48 @@ def python_start() -> float:
     start = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import argparse, difflib"], check=True)
     return time.perf_counter() - start
+
+
+# ---------------------------------------------------------------- hints, warnings, and what --eval takes
+
+
+@pytest.mark.parametrize("word", ["--val-split", "--predict", "--split", "--patience", "--mcloader", "--cooldown"])
+def test_a_hint_is_never_an_option_that_does_nothing(word, capsys):
+    """Three of them were answered with --resplit, --patience-epochs and --use-mcloader."""
+    with pytest.raises(SystemExit):
+        parse(word, "3")
+    error = capsys.readouterr().err
+    assert not any(name in error for name in ("--resplit", "--patience-epochs", "--use-mcloader", "--cooldown-epochs"))
+
+
+def test_other_hints_stay(capsys):
+    with pytest.raises(SystemExit):
+        parse("--color-jiter", "0.3")
+    assert "did you mean --color-jitter?" in capsys.readouterr().err
+
+
+def test_a_rate_that_rises_and_a_long_warm_up_are_warned_of():
+    """Batch 8 on one device: the rate is scaled, its least value is not."""
+    rises, warm = options.schedule_warnings(parse("--epochs", "10"), 5e-4 * 8 / 512)
+    assert "after warm-up it is 7.8125e-06, and --min-lr is 1e-05; raise --lr" in rises and "lower --min-lr" in rises
+    assert "warm-up takes 5 of 10 epochs" in warm and "raise --epochs, or lower --warmup-epochs" in warm
+    assert not options.schedule_warnings(parse("--epochs", "11"), 5e-4)
+    assert not options.schedule_warnings(parse("--min-lr", "0"), 1e-6)
+    assert not options.schedule_warnings(parse("--sched", "step"), 1e-6)
+
+
+def test_what_is_stored_is_taken_unless_given():
+    args = parse("--eval-crop-ratio", "0.9", "--exif", "apply")
+    stored = {"model": "alt_gvt_demo", "input_size": 32, "eval_crop_ratio": 1.0, "exif": "apply", "lr": 1.0, "alpha": 3}
+    assert options.take_stored(args, stored) == [
+        "from the checkpoint: --model alt_gvt_demo, --input-size 32",
+        "--eval-crop-ratio 0.9 as given, where the checkpoint has 1.0",
+    ]
+    assert (args.model, args.input_size, args.eval_crop_ratio, args.lr) == ("alt_gvt_demo", 32, 0.9, 5e-4)
+    assert args.alpha == "white" and options.take_stored(args, {}) == []
+
+
+@pytest.mark.parametrize("size", [None, True, [3, 224, 224], 0, 10**9, "224"])
+def test_a_stored_size_that_is_none_is_not_taken(size):
+    args = parse()
+    assert options.take_stored(args, {"input_size": size}) == [] and args.input_size == 224

@@ -13,7 +13,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL_RUN, launch, log_lines
+from conftest import ROOT, SMALL_RUN, errors_of, launch, log_lines
 
 import main
 from tools.checkpoint_hash import digest
@@ -116,7 +116,7 @@ def test_one_process(place, workers, whole, toy, tmp_path, monkeypatch, capsys):
         return at
 
     assert here(*words(toy, tmp_path, "--num_workers", workers), **stop_when(here_or_not)) == 143
-    assert capsys.readouterr().err.startswith("main.py: stopped: stopped by ")
+    assert errors_of(capsys.readouterr().err)[0].startswith("main.py: stopped: stopped by ")
     assert status(tmp_path)["state"] == "preempted" and (tmp_path / "checkpoint.pth").exists()
     assert here(*words(toy, tmp_path, "--num_workers", workers, "--resume", "auto")) == 0
     assert final(tmp_path) == final(whole) and status(tmp_path)["state"] == "finished"
@@ -170,10 +170,8 @@ def test_another_number_of_processes_continues_with_the_same_images(toy, tmp_pat
 def test_a_signal_to_the_process(toy, tmp_path, whole):
     done = program("update:1:1", *words(toy, tmp_path), accident="SIGUSR1")
     assert done.returncode == 143
-    assert (
-        done.stderr.strip()
-        == "main.py: stopped: stopped by SIGUSR1 after 1 epochs and 2 updates, all saved: continue with --resume auto"
-    )
+    line = "main.py: stopped: stopped by SIGUSR1 after 1 epochs and 2 updates, all saved: continue with --resume auto"
+    assert errors_of(done.stderr) == [line]
     assert here(*words(toy, tmp_path, "--resume", "auto")) == 0
     assert final(tmp_path) == final(whole)
 
@@ -307,7 +305,7 @@ def test_keep_going_tries_again_at_the_next_save(toy, tmp_path, monkeypatch, cap
     assert "No space left on device" in capsys.readouterr().err and status(tmp_path / "run")["state"] == "failed"
     saves.clear()
     assert here(*run, "--keep-going") == 0
-    warned = capsys.readouterr().err.splitlines()
+    warned = errors_of(capsys.readouterr().err)
     assert (
         len(warned) == 2 and all("going on (--keep-going): cannot write" in line for line in warned) and len(saves) > 2
     )
