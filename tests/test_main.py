@@ -304,6 +304,39 @@ def test_the_ema_is_the_formula(toy, tmp_path):
     assert torch.allclose(ema.module.norm.weight, average)
 
 
+def test_the_ema_warms_up(toy, tmp_path, monkeypatch):
+    """Decay 1 - n^(-2/3) at update n, up to --model-ema-decay; without warm-up the same from the start."""
+    for more, decays in (([], [0.0, 1 - 2 ** (-2 / 3), 0.5]), (["--no-model-ema-warmup"], [0.5] * 3)):
+        words = ["--model", "alt_gvt_demo", "--model-ema", "--model-ema-decay", "0.5", *more]
+        model, *_, ema = main.build_networks(options.parse_args(words), ["a", "b"], torch.device("cpu"))
+        average = model.norm.weight.detach().clone()
+        for step, decay in enumerate(decays, 1):
+            with torch.no_grad():
+                model.norm.weight.fill_(float(step))
+            ema.update(model, step if ema.use_warmup else None)
+            average = decay * average + (1 - decay) * step
+            assert torch.allclose(ema.module.norm.weight, average)
+
+
+def test_the_average_of_a_short_run_is_near_its_model(toy, tmp_path):
+    """12 updates. With a decay of 0.9998 from the start it was the initial weights."""
+    found = {}
+    for more in ([], ["--no-model-ema-warmup"]):
+        start, folder = {}, tmp_path / str(len(more))
+
+        def note(phase, state, *batch, start=start):
+            start.update({} if start else {name: value.clone() for name, value in state.model.state_dict().items()})
+
+        words = [*SMALL_RUN, "--data-path", toy, "--output_dir", folder, "--lr", 0.05, "--warmup-epochs", 0]
+        assert here(*words, "--model-ema", *more, on_poll=note) == 0
+        payload = checkpoint.load(str(folder / "checkpoint.pth"))
+        weights = [name for name in start if name.endswith("weight")]
+        away = sum((payload["model"][name] - start[name]).square().sum() for name in weights).sqrt()
+        left = sum((payload["model"][name] - payload["model_ema"][name]).square().sum() for name in weights).sqrt()
+        found[len(more)] = (left / away).item()
+    assert found[0] < 0.5 and found[1] > 0.95
+
+
 def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path, capsys):
     data = tmp_path / "data"
     for part in ("train", "val"):
@@ -447,6 +480,57 @@ def test_weights_without_names(trained, toy, tmp_path, capsys):
     words[words.index(toy)] = tmp_path
     assert here(*words) == 2
     assert "val has 1 classes, the weights 4 (and the weights do not say which)" in capsys.readouterr().err
+
+
+def test_evaluation_takes_from_the_checkpoint_what_decides_the_score(trained, toy, capsys):
+    """The model and the size that it was trained at: 224 pixels gave another number."""
+    words = ["--eval", "--data-path", toy, "--num_workers", 0, "--device", "cpu"]
+    assert here(*words, "--resume", trained / "checkpoint.pth") == 0
+    out = capsys.readouterr().out
+    assert float(RESULT.search(out)[1]) == pytest.approx(log_lines(trained)[-1]["test_acc1"], abs=5e-4)
+    taken = "--model alt_gvt_demo, --input-size 32, --eval-crop-ratio 0.875"
+    assert f"from the checkpoint: {taken}" in out and out.count("from the checkpoint:") == 1
+    assert here(*words, "--resume", trained, "--input-size", 64) == 0  # the user's word counts
+    out = capsys.readouterr().out
+    assert "--input-size 64 as given, where the checkpoint has 32" in out
+    assert f"evaluating {trained / 'checkpoint_best.pth'}" in out
+    assert here(*words, "--resume", trained, "--model", "alt_gvt_small") == 2
+    captured = capsys.readouterr()
+    assert "--model alt_gvt_small as given, where the checkpoint has alt_gvt_demo" in captured.out
+    assert "the weights do not fit the model" in captured.err and captured.err.count("\n") == 1
+
+
+def test_evaluation_of_an_official_checkpoint_takes_its_arguments(trained, toy, tmp_path, capsys):
+    """A Namespace, whose model may be one that only its own code knows; bare weights have nothing to take."""
+    import argparse
+
+    state = checkpoint.load(str(trained / "checkpoint.pth"))["model"]
+    torch.save({"model": state, "args": argparse.Namespace(model="mine", input_size=32)}, tmp_path / "a.pth")
+    words = ["--eval", "--data-path", toy, "--num_workers", 0, "--device", "cpu", "--model", "alt_gvt_demo"]
+    assert here(*words, "--resume", tmp_path / "a.pth") == 0
+    out = capsys.readouterr().out
+    assert "from the checkpoint: --input-size 32\n" in out
+    assert float(RESULT.search(out)[1]) == pytest.approx(log_lines(trained)[-1]["test_acc1"], abs=5e-4)
+
+
+def test_a_folder_is_its_best_checkpoint_for_evaluation_and_finetuning(trained, toy, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    best = checkpoint.load(str(folder / "checkpoint_best.pth"))
+    best["model"]["head.weight"].zero_()
+    best["model"]["head.bias"].copy_(torch.tensor([0.0, 0.0, 0.0, 1.0]))  # everything is a dog
+    checkpoint.save(folder / "checkpoint_best.pth", best)
+    words = ["--eval", "--data-path", toy, "--num_workers", 0, "--device", "cpu"]
+    for where in (["--resume", folder], ["--resume", "auto", "--output_dir", folder]):
+        assert here(*words, *where) == 0
+        assert RESULT.search(capsys.readouterr().out)[1] == f"{100 * 25 / 101:.3f}"
+    args = options.parse_args(["--finetune", str(folder), "--model", "alt_gvt_demo"])
+    model, *_ = main.build_networks(args, ["ant", "bee", "cat", "dog"], torch.device("cpu"))
+    assert torch.equal(model.head.bias, torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    assert f"tensors loaded from {folder / 'checkpoint_best.pth'}" in capsys.readouterr().out
+    (folder / "checkpoint_best.pth").unlink()  # as before the first score
+    assert here(*words, "--resume", folder) == 0
+    assert f"evaluating {folder / 'checkpoint.pth'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["alt_gvt_demo", pytest.param("pcpvt_small_v0", marks=pytest.mark.slow)])
@@ -673,6 +757,10 @@ BAD = {
     "no weights": (["--eval"], "nothing to evaluate (--eval)"),
     "missing weights": (["--eval", "--resume", "/nowhere.pth"], "no such file (/nowhere.pth)"),
     "missing checkpoint": (["--resume", "/nowhere.pth"], "no such file (/nowhere.pth)"),
+    "folder without weights": (["--eval", "--resume", "TOY"], "a folder without a checkpoint ("),
+    "run without weights": (["--eval", "--resume", "auto"], "a folder without a checkpoint ("),
+    "folder to resume": (["--resume", "TOY"], "a folder without a checkpoint ("),
+    "folder to finetune": (["--finetune", "TOY"], "a folder without a checkpoint ("),
     "missing finetune": (["--finetune", "/nowhere.pth"], "no such file (/nowhere.pth)"),
     "no such optimizer": (["--opt", "adamv"], "cannot make the optimizer (--opt adamv)"),
     "no such schedule": (["--sched", "cosinus"], "no such schedule (--sched cosinus)"),
@@ -691,12 +779,15 @@ BAD = {
     ),
     "no such device": (["--device", "cuda:99"], "--device"),
     "device in words": (["--device", "gpu"], "--device gpu"),
+    "device without values": (["--device", "meta"], "no such device here (--device meta"),
+    "device of another machine": (["--device", "mps"], "no such device here (--device mps"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(case, toy, tmp_path, capsys):
     words, says = BAD[case]
+    words = [toy if word == "TOY" else word for word in words]
     assert here(*SMALL_RUN, "--data-path", toy, "--output_dir", tmp_path / "run", *words) == 2
     error = capsys.readouterr().err
     assert error.startswith("main.py: error: ") and error.count("\n") == 1 and says in error and len(error) < 300

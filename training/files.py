@@ -175,8 +175,10 @@ def _lock_byte(descriptor: int) -> None:
     import msvcrt
 
     os.lseek(descriptor, FAR, os.SEEK_SET)
-    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-    os.lseek(descriptor, 0, os.SEEK_SET)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    finally:
+        os.lseek(descriptor, 0, os.SEEK_SET)
 
 
 def owner(folder: Path) -> str | None:

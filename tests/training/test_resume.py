@@ -176,7 +176,85 @@ def test_a_signal_to_the_process(toy, tmp_path, whole):
     assert final(tmp_path) == final(whole)
 
 
+def test_ctrl_c_is_sigterms_equal(whole, toy, tmp_path, capsys):
+    """Saved, one line, 130, and the same bits afterwards."""
+    stops = []
+    interrupt = dict(on_poll=lambda *where: stops.append(1) or (len(stops) == 8 and signal.raise_signal(signal.SIGINT)))
+    assert here(*words(toy, tmp_path), **interrupt) == 130
+    line = "stopped by SIGINT after 1 epochs and 1 updates, all saved: continue with --resume auto"
+    assert errors_of(capsys.readouterr().err) == [f"main.py: stopped: {line}"]
+    assert (status(tmp_path)["state"], status(tmp_path)["reason"]) == ("preempted", line)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert here(*words(toy, tmp_path, "--resume", "auto")) == 0
+    assert final(tmp_path) == final(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("times", "code"), [(1, 130), (2, -signal.SIGINT)])
+def test_ctrl_c_once_and_twice(times, code, toy, tmp_path):
+    """To the program: the first saves, the second ends it at once."""
+    command = [sys.executable, str(ROOT / "main.py"), *map(str, words(toy, tmp_path)), "--epochs", "500"]
+    command += ["--num_workers", "1"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+    while "Epoch: [1]" not in run.stdout.readline():
+        assert run.poll() is None
+    for _ in range(times):
+        run.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == code and len(errors_of(error)) == (1 if times == 1 else 0)
+    assert times == 2 or "stopped by SIGINT after 1 epochs" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--eval", "--resume", "RUN"], ["--throughput"], []])
+def test_ctrl_c_with_nothing_to_save(words, whole, toy):
+    """Also while the program is still loading its libraries: one line."""
+    words = [str(whole) if word == "RUN" else word for word in words]
+    command = [sys.executable, str(ROOT / "main.py"), *words, "--data-path", str(toy), "--num_workers", "0"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, **pipes)
+    while words and "number of params" not in run.stdout.readline():
+        assert run.poll() is None
+    time.sleep(0 if words else 0.7)
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130 and error == "main.py: stopped: stopped by SIGINT\n"
+
+
 # ---------------------------------------------------------------- which checkpoint
+
+
+def test_a_folder_is_resumed_from_its_newest(whole, toy, tmp_path, capsys):
+    """Of the same folder, and of another one into a new one."""
+    assert here(*words(toy, whole, "--resume", whole)) == 0
+    assert f"resume: {whole / 'checkpoint.pth'}, after epoch 2" in capsys.readouterr().out
+    shutil.copytree(whole, tmp_path / "old")
+    (tmp_path / "old" / "checkpoint.pth").unlink()
+    assert here(*words(toy, tmp_path / "new", "--resume", tmp_path / "old")) == 0
+    assert f"resume: {tmp_path / 'old' / 'checkpoint-0002-000004.pth'}" in capsys.readouterr().out
+    assert final(tmp_path / "new")[0] == final(whole)[0]
+
+
+def test_the_average_counts_its_updates_across_a_resume(toy, tmp_path, monkeypatch):
+    """One more at each, from 1 on, wherever it was stopped."""
+    steps, update = [], main.ModelEmaV3.update
+    monkeypatch.setattr(main.ModelEmaV3, "update", lambda ema, *args: steps.append(args[1]) or update(ema, *args))
+    assert here(*words(toy, tmp_path), **stop_when(lambda run: len(steps) == 4)) == 143
+    assert here(*words(toy, tmp_path, "--resume", "auto")) == 0
+    assert steps == list(range(1, 19))
+
+
+def test_an_average_without_warm_up_is_resumed_with_a_line(whole, toy, tmp_path, capsys):
+    payload = checkpoint.load(whole / "checkpoint-0002-000004.pth")
+    del payload["recipe"]["model_ema_warmup"], payload["args"]["model_ema_warmup"]
+    torch.save(payload, tmp_path / "old.pth")
+    line = "resume: --model-ema-warmup from here on, the checkpoint's average is without"
+    assert here(*words(toy, tmp_path / "a", "--resume", tmp_path / "old.pth")) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    assert here(*words(toy, tmp_path / "b", "--resume", whole, "--no-model-ema-warmup")) == 2
+    assert "model_ema_warmup True -> False" in capsys.readouterr().err
 
 
 def test_resume_auto(whole, toy, tmp_path, capsys):
