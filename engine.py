@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.errors import NonFiniteError
-from utils import MetricLogger, all_reduce_sum, get_world_size, log
+from utils import MetricLogger, all_reduce_sum, get_world_size, log, warn
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,7 @@ def evaluate(
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(logits, targets, reduction="none").cpu().double().sum().item()
         n, correct = len(targets), torch.stack([targets.new_tensor(len(targets)), hits[:, 0].sum(), hits.sum()])
-        counts += correct
-        loss_sum += loss
+        counts, loss_sum = counts + correct, loss_sum + loss
         meters.update(n, loss=loss / n, acc1=100 * correct[1].item() / n, acc5=100 * correct[2].item() / n)
         between()
     for _ in range(rounds - len(loader)):
@@ -208,6 +207,8 @@ def evaluate(
     total, correct1, correct5 = counts.tolist()
     stats = {"loss": loss_sum.item() / total, "acc1": 100 * correct1 / total, "acc5": 100 * correct5 / total}
     log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
+    if not math.isfinite(stats["loss"]):
+        warn("the loss is not finite (above), so the accuracy means nothing: try --amp-dtype float32")
     return stats | {"count": total, "correct1": correct1, "correct5": correct5}
 
 
@@ -226,5 +227,4 @@ def throughput(model: nn.Module, images: Tensor, amp_dtype: torch.dtype) -> None
         return time.perf_counter() - start
 
     seconds(2 if images.device.type == "cpu" else 50)
-    log("throughput averaged with 30 times")
-    log(f"batch_size {len(images)} throughput {30 * len(images) / seconds(30)}")
+    log(f"throughput averaged with 30 times\nbatch_size {len(images)} throughput {30 * len(images) / seconds(30)}")

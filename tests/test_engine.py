@@ -3,6 +3,7 @@ once.
 """
 
 import csv
+import math
 
 import pytest
 import timm
@@ -302,3 +303,23 @@ def test_evaluation_equals_counting_by_hand(classes, capsys):
     assert stats["loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), rel=1e-6)
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}"
+
+
+def test_scores_of_logits_that_are_not_finite_are_warned_of(capsys):
+    """The accuracy looks like any other: here 100."""
+    batches = [(torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64))]
+    scaled = nn.Module()
+    scaled.forward = lambda images: images + torch.tensor([1e30, 0.0, float("-inf")]) * 1e30
+    stats = engine.evaluate(batches, scaled, CPU)
+    assert not math.isfinite(stats["loss"]) and "the loss is not finite" in capsys.readouterr().err
+
+
+def test_throughput_waits_for_any_device_but_the_cpu(monkeypatch, capsys):
+    """Without that, a number is of how fast work is queued."""
+    waits = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: waits.append(1))
+    for kind, expected in (("mps", 4), ("cpu", 0)):
+        images = type("Images", (), {"device": torch.device(kind), "__len__": lambda self: 2})()
+        waits.clear()
+        engine.throughput(lambda images: None, images, torch.float32)
+        assert len(waits) == expected
