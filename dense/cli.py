@@ -18,9 +18,10 @@ import torch
 import torch.distributed
 
 from dense import libraries
-from training import files
-from training.errors import UserError, exit_code, library_reason
-from utils import environment, is_main_process, keep_freed_memory, process_group
+from training import files, launcher
+from training.errors import PREEMPTED, Preempted, UserError, exit_code, library_reason, print_error, short_reason
+from training.processes import StopSignals
+from utils import environment, in_main_process, is_main_process, keep_freed_memory, leave, process_group
 
 METRICS = {"mmseg": ["mIoU", "mDice", "mFscore"], "mmdet": ["mAP", "bbox", "segm", "proposal", "proposal_fast"]}
 
@@ -42,7 +43,11 @@ def add_shared_options(parser: Parser) -> None:
 def train_parser() -> Parser:
     parser = Parser(description="Train a model on a config.")
     add_shared_options(parser)
-    parser.add_argument("--resume-from", metavar="FILE", help="continue the training run that wrote this checkpoint")
+    text = "continue the run that wrote this checkpoint; a folder: its newest; auto: the newest of --work-dir, if any"
+    parser.add_argument("--resume-from", metavar="FILE", help=text)
+    text = "resume with other settings than the checkpoint's: this config's schedule and rates"
+    parser.add_argument("--resume-changed", action="store_true", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that --work-dir holds")
     parser.add_argument("--load-from", metavar="FILE", help="start a new training run from the weights in this file")
     parser.add_argument("--no-validate", action="store_true", help="no scores during training")
     parser.add_argument("--seed", type=int, help="(random, and written to the log)")
@@ -89,11 +94,11 @@ def key_values(words: list[str], option: str) -> dict:
 
 
 def train(library: str, argv: list[str] | None = None) -> None:
-    sys.exit(run(lambda argv: run_training(train_parser().parse_args(argv), library), argv))
+    leave(run(lambda argv: run_training(train_parser().parse_args(argv), library), argv))
 
 
 def test(library: str, argv: list[str] | None = None) -> None:
-    sys.exit(run(lambda argv: run_test(test_parser(library).parse_args(argv), library), argv))
+    leave(run(lambda argv: run_test(test_parser(library).parse_args(argv), library), argv))
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> int:
@@ -105,9 +110,16 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> int
             # The runner is a cycle: its model must release the group before the group ends, or the process may abort.
             gc.collect()
 
+    if launcher.launched():
+        launcher.end_with_launcher()
     if not torch.cuda.is_available():
         keep_freed_memory()
-    return exit_code(Path(sys.argv[0]).name, in_group, argv)
+    program = Path(sys.argv[0]).name
+    try:
+        return exit_code(program, in_group, argv)
+    except Preempted as error:
+        print_error(str(error), kind="stopped", program=program)
+        return PREEMPTED
 
 
 def print_once(line: str) -> None:
@@ -137,9 +149,20 @@ def configure(args, library: str):
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", Path(args.config).stem)
     for line in adapt_to_machine(cfg):
         print_once(line)
-    if args.launcher == "pytorch" and not torch.cuda.is_available():
-        torch.distributed.init_process_group("gloo")
+    join_processes(cfg)
     return cfg
+
+
+def join_processes(cfg) -> None:
+    """Join the processes of the run, as mmengine's runner would, before anything is made; on a CPU as well."""
+    from mmengine.dist import init_dist
+    from mmengine.utils.dl_utils import set_multi_processing
+
+    if cfg.launcher == "pytorch" and not torch.cuda.is_available():
+        torch.distributed.init_process_group("gloo")
+    elif cfg.launcher != "none":
+        set_multi_processing(**cfg.env_cfg.get("mp_cfg", {}), distributed=True)
+        init_dist(cfg.launcher, **cfg.env_cfg.get("dist_cfg", {}))
 
 
 def build_runner(args, cfg, payload: dict):
@@ -150,6 +173,9 @@ def build_runner(args, cfg, payload: dict):
     try:
         with libraries.quiet():
             runner = TwinsRunner.from_cfg(cfg)
+    except ImportError as error:
+        what = f"a package of the config is not installed ({args.config})"
+        raise UserError(f"{what}: {short_reason(error)}; install it, or change the config") from error
     except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
         raise UserError(f"cannot build from the config ({args.config}): {library_reason(error)}; fix it") from error
     runner.register_hook(StartChecks())
@@ -167,10 +193,9 @@ def run_training(args, library: str) -> None:
     if args.resume_from and args.load_from:
         raise UserError("both --resume-from (continue a run) and --load-from (start a new one): pass one of them")
     libraries.load(library)
-    from mmengine.runner import find_latest_checkpoint
-
     from dense.checks import check_batch, check_data, check_pretrained
-    from training import checkpoint
+    from dense.stopping import StopRun
+    from dense.work_folder import OpenFolder, WorkFolder
 
     cfg = configure(args, library)
     if args.no_validate:
@@ -178,20 +203,44 @@ def run_training(args, library: str) -> None:
     check_data(cfg, "train", *([] if args.no_validate else ["val"]))
     cfg.test_dataloader = cfg.test_cfg = cfg.test_evaluator = None
     cfg.randomness = dict(seed=args.seed, deterministic=args.deterministic)
-    cfg.resume = bool(args.resume_from or cfg.get("resume"))
-    cfg.load_from = args.resume_from or args.load_from or cfg.get("load_from")
-    if cfg.resume and not cfg.load_from:  # mmengine would find it too, but only after the seed is drawn
-        cfg.load_from = find_latest_checkpoint(cfg.work_dir)
-    payload = {}
-    if cfg.load_from:
-        payload = checkpoint.load(cfg.load_from)
-        cfg.model.backbone.pretrained = None  # the weights of the complete model follow
-    if cfg.resume and args.seed is None:
-        cfg.randomness.seed = seed_of(payload, cfg.load_from)  # which the order of images depends on
+    folder = WorkFolder(Path(cfg.work_dir), overwrite=args.overwrite)
+    payload = set_start(args, cfg, folder)
     check_pretrained(cfg)
     runner = build_runner(args, cfg, payload)
+    runner.resume_changed = args.resume_changed
     check_batch(cfg)
-    runner.train()
+    with StopSignals() as signals, contextlib.ExitStack() as stack:
+        runner.register_hook(StopRun(signals))
+        runner.register_hook(OpenFolder(folder, stack))
+        runner.train()
+
+
+def set_start(args, cfg, folder) -> dict:
+    """Set in the config which file the run starts from, and return what it holds; {} without one.
+
+    Raises UserError if the work folder is in use, or holds a run that would be replaced.
+    """
+    from training import checkpoint
+
+    in_main_process(folder.check_free)
+    cfg.resume = bool(args.resume_from or cfg.get("resume"))
+    cfg.load_from = args.resume_from or args.load_from or cfg.get("load_from")
+    if cfg.resume:
+        own = cfg.load_from in (None, "auto")
+        cfg.load_from = in_main_process(lambda: folder.checkpoint_of(cfg.load_from))
+        cfg.resume = cfg.load_from is not None
+        folder.resumed = cfg.resume and (own or Path(cfg.load_from).resolve().parent == folder.path.resolve())
+        if not cfg.resume:
+            print_once(f"resume: no checkpoint in {folder.path}, the run starts")
+    if not folder.resumed:
+        in_main_process(folder.check_no_run)
+    if not cfg.load_from:
+        return {}
+    payload = checkpoint.load(cfg.load_from)
+    cfg.model.backbone.pretrained = None  # the weights of the complete model follow
+    if cfg.resume and args.seed is None:
+        cfg.randomness.seed = seed_of(payload, cfg.load_from)  # which the order of images depends on
+    return payload
 
 
 def seed_of(payload: dict, source: str) -> int | None:

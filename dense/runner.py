@@ -4,14 +4,14 @@ GPU.
 Of mmengine's private names it sets train_loop._epoch and _iter, as mmengine's own resume does.
 """
 
+import contextlib
 import copy
-import functools
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property, partial
 
 import mmengine
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dist import broadcast, get_world_size, master_only
@@ -19,13 +19,16 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
+from mmengine.optim import OptimWrapper
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dense import resume
 from dense.libraries import quiet
 from dense.randomness import StepRandomness, seed_by_index
+from dense.stopping import start_worker
 from dense.transforms import CheckedPrepareData, image_loaders, with_checks
 from training import checkpoint
 from training.errors import UserError, library_reason
@@ -61,15 +64,13 @@ def model_state(payload: Mapping, source: str) -> dict[str, Tensor]:
     return state
 
 
-def to_plain(value: object) -> object:
-    """Return a value as a checkpoint may hold it: NumPy's numbers and arrays as Python's, other objects as text."""
-    if isinstance(value, Mapping):
-        return {str(name): to_plain(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(each) for each in value]
-    if isinstance(value, np.generic | np.ndarray):
-        return value.tolist()
-    return value if isinstance(value, Tensor | str | int | float | bool | None) else str(value)
+@contextlib.contextmanager
+def must_build(part: str) -> Iterator[None]:
+    """Turn what mmengine makes of a wrong key in a part of the config into one line."""
+    try:
+        yield
+    except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
+        raise UserError(f"cannot build from the config ({part}): {library_reason(error)}; fix it") from error
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -93,7 +94,7 @@ class ReportImages(Hook):
     def report(self, loader: DataLoader, name: str, *, final: bool) -> None:
         for step in image_loaders(loader.dataset):
             step.reader.name = name
-            step.reader.report(final=final, write=functools.partial(print_log, logger="current"))
+            step.reader.report(final=final, write=partial(print_log, logger="current"))
 
     def after_train_iter(self, runner: Runner, *_, **__) -> None:
         self.report(runner.train_dataloader, "train", final=False)
@@ -108,17 +109,10 @@ class ReportImages(Hook):
         self.report(runner.test_dataloader, "test", final=True)
 
 
-class DumpConfig(Hook):
-    """Write the config to the work folder after all checks."""
-
-    priority = "LOWEST"
-
-    def before_train(self, runner: Runner) -> None:
-        Runner.dump_config(runner)
-
-
 class TwinsRunner(Runner):
     opened: dict[str, dict] = {}  # files that were read already, by name
+    resume_changed = False  # with other settings than the checkpoint's
+    validate_first = False  # the run was stopped in a validation
 
     def build_model(self, model: nn.Module | dict) -> nn.Module:
         with quiet():
@@ -147,6 +141,7 @@ class TwinsRunner(Runner):
                 raise UserError(f"cannot build the data set ({where}): {library_reason(error)}; fix it") from error
         if empty:
             raise UserError(f"no images with labels ({where}): check the folders, the suffixes and the annotations")
+        loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
         if hasattr(loader.dataset, "prepare_data"):
             loader.dataset.prepare_data = CheckedPrepareData(loader.dataset)
             if shuffled:
@@ -160,12 +155,50 @@ class TwinsRunner(Runner):
             raise UserError(f"cannot build the evaluator (of the config): {library_reason(error)}; fix it") from error
 
     def dump_config(self) -> None:
-        """Do nothing: an earlier run's config stays in the folder until this one has begun, see DumpConfig."""
+        """Do nothing: an earlier run's config stays in the folder until this one has begun, see OpenFolder."""
+
+    def build_train_loop(self, loop: dict) -> BaseLoop:
+        with must_build("train_cfg"):
+            by_epoch = loop.get("by_epoch") or loop.get("type") == "EpochBasedTrainLoop"
+            loop = {name: value for name, value in loop.items() if name != "by_epoch"} if by_epoch else loop
+            return super().build_train_loop(loop | dict(type="ResumableEpochLoop") if by_epoch else loop)
+
+    def build_val_loop(self, loop: dict) -> BaseLoop:
+        with must_build("val_cfg"):
+            return super().build_val_loop(loop)
+
+    def build_test_loop(self, loop: dict) -> BaseLoop:
+        with must_build("test_cfg"):
+            return super().build_test_loop(loop)
+
+    def build_optim_wrapper(self, optim_wrapper: dict) -> OptimWrapper:
+        with must_build("optim_wrapper"):
+            return super().build_optim_wrapper(optim_wrapper)
+
+    def build_param_scheduler(self, scheduler: dict | list) -> list:
+        with must_build("param_scheduler"):
+            return super().build_param_scheduler(scheduler)
+
+    @property
+    def epoch_length(self) -> int:
+        """Return the iterations of an epoch, 0 in a loop that has no epochs."""
+        return len(self.train_dataloader) if isinstance(self.train_loop, EpochBasedTrainLoop) else 0
+
+    @cached_property
+    def settings(self) -> dict[str, object]:
+        return resume.settings(self.cfg, seed=self.seed, dataset=self.train_dataloader.dataset)
 
     def train(self) -> nn.Module:
-        for hook in (DumpConfig(), StepRandomness(), BroadcastBuffers(), ReportImages()):
+        for hook in (StepRandomness(), BroadcastBuffers(), ReportImages()):
             self.register_hook(hook)
-        return super().train()
+        try:
+            return super().train()
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            where = f"train_dataloader.batch_size={self.train_dataloader.batch_size}"
+            what = f"a batch of one image leaves batch norm a single value ({where})"
+            raise UserError(f"{what}: set it to 2 or more, or train_dataloader.drop_last=True") from error
 
     def test(self) -> dict:
         self.register_hook(ReportImages())
@@ -197,25 +230,21 @@ class TwinsRunner(Runner):
         return payload
 
     def resume(self, filename: str) -> None:
-        """Continue the run that wrote a file. Unlike mmengine's, this reads tensors and plain values only."""
-        payload = self.load_checkpoint(filename)
+        """Continue the run that wrote a file. Unlike mmengine's, this reads tensors and plain values only.
+
+        Raises UserError if its settings differ; with resume_changed the new schedule and rates are used from there on.
+        """
+        payload = self.opened.get(filename) or checkpoint.load(filename)
+        changed = resume.compare_settings(self, payload, filename)
+        self.load_checkpoint(filename)
         try:
-            meta = payload["meta"]
-            if not all(isinstance(meta[name], int) and meta[name] >= 0 for name in ("epoch", "iter")):
-                raise ValueError("its epoch and iter must be integers from 0")
-            self.train_loop._epoch, self.train_loop._iter = meta["epoch"], meta["iter"]
-            self.optim_wrapper.load_state_dict(payload["optimizer"])
-            for scheduler, state in zip(self.param_schedulers, payload["param_schedulers"], strict=True):
-                scheduler.load_state_dict(state)
+            resume.set_progress(self, payload["meta"])
+            resume.load_optimizer(self, payload, changed)
             hub = dict(payload["message_hub"])
             hub["log_scalars"] = {name: HistoryBuffer(*history) for name, history in hub["log_scalars"].items()}
             self.message_hub.load_state_dict(hub)
         except Exception as error:  # a state may be wrong in any way
             raise cannot_resume(filename, library_reason(error)) from error
-        processes = meta.get("processes", get_world_size())
-        if processes != get_world_size():
-            what = f"{filename} was written by {processes} processes, this run has {get_world_size()}"
-            self.logger.warning(f"{what}: results will differ from those of an uninterrupted run")
         self.logger.info(f"resumed epoch: {self.epoch}, iter: {self.iter}")
 
     @master_only
@@ -232,13 +261,15 @@ class TwinsRunner(Runner):
             time=time.strftime("%Y%m%d_%H%M%S"),
             mmengine_version=mmengine.__version__,
             dataset_meta=self.train_dataloader.dataset.metainfo,
+            epoch_length=self.epoch_length,
+            settings=self.settings,
         )
         hub = self.message_hub.state_dict()
         hub["log_scalars"] = {name: history.data for name, history in hub["log_scalars"].items()}
         payload = dict(
-            meta=to_plain(dict(epoch=epoch, iter=iteration) | (meta or {}) | facts),
+            meta=resume.to_plain(dict(epoch=epoch, iter=iteration) | (meta or {}) | facts),
             state_dict=unwrap(self.model).state_dict(),
-            message_hub=to_plain(hub),
+            message_hub=resume.to_plain(hub),
         )
         if save_optimizer:
             payload["optimizer"] = self.optim_wrapper.state_dict()

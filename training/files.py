@@ -190,8 +190,8 @@ def owner(folder: Path) -> str | None:
         return None
 
 
-def in_use(folder: Path, taken_by: str) -> str:
-    what = f"the folder is in use (--output_dir {folder}): {taken_by} runs in it"
+def in_use(folder: Path, taken_by: str, option: str = "--output_dir") -> str:
+    what = f"the folder is in use ({option} {folder}): {taken_by} runs in it"
     return f"{what}; wait for it, stop it, or choose another folder"
 
 

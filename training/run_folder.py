@@ -55,15 +55,22 @@ class RunFolder:
     overwrite: replace a run that the folder holds. keep_going: a file that cannot be written is a warning.
     """
 
+    OPTION, RESUME = "--output_dir", "--resume"  # of the command line, for messages
+
     def __init__(self, path: Path, overwrite: bool = False, keep_going: bool = False):
         self.path, self.overwrite, self.keep_going = path, overwrite, keep_going
         self.resumed = False  # from a checkpoint of this folder, which --overwrite then leaves
         self.status = Status(path, in_main_process(now))
 
+    def run_files(self) -> list[Path]:
+        """Return the files of a run that the folder holds."""
+        named = (self.path / name for name in RUN_FILES)
+        return [*(path for path in named if path.exists()), *files.older_checkpoints(self.path)]
+
     def check_no_run(self) -> None:
-        if not self.overwrite and (held := [name for name in RUN_FILES if (self.path / name).exists()]):
-            advice = "--resume it, or --overwrite it, or choose another --output_dir"
-            raise UserError(f"the folder holds a run ({self.path / held[0]}): {advice}")
+        if not self.overwrite and (held := self.run_files()):
+            advice = f"{self.RESUME} it, or --overwrite it, or choose another {self.OPTION}"
+            raise UserError(f"the folder holds a run ({held[0]}): {advice}")
 
     @contextlib.contextmanager
     def open(self, records: Callable[[], dict[str, object]]) -> Iterator[None]:
@@ -94,11 +101,11 @@ class RunFolder:
             if self.lock.taken_by is None:
                 files.remove_unfinished(self.path)
         except OSError as error:
-            raise UserError(f"cannot make the folder (--output_dir {self.path}): {error.strerror}") from error
+            raise UserError(f"cannot make the folder ({self.OPTION} {self.path}): {error.strerror}") from error
         if self.lock.taken_by is not None:
-            raise UserError(files.in_use(self.path, self.lock.taken_by))
+            raise UserError(files.in_use(self.path, self.lock.taken_by, self.OPTION))
         if self.overwrite and not self.resumed:
-            for path in [*(self.path / name for name in RUN_FILES), *files.older_checkpoints(self.path)]:
+            for path in self.run_files():
                 path.unlink(missing_ok=True)
         for name, record in records.items():
             self.write(name, json.dumps(record, indent=1) + "\n")
