@@ -1,6 +1,8 @@
 """Checks of a config before a run, and of models and data at its start. Each error is one line that says what to do."""
 
 import logging
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import Config
@@ -63,10 +65,41 @@ def check_batch(cfg: Config) -> None:
         print_log(f"{what}: {advice}", logger="current", level=logging.WARNING)
 
 
+def check_schedule(runner) -> None:
+    """Warn if the learning rate's schedule ends before the training run does, as after a longer max_iters alone."""
+    length, schedulers = runner.max_iters, runner.param_schedulers or []
+    ends = [each.end * (1 if not each.by_epoch else runner.epoch_length or length) for each in schedulers]
+    if ends and max(ends) < length:
+        last = ends.index(max(ends))
+        what = f"the schedule ends at iteration {ends[last]} of {length}: the rest keeps its last learning rate"
+        advice = f"set param_scheduler.{last}.end with --cfg-options"
+        print_log(f"{what}; {advice}", logger="current", level=logging.WARNING)
+
+
+def class_difference(stored: Sequence[str] | None, classes: Sequence[str] | None) -> str | None:
+    """Return how as many class names differ from a checkpoint's; None if they do not. Case and spaces do not count."""
+
+    def plain(name: str) -> str:
+        return " ".join(unicodedata.normalize("NFC", name).casefold().split())
+
+    if not stored or not classes or len(stored) != len(classes):
+        return None
+    pairs = [
+        (f"class {index} is {old!r} there and {new!r} here")
+        for index, (old, new) in enumerate(zip(stored, classes))
+        if plain(old) != plain(new)
+    ]
+    if not pairs:
+        return None
+    same = sorted(map(plain, stored)) == sorted(map(plain, classes))
+    return f"{pairs[0]}, {'in another order' if same else f'{len(pairs)} of {len(classes)} differ'}"
+
+
 class StartChecks(Hook):
     """Check at the start the heads' classes and the annotations for scores, also those of a later validation."""
 
     def before_train(self, runner) -> None:
+        check_schedule(runner)
         check_classes(runner.model, runner.train_dataloader.dataset)
         if runner.val_loop is not None:
             check_classes(runner.model, runner.val_dataloader.dataset)

@@ -24,6 +24,8 @@ from training.processes import StopSignals
 from utils import environment, in_main_process, is_main_process, keep_freed_memory, leave, process_group
 
 METRICS = {"mmseg": ["mIoU", "mDice", "mFscore"], "mmdet": ["mAP", "bbox", "segm", "proposal", "proposal_fast"]}
+# Keys of a config that take one path
+PATH_KEYS = {"data_root", "ann_file", "img", "img_path", "seg_map_path", "pretrained", "load_from", "work_dir"}
 
 
 # ---------------------------------------------------------------- options
@@ -77,17 +79,26 @@ def test_parser(library: str) -> Parser:
 
 
 def key_values(words: list[str], option: str) -> dict:
+    """Return the values of KEY=VALUE words. One with a slash and without brackets is a path, and stays as it is."""
     from mmengine.config import DictAction
 
-    parsed = argparse.Namespace()
+    parsed, paths = argparse.Namespace(), {}
     for word in words:
-        if not re.fullmatch(r"[^=]+=.*", word):
+        if not re.fullmatch(r"[^=]+=.*", word, re.DOTALL):
             raise UserError(f"not KEY=VALUE ({option}, {word}): write it as model.backbone.pad=zero")
+        key, value = word.split("=", maxsplit=1)
+        value = value.strip("'\"")
+        if "/" in value and not value.startswith(("[", "(")):
+            paths[key] = value
     try:
         DictAction(option, "values")(None, parsed, words)
     except (AssertionError, ValueError, IndexError) as error:
         raise UserError(f"cannot read the value ({option}, {' '.join(words)}): {error}") from None
-    return parsed.values
+    values = parsed.values | paths
+    for key, value in values.items():
+        if key.rpartition(".")[2] in PATH_KEYS and not isinstance(value, str | None):
+            raise UserError(f"not a path ({option}, {key}={value}): write it with a slash, as {key}=./NAME")
+    return values
 
 
 # ---------------------------------------------------------------- a run
@@ -263,6 +274,8 @@ def run_test(args, library: str) -> None:
     for part in ("train", "val"):
         cfg[f"{part}_dataloader"] = cfg[f"{part}_cfg"] = None
     cfg.optim_wrapper = cfg.param_scheduler = cfg.val_evaluator = None
+    if args.format_only:
+        omit_labels(cfg)
     check_data(cfg, "test")
     cfg.load_from, cfg.resume, cfg.model.backbone.pretrained = args.checkpoint, False, None
     payload = checkpoint.load(args.checkpoint)
@@ -277,6 +290,25 @@ def run_test(args, library: str) -> None:
     runner = build_runner(args, cfg, payload)
     with all_or_nothing(label_folder) if label_folder else contextlib.nullcontext():
         runner.test()
+
+
+def omit_labels(cfg) -> None:
+    """Remove from the config what reads the labels or annotations of a test."""
+
+    def without_labels(steps: list) -> list:
+        steps = [without_labels(step) if isinstance(step, list) else step for step in steps]
+        named = [str(step["type"]) if isinstance(step, dict) else "" for step in steps]
+        steps = [step for step, name in zip(steps, named) if step != [] and not name.endswith("LoadAnnotations")]
+        return [
+            step | dict(transforms=without_labels(step["transforms"])) if "transforms" in step else step
+            for step in steps
+        ]
+
+    dataset = cfg.test_dataloader.dataset
+    dataset.pipeline = without_labels(dataset.pipeline)
+    if "tta_pipeline" in cfg:
+        cfg.tta_pipeline = without_labels(cfg.tta_pipeline)
+    dataset.get("data_prefix", {}).pop("seg_map_path", None)
 
 
 # ---------------------------------------------------------------- results of a test

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dense import resume
+from dense.checks import class_difference
 from dense.libraries import quiet
 from dense.randomness import StepRandomness, seed_by_index
 from dense.stopping import start_worker
@@ -62,6 +63,15 @@ def model_state(payload: Mapping, source: str) -> dict[str, Tensor]:
         advice = "for classification weights, set model.backbone.pretrained"
         raise UserError(f"not a segmentor or detector ({source}): its weights have no backbone; {advice}")
     return state
+
+
+def with_one_more_class(config: object) -> object:
+    """Return a copy of a model's config whose heads have one more class each."""
+    if isinstance(config, list | tuple):
+        return [with_one_more_class(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    return {key: value + 1 if key == "num_classes" else with_one_more_class(value) for key, value in config.items()}
 
 
 @contextlib.contextmanager
@@ -214,20 +224,46 @@ class TwinsRunner(Runner):
         self.call_hook("after_load_checkpoint", checkpoint=payload)
         state, model = model_state(payload, filename), unwrap(self.model)
         own = model.state_dict()
+        renamed = self.renamed_classes(payload, filename)
         missing = ()
-        if self.cfg.get("train_cfg") and not self.cfg.get("resume"):
+        if self.starts_run:
             heads = [name for name in own if not name.startswith("backbone.")]
             missing = tuple(name for name in heads if name not in state or state[name].shape != own[name].shape)
-            state = {name: value for name, value in state.items() if name not in missing}
-        allowed = dict(may_lack=missing, may_have=UNUSED, lists_all="TWINS_DEBUG=1")
+            state = {name: value for name, value in state.items() if name not in {*missing, *renamed}}
+        allowed = dict(may_lack=(*missing, *renamed), may_have=UNUSED, lists_all="TWINS_DEBUG=1")
         checkpoint.load_into(model, state, source=filename, **allowed)
         unused = sorted(name for name in state if name not in own)
-        self.logger.info(f"loaded {len(own) - len(missing)} of {len(own)} tensors from {filename}")
+        self.logger.info(f"loaded {len(own) - len({*missing, *renamed})} of {len(own)} tensors from {filename}")
         if missing:
             self.logger.info(f"randomly initialized, because the file has none of that shape: {', '.join(missing)}")
         if unused:
             self.logger.info(f"in the file, not used: {', '.join(unused)}")
         return payload
+
+    @property
+    def starts_run(self) -> bool:
+        """Return True if weights are loaded to start a new training run from."""
+        return bool(self.cfg.get("train_cfg")) and not self.cfg.get("resume")
+
+    def renamed_classes(self, payload: Mapping, source: str) -> list[str]:
+        """Return the tensors of this model whose classes have other names in a checkpoint, where a run starts from it.
+
+        Elsewhere raise UserError: scores would be those of other classes.
+        """
+        loader = self.train_dataloader if self.cfg.get("train_cfg") else self.test_dataloader
+        differ = class_difference(resume.stored_classes(payload), loader.dataset.metainfo.get("classes"))
+        if not differ or self.resume_changed or not self.cfg.get("compare_classes", True):
+            return []
+        what = f"other classes than the checkpoint's ({source}): {differ}"
+        if not self.starts_run:
+            advice = "set metainfo.classes of the data set to the checkpoint's"
+            raise UserError(f"{what}; {advice}, or compare_classes=False with --cfg-options if they mean the same")
+        with torch.device("meta"):
+            larger = self.build_model(with_one_more_class(self.cfg.model)).state_dict()
+        own = unwrap(self.model).state_dict()
+        found = [name for name, value in own.items() if larger[name].shape != value.shape]
+        self.logger.info(f"{what}; randomly initialized: {', '.join(found)}")
+        return found
 
     def resume(self, filename: str) -> None:
         """Continue the run that wrote a file. Unlike mmengine's, this reads tensors and plain values only.

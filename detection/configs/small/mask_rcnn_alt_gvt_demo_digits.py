@@ -32,7 +32,8 @@ train_dataloader = dict(
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(**scenes, pipeline=single_scale_pipeline(scale, with_mask=True, flip=0.0)),
 )
-val_dataloader = dict(num_workers=1, dataset=dict(**scenes, pipeline=detection_eval_pipeline(scale, with_mask=True)))
+test_pipeline = detection_eval_pipeline(scale, with_mask=True)
+val_dataloader = dict(num_workers=1, dataset=dict(**scenes, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file="data/digits/annotations/instances_val2017.json")
 test_evaluator = val_evaluator

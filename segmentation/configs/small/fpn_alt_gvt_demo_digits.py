@@ -18,6 +18,7 @@ head = dict(
 )
 model = dict(**part, decode_head=head, data_preprocessor=dict(size=(128, 128)))
 palette = [[40 * k % 256, 85 * k % 256, 150 * k % 256] for k in range(11)]
+test_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
 scenes = dict(
     type="BaseSegDataset",
     metainfo=dict(classes=("background", *"0123456789"), palette=palette),
@@ -25,7 +26,7 @@ scenes = dict(
     img_suffix=".png",
     seg_map_suffix=".png",
     reduce_zero_label=True,
-    pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
+    pipeline=test_pipeline,
 )
 train_dataloader = train_loader(
     8, 1, **scenes, data_prefix=dict(img_path="images/training", seg_map_path="annotations/training")

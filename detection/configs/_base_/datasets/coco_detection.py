@@ -20,6 +20,7 @@ train_dataloader = dict(
         pipeline=single_scale_pipeline(scale),
     ),
 )
+test_pipeline = detection_eval_pipeline(scale)
 val_dataloader = dict(
     batch_size=1,
     num_workers=6,
@@ -32,7 +33,7 @@ val_dataloader = dict(
         ann_file="annotations/instances_val2017.json",
         data_prefix=dict(img="val2017/"),
         test_mode=True,
-        pipeline=detection_eval_pipeline(scale),
+        pipeline=test_pipeline,
     ),
 )
 test_dataloader = val_dataloader

@@ -14,11 +14,12 @@ train_dataloader = train_loader(
     data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
     pipeline=crop_pipeline(scale, ratio_range=(0.5, 2.0), crop_size=512),
 )
+test_pipeline = eval_pipeline(scale)
 val_dataloader = eval_loader(
     4,
     **ade20k,
     data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-    pipeline=eval_pipeline(scale),
+    pipeline=test_pipeline,
 )
 test_dataloader = val_dataloader
 val_evaluator = dict(type="TwinsIoUMetric", iou_metrics=["mIoU"])

@@ -27,17 +27,18 @@ train_dataloader = train_loader(
     data_prefix=dict(img_path="images/training", seg_map_path="annotations/training"),
     pipeline=crop_pipeline(scale, ratio_range=(0.75, 1.5), crop_size=128),
 )
+test_pipeline = eval_pipeline(scale)
 val_dataloader = eval_loader(
     1,
     **camvid,
     data_prefix=dict(img_path="images/validation", seg_map_path="annotations/validation"),
-    pipeline=eval_pipeline(scale),
+    pipeline=test_pipeline,
 )
 test_dataloader = eval_loader(
     1,
     **camvid,
     data_prefix=dict(img_path="images/test", seg_map_path="annotations/test"),
-    pipeline=eval_pipeline(scale),
+    pipeline=test_pipeline,
 )
 val_evaluator = dict(type="TwinsIoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
