@@ -17,7 +17,7 @@ DEMO_TRAINING := --epochs 20 --warmup-epochs 0 --lr 4e-3 --hflip 0 --mixup 0 --c
 
 # $(call learn,CONFIG,NAME,SCORES): train, score and draw, from inside segmentation/ or detection/
 define learn
-../$(RUN) train.py $(1) --work-dir ../output/$(2) --seed 0 --no-validate && \
+../$(RUN) train.py $(1) --work-dir ../output/$(2) --seed 0 --no-validate --overwrite && \
 ../$(RUN) test.py $(1) "$$(cat ../output/$(2)/last_checkpoint)" --work-dir ../output/$(2) --eval $(3) --show-dir ../output/$(2)/images
 endef
 
@@ -71,7 +71,7 @@ demo-dense: dense
 	@echo
 	@echo "images with labels   segmentation/data/digits, detection/data/digits"
 	@echo "weights              output/segmentor/iter_600.pth, output/detector/iter_300.pth"
-	@echo "truth, predictions   output/segmentor/images/vis_data/vis_image, output/detector/images"
+	@echo "truth, predictions   output/segmentor/images, output/detector/images"
 	@echo "next: your own images, with a copy of one of these configs"
 
 test: dense

@@ -268,6 +268,7 @@ def seed_of(payload: dict, source: str) -> int | None:
 def run_test(args, library: str) -> None:
     libraries.load(library)
     from dense.checks import check_data
+    from dense.drawing import DrawResults
     from training import checkpoint
 
     cfg = configure(args, library)
@@ -288,6 +289,9 @@ def run_test(args, library: str) -> None:
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.model = dict(cfg.tta_model, module=cfg.model)
     runner = build_runner(args, cfg, payload)
+    if args.show_dir:
+        threshold = dict(pred_score_thr=args.show_score_thr) if library == "mmdet" else {}
+        runner.register_hook(DrawResults(Path(args.show_dir), **threshold))
     with all_or_nothing(label_folder) if label_folder else contextlib.nullcontext():
         runner.test()
 
@@ -382,14 +386,10 @@ def set_detection_metric(args, cfg, options: dict) -> None:
 
 
 def set_drawing(args, cfg) -> None:
-    """Set the visualization by --show, --show-dir and --show-score-thr."""
+    """Set the visualization on the screen by --show and --show-score-thr."""
     if args.show and not os.environ.get("DISPLAY"):
         raise UserError("no display (--show): pass --show-dir FOLDER to write the images to files")
-    if not (args.show or args.show_dir):
-        return
-    cfg.default_hooks.visualization.update(draw=True, show=args.show, interval=1)
-    if cfg.default_scope == "mmdet":
-        folder = os.path.abspath(args.show_dir) if args.show_dir else None
-        cfg.default_hooks.visualization.update(score_thr=args.show_score_thr, test_out_dir=folder)
-    elif args.show_dir:
-        cfg.visualizer.save_dir = args.show_dir
+    if args.show:
+        cfg.default_hooks.visualization.update(draw=True, show=True, interval=1)
+        if cfg.default_scope == "mmdet":
+            cfg.default_hooks.visualization.update(score_thr=args.show_score_thr)

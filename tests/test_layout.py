@@ -55,13 +55,20 @@ ARROWS = {
     "dense/randomness": {"utils"},
     "dense/transforms": {"training/errors", "training/images"},
     "dense/checks": {"training/errors"},
+    "dense/drawing": {"dense/transforms", "training/images"},
+    "dense/work_folder": {"training/errors", "training/files", "training/run_folder"},
+    "dense/stopping": {
+        *("dense/work_folder", "engine", "training/errors", "training/files", "training/processes", "utils"),
+    },
+    "dense/resume": {"training/errors", "training/resume"},
     "dense/runner": {
-        *("dense/libraries", "dense/randomness", "dense/transforms"),
+        *(f"dense/{name}" for name in ("checks", "libraries", "randomness", "resume", "stopping", "transforms")),
         *("training/checkpoint", "training/errors"),
     },
     "dense/cli": {
-        *("dense/checks", "dense/libraries", "dense/runner", "dense/segmentor", "dense/transforms"),
-        *("training/checkpoint", "training/errors", "training/files", "training/options", "utils"),
+        *(f"dense/{name}" for name in ("checks", "drawing", "libraries", "runner", "segmentor", "stopping")),
+        *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
+        *("dense/transforms", "dense/work_folder", "utils"),
     },
     "main": {
         *("gvt", "gvt_ops/__init__", "utils", "losses", "datasets", "engine"),

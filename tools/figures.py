@@ -174,10 +174,9 @@ def dense(output: Path = ROOT / "output") -> Figure:
     axes = figure.subplots(2, 6)
     for pair, number in zip(axes.reshape(4, 3), SCENES):
         drawings = []
-        for pattern in (f"segmentor/*/vis_data/vis_image/test_{number:04d}.png_*", f"detector/*/{number:04d}.png"):
-            found = sorted(output.glob(pattern))
-            path = needed(found[0] if found else output / pattern, "make demo-dense")
-            with Image.open(path) as image:
+        for name in ("segmentor", "detector"):
+            path = output / name / "images" / f"{number:04d}.png"
+            with Image.open(needed(path, "make demo-dense")) as image:
                 pixels = np.asarray(image.convert("RGB"))
             drawings.append(np.split(pixels, 2, axis=1))
         (labels, segmentation), (_, boxes) = drawings

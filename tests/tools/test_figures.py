@@ -60,12 +60,12 @@ def test_demo(tmp_path, monkeypatch):
 
 def test_dense(tmp_path):
     """Left halves are labels, right halves results."""
-    for folder, name in (("segmentor/any/vis_data/vis_image", "test_{:04d}.png_7.png"), ("detector/any", "{:04d}.png")):
-        (tmp_path / folder).mkdir(parents=True)
+    for name in ("segmentor", "detector"):
+        (tmp_path / name / "images").mkdir(parents=True)
         for number in figures.SCENES:
             pixels = np.zeros((8, 16, 3), np.uint8)
             pixels[:, 8:] = number
-            Image.fromarray(pixels).save(tmp_path / folder / name.format(number))
+            Image.fromarray(pixels).save(tmp_path / name / "images" / f"{number:04d}.png")
     shown = [axis.images[0].get_array().max() for axis in figures.dense(tmp_path).axes]
     assert shown == [value for number in figures.SCENES for value in (0, number, number)]
 
