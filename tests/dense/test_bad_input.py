@@ -602,6 +602,8 @@ def test_an_error_leaves_everything(library, tmp_path):
     before = contents(tmp_path / "run")
     assert {"segmentor.py", "detector.py"} & set(before) and file.name in before and len(before) > 3
     head = "decode_head" if library == "mmseg" else "roi_head.bbox_head"
+    assert "the folder holds a run" in command_error(library, "train", config, *train)
+    train += ["--overwrite"]
     assert "another number of classes" in command_error(
         library, "train", config, *train, "--cfg-options", f"model.{head}.num_classes=7"
     )

@@ -2,8 +2,8 @@
 
 import json
 import re
-import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,11 +11,14 @@ pytest.importorskip("mmcv", reason="segmentation and detection need their librar
 
 import timm
 import torch
-from toys import DETECTOR, ROOT, SEGMENTOR, ade_toy, coco_toy, run, write
+from toys import DETECTOR, ROOT, SEGMENTOR, ade_toy, coco_toy, forget_visualizers, run, write
 
 from dense import cli, libraries
 from training import checkpoint
 from training.errors import UserError
+
+# Of mmengine, where one process makes several runs
+pytestmark = pytest.mark.filterwarnings("ignore:.*instance named of:UserWarning")
 
 FOLDERS = {"mmseg": "segmentation", "mmdet": "detection"}
 
@@ -91,14 +94,29 @@ def test_values_of_options():
     assert parsed == {"a.b": 1, "c": [1, 2], "d": (1.5, "x"), "e": None, "f": "zero"}
 
 
+def test_paths_keep_their_commas_and_spaces():
+    words = ["data_root=/a,b/c d", "x.pretrained='./w,1.pth'", "metric=bbox,segm", "scales=[a/b,c]"]
+    expected = {
+        "data_root": "/a,b/c d",
+        "x.pretrained": "./w,1.pth",
+        "metric": ["bbox", "segm"],
+        "scales": ["a/b", "c"],
+    }
+    assert cli.key_values(words, "--cfg-options") == expected
+    with pytest.raises(UserError, match=r"^not a path \(--cfg-options, data_root=\['a', 'b'\]\): .* data_root=./NAME$"):
+        cli.key_values(["data_root=a,b"], "--cfg-options")
+
+
 # ---------------------------------------------------------------- one line
 
 
 def training(library, *words):
+    forget_visualizers()
     cli.run_training(cli.train_parser().parse_args([str(word) for word in words]), library)
 
 
 def scoring(library, *words):
+    forget_visualizers()
     cli.run_test(cli.test_parser(library).parse_args([str(word) for word in words]), library)
 
 
@@ -229,14 +247,8 @@ def test_a_training_and_its_log(trained):
     assert not [line for line in output.splitlines() if "UserWarning" in line or "Could not import" in line]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*instance named of:UserWarning"
-)  # of mmengine, where one process makes several runs
 def test_a_score(trained, segmentor, tmp_path, monkeypatch):
-    from mmseg.visualization import SegLocalVisualizer
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(SegLocalVisualizer, "_instance_dict", {})  # a process of its own has none yet
     folder, output = trained
     last = re.findall(r"mIoU: ([\d.]+)", output)[-1]
     words = ["--eval", "mIoU", "--out", "labels.pkl", "--show-dir", "shown", "--work-dir", "run"]
@@ -303,6 +315,68 @@ def test_two_processes(segmentor, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["--aug-test"]])
+def test_format_only_reads_no_labels(words, trained, ade, segmentor, tmp_path, monkeypatch):
+    """With a label folder that does not exist, the labels written are those of a test with labels."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    (tmp_path / "data" / "images" / "validation").symlink_to(ade / "images" / "validation")
+    weights = trained[0] / "iter_4.pth"
+    scoring("mmseg", segmentor, weights, "--out", "scored", *words)
+    options = ["--cfg-options", "test_dataloader.dataset.data_root=./data"]
+    scoring("mmseg", segmentor, weights, "--format-only", "--out", "labels", *words, *options)
+    names = sorted(path.name for path in Path("labels").iterdir())
+    assert names == [f"validation_{number}.png" for number in range(5)]
+    assert all(Path("labels", name).read_bytes() == Path("scored", name).read_bytes() for name in names)
+
+
+@pytest.mark.slow
+def test_show_dir_names_each_image(trained, segmentor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scoring("mmseg", segmentor, trained[0] / "iter_4.pth", "--show-dir", "shown")
+    assert sorted(path.name for path in Path("shown").iterdir()) == [f"validation_{number}.png" for number in range(5)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train_cfg.frobnicate=1"], r"^cannot build from the config \(train_cfg\): .*'frobnicate'.*; fix it$"),
+        (["optim_wrapper.frobnicate=1"], r"^cannot build from the config \(optim_wrapper\): .*'frobnicate'.*; fix it$"),
+        (["param_scheduler.0.frobnicate=1"], r"^cannot build from the config \(param_scheduler\): .*'frobnicate'"),
+        (
+            ["visualizer.vis_backends=[{'type':'TensorboardVisBackend'}]"],
+            r"^a package of the config is not installed \(.*segmentor.py\): .*tensorboard.*; install it, or change",
+        ),
+    ],
+)
+def test_wrong_keys_and_missing_packages(words, says, segmentor, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("tensorboard", "tensorboardX", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    text = segmentor.read_text()
+    if "visualizer" in words[0]:
+        text, words = text + 'visualizer = dict(vis_backends=[dict(type="TensorboardVisBackend")])\n', []
+    (tmp_path / "segmentor.py").write_text(text)
+    with pytest.raises(UserError, match=says) as caught:
+        training("mmseg", tmp_path / "segmentor.py", *(["--cfg-options", *words] if words else []))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_upernet_with_a_batch_of_one(ade, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = SEGMENTOR.replace("fpn_80k_ade20k", "upernet_160k_ade20k").replace("batch_size=2", "batch_size=1")
+    text = text.replace("import with_fpn", "import upernet").replace(
+        'with_fpn("alt_gvt_demo")', 'upernet("alt_gvt_demo", num_classes=3)'
+    )
+    text = text.replace("decode_head=dict(num_classes=3)", "").replace("**part, ", "**part, ")
+    with pytest.raises(UserError, match=r"a single value \(train_dataloader.batch_size=1\): set it to 2 or more"):
+        training("mmseg", write(tmp_path / "upernet.py", text, data=ade))
+    assert json.loads(Path("work_dirs/upernet/status.json").read_text())["state"] == "failed"
+
+
+@pytest.mark.slow
 def test_aug_test(trained, segmentor, tmp_path):
     folder, _ = trained
     output = ok(run([*python("mmseg", "test"), segmentor, folder / "iter_4.pth", "--aug-test"], tmp_path))
@@ -352,9 +426,8 @@ def test_a_detector(detector, tmp_path):
     train = [*python("mmdet", "train"), detector, "--work-dir", "run"]
     output = ok(run([*train, "--seed", 3], tmp_path))
     assert "no GPU: training in float32" in output or torch.cuda.is_available()
-    shutil.copy(tmp_path / "run" / "epoch_1.pth", tmp_path)
     first = checkpoint.load(str(tmp_path / "run" / "epoch_2.pth"))
-    ok(run([*train, "--resume-from", "epoch_1.pth", "--cfg-options", "train_dataloader.num_workers=2"], tmp_path))
+    ok(run([*train, "--resume-from", "run/epoch_1.pth", "--cfg-options", "train_dataloader.num_workers=2"], tmp_path))
     second = checkpoint.load(str(tmp_path / "run" / "epoch_2.pth"))
     assert all(torch.equal(value, second["state_dict"][name]) for name, value in first["state_dict"].items())
     test = [*python("mmdet", "test"), detector, "run/epoch_2.pth", "--cfg-options", "model.test_cfg.rcnn.score_thr=0.0"]

@@ -16,8 +16,7 @@ import pytest
 pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
 
 import torch
-from mmengine.visualization import Visualizer
-from toys import DETECTOR, ROOT, SEGMENTOR, ade_toy, coco_toy, free_port, write
+from toys import DETECTOR, ROOT, SEGMENTOR, ade_toy, coco_toy, forget_visualizers, free_port, write
 
 from dense import cli, libraries
 from training import checkpoint
@@ -52,8 +51,7 @@ def detector(tmp_path_factory):
 
 
 def train(library, config, *words):
-    for kind in [Visualizer, *Visualizer.__subclasses__()]:  # of an earlier run of this process
-        kind._instance_dict.clear()
+    forget_visualizers()
     cli.run_training(cli.train_parser().parse_args([str(word) for word in (config, *words)]), library)
 
 

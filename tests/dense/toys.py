@@ -146,6 +146,14 @@ def run(command: list, folder: Path, timeout: float = 300) -> subprocess.Complet
     )
 
 
+def forget_visualizers() -> None:
+    """Forget those of earlier runs in this process, which mmengine would use again."""
+    from mmengine.visualization import Visualizer
+
+    for kind in (Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
