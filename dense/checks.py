@@ -69,7 +69,8 @@ def check_schedule(runner) -> None:
     """Warn if the learning rate's schedule ends before the training run does, as after a longer max_iters alone."""
     length, schedulers = runner.max_iters, runner.param_schedulers or []
     ends = [each.end * (1 if not each.by_epoch else runner.epoch_length or length) for each in schedulers]
-    if ends and max(ends) < length:
+    only_warm_up = all(getattr(each, "end_factor", None) == 1 for each in schedulers)
+    if not only_warm_up and max(ends) < length:
         last = ends.index(max(ends))
         what = f"the schedule ends at iteration {ends[last]} of {length}: the rest keeps its last learning rate"
         advice = f"set param_scheduler.{last}.end with --cfg-options"
@@ -92,7 +93,7 @@ def class_difference(stored: Sequence[str] | None, classes: Sequence[str] | None
     if not pairs:
         return None
     same = sorted(map(plain, stored)) == sorted(map(plain, classes))
-    return f"{pairs[0]}, {'in another order' if same else f'{len(pairs)} of {len(classes)} differ'}"
+    return f"{pairs[0]}, {'the same names in another order' if same else f'{len(pairs)} of {len(classes)} differ'}"
 
 
 class StartChecks(Hook):

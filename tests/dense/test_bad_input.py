@@ -471,6 +471,52 @@ def test_official_checkpoints(runners, which, prefix, tmp_path, monkeypatch):
     ]
 
 
+# The tensors that have a row for each class
+CLASSIFIER = {
+    "mmseg": ["decode_head.conv_seg.weight", "decode_head.conv_seg.bias"],
+    "mmdet": ["bbox_head.retina_cls.weight", "bbox_head.retina_cls.bias"],
+}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["--load-from", "test"])
+def test_a_checkpoint_of_other_classes(runners, library, which, tmp_path, monkeypatch):
+    """As many, with other names or in another order: no score, and no classifier to start from. Case does not count."""
+    runner, state = runners[which], runners[2]
+    dataset = (runner.test_dataloader if which else runner.train_dataloader).dataset
+    classes = list(dataset.metainfo["classes"])
+    lines, path = [], str(tmp_path / "other.pth")
+    monkeypatch.setattr(runner.logger, "info", lines.append)
+
+    def load(names, official=False):
+        """Return the tensors that hold the file's weights."""
+        meta = dict(CLASSES=names) if official else dict(dataset_meta=dict(classes=names))
+        checkpoint.save(path, dict(state_dict=state, meta=meta))
+        lines.clear()
+        for value in runner.model.state_dict().values():
+            value.zero_()
+        runner.load_checkpoint(path)
+        return {name for name, value in runner.model.state_dict().items() if torch.equal(value, state[name])}
+
+    other = ["dog", *classes[1:]]
+    swapped = [classes[1], classes[0], *classes[2:]]
+    reasons = {
+        True: (other, f"class 0 is 'dog' there and {classes[0]!r} here, 1 of {len(classes)} differ"),
+        False: (swapped, f"class 0 is {classes[1]!r} there and {classes[0]!r} here, the same names in another order"),
+    }
+    for official_file, (names, reason) in reasons.items():
+        what = f"other classes than the checkpoint's ({path}): {reason}; "
+        if which:
+            assert error_of(load, names, official_file).startswith(f"{what}set metainfo.classes of the data set")
+            runner.cfg.compare_classes = False
+            assert load(names) == set(state)
+            runner.cfg.compare_classes = True
+        else:
+            assert load(names, official_file) == set(state) - set(CLASSIFIER[library])
+            assert lines[0] == f"{what}randomly initialized: {', '.join(CLASSIFIER[library])}"
+    for names in (classes, [f" {name.upper()}" for name in classes], other[:-1], None):
+        assert load(names) == set(state)
+
+
 NO_BACKBONE = "not a segmentor or detector .* for classification weights, set model.backbone.pretrained"
 OTHER_MODEL = "the weights do not fit the model .*TWINS_DEBUG=1 lists all"
 

@@ -337,7 +337,6 @@ def test_show_dir_names_each_image(trained, segmentor, tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("shown").iterdir()) == [f"validation_{number}.png" for number in range(5)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -418,6 +417,28 @@ def test_pretrained_weights_are_read_for_a_new_run_only(segmentor, trained, tmp_
     assert line in ok(run([*python("mmseg", "train"), segmentor, *words], tmp_path))
     (tmp_path / "classifier.pth").unlink()
     ok(run([*python("mmseg", "test"), segmentor, trained[0] / "iter_4.pth", "--cfg-options", words[-1]], tmp_path))
+
+
+@pytest.mark.slow
+def test_format_only_of_a_detector_without_annotations(coco, tmp_path, monkeypatch):
+    """The boxes written are those of a test with annotations."""
+    monkeypatch.chdir(tmp_path)
+    config = write(tmp_path / "retinanet.py", DETECTOR, data=coco, setting="retinanet_1x_pvt", masks=False)
+    length = ["train_cfg.max_epochs=1", "train_dataloader.dataset.indices=2"]
+    training("mmdet", config, "--work-dir", "run", "--no-validate", "--cfg-options", *length)
+    content = json.loads((coco / "annotations" / "instances_val2017.json").read_text())
+    content.pop("annotations")
+    Path("test.json").write_text(json.dumps(content))
+    low, found = "model.test_cfg.score_thr=0.0", []
+    for name, ann_file in (
+        ("with", coco / "annotations" / "instances_val2017.json"),
+        ("without", tmp_path / "test.json"),
+    ):
+        data = [f"test_dataloader.dataset.ann_file={ann_file}", f"test_evaluator.ann_file={ann_file}"]
+        words = ["--format-only", "--eval-options", f"jsonfile_prefix={name}", "--cfg-options", low, *data]
+        scoring("mmdet", config, "run/epoch_1.pth", *words)
+        found.append(json.loads(Path(f"{name}.bbox.json").read_text()))
+    assert found[0] == found[1] and len(found[0]) >= 3
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +19,8 @@ pytest.importorskip("mmcv", reason="segmentation and detection need their librar
 import torch
 from toys import DETECTOR, ROOT, SEGMENTOR, ade_toy, coco_toy, forget_visualizers, free_port, write
 
-from dense import cli, libraries
+from dense import checks, cli, libraries, resume
+from dense.work_folder import WorkFolder, newest
 from training import checkpoint
 from training.errors import Preempted, UserError
 from training.processes import StopSignals
@@ -173,6 +175,110 @@ def test_sigterm_to_a_command(segmentor, processes, tmp_path):
 # ---------------------------------------------------------------- other settings
 
 
+def settings_of(path, *options):
+    """The settings of a config as the commands read it, with a data set that is not opened."""
+    library = "mmseg" if "segmentor" in path.name else "mmdet"
+    words = [str(path), *(["--cfg-options", *options] if options else [])]
+    cfg = cli.configure(cli.train_parser().parse_args(words), library)
+    facts = dict(metainfo=cfg.train_dataloader.dataset.get("metainfo", {}), ann_file=str(path))
+    dataset = type("Data", (), {"__len__": lambda _: 7, **facts})()
+    return resume.settings(cfg, seed=3, dataset=dataset)
+
+
+CHANGES = {
+    "train_cfg.max_iters=60": "train_cfg.max_iters 4 -> 60",
+    "param_scheduler.0.end=61": "param_scheduler.0.end 5 -> 61",
+    "optim_wrapper.optimizer.lr=0.5": "optim_wrapper.optimizer.lr 0.0001 -> 0.5",
+    "optim_wrapper.clip_grad.max_norm=1": "optim_wrapper.clip_grad.max_norm None -> 1",
+    "train_dataloader.batch_size=4": "train_dataloader.batch_size 2 -> 4",
+    "train_dataloader.dataset.reduce_zero_label=False": "train_dataloader.dataset.reduce_zero_label True -> False",
+    "train_dataloader.dataset.metainfo.classes=(a,b,c)": "classes ['ant', 'bee', 'cat'] -> ['a', 'b', 'c']",
+    "train_dataloader.dataset.pipeline.4.prob=0.0": "train_dataloader.dataset.pipeline.4.prob 0.5 -> 0.0",
+    "model.backbone.drop_path_rate=0.5": "model.backbone.drop_path_rate 0.2 -> 0.5",
+}
+# Where things are, how fast they go, and how they are scored
+NO_CHANGES = (
+    "train_dataloader.dataset.data_root=/other",
+    "train_dataloader.num_workers=2",
+    "train_cfg.val_interval=7",
+    "model.backbone.pretrained=/w.pth",
+    "model.test_cfg.mode=slide",
+    "default_hooks.checkpoint.interval=1",
+    "work_dir=/out",
+)
+
+
+def test_settings_that_decide_a_result(segmentor):
+    before = settings_of(segmentor)
+    payload = dict(meta=dict(settings=json.loads(json.dumps(before))))
+    for option, line in CHANGES.items():
+        found = resume.changed_settings(payload, settings_of(segmentor, option))
+        assert line in found and all(each == line or "metainfo.classes" in each for each in found), option
+    assert resume.changed_settings(payload, settings_of(segmentor, *NO_CHANGES)) == []
+    assert resume.changed_settings(payload, before | {"processes": 8}) == ["processes 1 -> 8"]
+    for meta in ({}, {"settings": 3}, "x"):
+        assert resume.changed_settings(dict(meta=meta), before) is None
+
+
+def test_the_content_of_data_counts(tmp_path):
+    def data(*names, root="/a"):
+        return type(
+            "Data",
+            (),
+            dict(
+                data_root=root,
+                __len__=lambda _: len(names),
+                get_data_info=lambda _, i: dict(img_path=f"{root}/{names[i]}"),
+            ),
+        )()
+
+    assert resume.fingerprint(data("x.png", "y.png")) == resume.fingerprint(data("x.png", "y.png", root="/b"))
+    assert resume.fingerprint(data("x.png", "y.png")) != resume.fingerprint(data("x.png", "z.png"))
+    assert resume.fingerprint(data("x.png")).startswith("1 images (")
+
+
+@pytest.mark.parametrize("by_epoch", [False, True])
+def test_new_schedules_are_where_training_would_be(by_epoch):
+    """Warm-up times a decay with a floor, or with milestones, at each of 40 iterations; epochs have 4."""
+    from mmengine.optim import OptimWrapper
+    from mmengine.registry import PARAM_SCHEDULERS
+
+    from dense.models import poly_schedule, step_schedule
+
+    schedule = step_schedule(epochs=10, milestones=[4, 7], warmup=6)
+    schedule = schedule if by_epoch else poly_schedule(iterations=40, power=0.9, eta_min=1e-6, warmup=6)
+
+    def build():
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        wrapper = OptimWrapper(optimizer)
+        return wrapper, [PARAM_SCHEDULERS.build(dict(each, optimizer=wrapper)) for each in schedule]
+
+    trained, schedulers = build()
+    for done in range(1, 41):
+        trained.step()
+        for scheduler in schedulers:
+            if not scheduler.by_epoch or done % 4 == 0:
+                scheduler.step()
+        advanced, others = build()
+        resume.advance(others, done, 4)
+        assert advanced.param_groups[0]["lr"] == trained.param_groups[0]["lr"]
+
+
+def test_rates_are_the_configs_and_averages_the_files():
+    old, new = (torch.nn.Linear(2, 1) for _ in range(2))
+    first = torch.optim.AdamW(old.parameters(), lr=0.1, weight_decay=0.3)
+    old(torch.ones(1, 2)).sum().backward()
+    first.step()
+    groups = [dict(params=[parameter]) for parameter in new.parameters()]  # one each, as with paramwise_cfg
+    second = torch.optim.AdamW(groups, lr=0.5, weight_decay=0.0)
+    second.load_state_dict(resume.with_new_rates(first.state_dict(), second.state_dict()))
+    assert {(group["lr"], group["weight_decay"]) for group in second.param_groups} == {(0.5, 0.0)}
+    for a, b in zip(old.parameters(), new.parameters()):
+        assert torch.equal(first.state[a]["exp_avg"], second.state[b]["exp_avg"])
+    with pytest.raises(ValueError, match="for 2 parameters, the model has 1"):
+        resume.with_new_rates(first.state_dict(), torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).state_dict())
+
+
 @pytest.mark.slow
 def test_a_run_that_is_to_train_longer(segmentor):
     """Refused with the list, and trained with the new schedule: its rates are those of a run that had it always."""
@@ -206,7 +312,55 @@ def test_an_epoch_of_other_batches_starts_again(detector, capfd):
     assert (meta["epoch"], meta["iter"], meta["epoch_length"]) == (2, 4, 2)
 
 
+@pytest.mark.parametrize(("end", "warned"), [(31, True), (60, False), (61, False)])
+def test_a_schedule_shorter_than_the_run(end, warned, monkeypatch):
+    lines = []
+    monkeypatch.setattr(checks, "print_log", lambda line, **_: lines.append(line))
+    warm_up, decay = SimpleNamespace(end=7, by_epoch=False, end_factor=1.0), SimpleNamespace(end=end, by_epoch=False)
+    for schedulers in ([warm_up, decay], [warm_up], []):
+        checks.check_schedule(SimpleNamespace(max_iters=60, param_schedulers=schedulers, epoch_length=0))
+    expected = (
+        "the schedule ends at iteration 31 of 60: the rest keeps its last learning rate; "
+        "set param_scheduler.1.end with --cfg-options"
+    )
+    assert lines == ([expected] if warned else [])
+
+
 # ---------------------------------------------------------------- one run a folder
+
+
+def test_a_folder_in_use(segmentor):
+    Path("run").mkdir()
+    code = "import sys, time; sys.path.insert(0, sys.argv[1]); from training.files import Lock; lock = Lock('run'); print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, ROOT], stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        try:
+            for words in ([], ["--overwrite"], ["--resume-from", "auto"]):
+                with pytest.raises(
+                    UserError, match=rf"^the folder is in use .--work-dir run.: process {holder.pid} on"
+                ):
+                    train("mmseg", segmentor, "--work-dir", "run", *words)
+        finally:
+            holder.kill()
+    assert [path.name for path in Path("run").iterdir()] == [".lock"]
+
+
+def test_the_newest_checkpoint_of_a_folder():
+    folder = Path("run")
+    folder.mkdir()
+    assert newest(folder) is None
+    for age, name in enumerate(("epoch_2.pth", "iter_9.pth", "epoch_1.pth", "best_mIoU_iter_9.pth")):
+        (folder / name).touch()
+        os.utime(folder / name, (1e9 - age, 1e9 - age))
+    assert newest(folder).name == "epoch_2.pth"
+    (folder / "last_checkpoint").write_text("/where/it/was/iter_9.pth\n")
+    assert newest(folder) == folder / "iter_9.pth"
+    (folder / "last_checkpoint").write_text("/where/it/was/gone.pth")
+    assert newest(folder).name == "epoch_2.pth"
+    with pytest.raises(UserError, match=r"^no checkpoint in the folder \(--resume-from other\)"):
+        Path("other").mkdir()
+        WorkFolder(folder).checkpoint_of("other")
+    assert WorkFolder(Path("other")).checkpoint_of("auto") is None
 
 
 @pytest.mark.slow
