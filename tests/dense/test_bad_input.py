@@ -660,7 +660,7 @@ def test_an_error_leaves_everything(library, tmp_path):
     last.write_bytes(jpeg()[:500])
     for workers in (0, 1):
         words = [*score, "--cfg-options", f"test_dataloader.num_workers={workers}"]
-        assert f"cannot use an image ({last})" in command_error(library, "test", config, file, *words)
+        assert f"cannot read an image ({last})" in command_error(library, "test", config, file, *words)
     shutil.rmtree(last.parent)
     assert "no image folder" in command_error(library, "test", config, file, *score)
     assert "no image folder" in command_error(library, "train", config, *train)
@@ -729,7 +729,16 @@ def test_states_that_cannot_be_resumed(library, tmp_path, monkeypatch):
         payload = checkpoint.load(file)
         damage(payload)
         checkpoint.save(tmp_path / "state.pth", payload)
-        words = [str(config), "--work-dir", "again", "--no-validate", "--resume-from", "state.pth"]
+        words = [
+            str(config),
+            "--work-dir",
+            "again",
+            "--no-validate",
+            "--resume-from",
+            "state.pth",
+            "--cfg-options",
+            *length,
+        ]
         line = error_of(cli.run_training, cli.train_parser().parse_args(words), library)
         assert line.startswith("cannot resume (state.pth): ") and line.endswith(
             "; --load-from starts a new training run from its weights"
