@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed
 
 from dense import libraries
 from training import files, launcher
-from training.errors import PREEMPTED, Preempted, UserError, exit_code, library_reason, print_error, short_reason
+from training.errors import Preempted, UserError, exit_code, library_reason, print_error, short_reason
 from training.processes import StopSignals
 from utils import environment, in_main_process, is_main_process, keep_freed_memory, leave, process_group
 
@@ -130,7 +131,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> int
         return exit_code(program, in_group, argv)
     except Preempted as error:
         print_error(str(error), kind="stopped", program=program)
-        return PREEMPTED
+        return error.code
 
 
 def print_once(line: str) -> None:
@@ -292,6 +293,8 @@ def run_test(args, library: str) -> None:
     if args.show_dir:
         threshold = dict(pred_score_thr=args.show_score_thr) if library == "mmdet" else {}
         runner.register_hook(DrawResults(Path(args.show_dir), **threshold))
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what is half written is removed
     with all_or_nothing(label_folder) if label_folder else contextlib.nullcontext():
         runner.test()
 

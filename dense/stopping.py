@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from dense.work_folder import LAST
 from engine import LateValues
 from training import files
-from training.errors import Preempted
+from training.errors import INTERRUPTED, PREEMPTED, Preempted
 from training.processes import StopSignals, loading_process
 from utils import all_reduce_sum, get_world_size, in_main_process
 
@@ -68,7 +68,8 @@ class StopRun(Hook):
         in_main_process(save)
         by = self.signals.received or "a signal to another process"
         where = f"after {runner.iter} iterations"
-        raise Preempted(f"stopped by {by} {where}, all saved: continue with --resume-from {path}")
+        code = INTERRUPTED if by == "SIGINT" else PREEMPTED
+        raise Preempted(f"stopped by {by} {where}, all saved: continue with --resume-from {path}", code)
 
 
 def start_worker(inner: partial | None, index: int) -> None:

@@ -5,6 +5,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dense.cli import test
+from training.errors import end_at_interrupt
+
+end_at_interrupt("test.py")
+
+from dense.cli import test  # noqa: E402
 
 test("mmdet")

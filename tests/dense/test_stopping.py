@@ -144,9 +144,11 @@ def test_a_detector_resumes_inside_an_epoch(detector):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sigterm_to_a_command(segmentor, processes, tmp_path):
-    """With loader workers: one line, exit code 143, and a checkpoint that resumes to the same bits."""
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGINT)], ids=["1", "2", "Ctrl-C"]
+)
+def test_a_signal_to_a_command(segmentor, processes, number, tmp_path):
+    """With loader workers: one line, exit code 143 or 130, and a checkpoint of all that was done."""
     words = ["--seed", 3, "--no-validate", "--cfg-options", "train_dataloader.num_workers=1"]
     length = ["train_cfg.max_iters=4000", "default_hooks.checkpoint.interval=4000", "default_hooks.logger.interval=1"]
     script = [sys.executable, ROOT / "segmentation" / "train.py", segmentor]
@@ -159,17 +161,37 @@ def test_sigterm_to_a_command(segmentor, processes, tmp_path):
             if "Iter(train) [   3/" in Path("out").read_text():
                 break
             time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         code = process.wait(60)
     lines = Path("out").read_text().splitlines()
     (stop,) = [line for line in lines if "stopped by" in line][:1]
     assert "all saved: continue with --resume-from" in stop, lines[-20:]
     if processes == 1:
-        assert code == 143 and lines[-1] == stop and "Traceback" not in "".join(lines), lines[-20:]
+        assert code == 128 + number and lines[-1] == stop and "Traceback" not in "".join(lines), lines[-20:]
     assert status()["state"] == "preempted"
     done = int(re.search(r"after (\d+) iterations", stop)[1])
     assert checkpoint.load(f"run/iter_{done}.pth")["meta"]["iter"] == done == status()["updates"]
     assert Path("run/last_checkpoint").read_text() == str(tmp_path / "run" / f"iter_{done}.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait", [0.5, 3.0])
+@pytest.mark.parametrize("program", ["train", "test"])
+def test_an_interrupt_before_the_run(segmentor, program, wait):
+    """While the libraries are imported, and while the run is built: one line, and nothing is left."""
+    command = [
+        sys.executable,
+        ROOT / "segmentation" / f"{program}.py",
+        segmentor,
+        *(["x.pth"] if program == "test" else []),
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=env) as process:
+        time.sleep(wait)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (130, f"{program}.py: stopped: stopped by SIGINT")
+    assert "Traceback" not in err
 
 
 # ---------------------------------------------------------------- other settings
