@@ -70,6 +70,11 @@ ARROWS = {
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
         *("dense/transforms", "dense/work_folder", "utils"),
     },
+    "dense/demo": {
+        *("dense/cli", "dense/libraries", "dense/runner"),
+        *(f"training/{name}" for name in ("checkpoint", "errors", "files", "folders", "options")),
+        "utils",
+    },
     "main": {
         *("gvt", "gvt_ops/__init__", "utils", "losses", "datasets", "engine"),
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),

@@ -456,7 +456,7 @@ def test_a_detector(detector, tmp_path):
         run([*test, "--eval", "mAP", "--out", "found.pkl", "--show-dir", "shown", "--show-score-thr", 0], tmp_path)
     )
     assert "--eval mAP: bbox and segm" in output and re.search(r"coco/bbox_mAP: .*coco/segm_mAP: ", output)
-    assert (tmp_path / "found.pkl").is_file() and len(list((tmp_path / "shown").glob("*.jpg"))) == 3
+    assert (tmp_path / "found.pkl").is_file() and len(list((tmp_path / "shown").glob("*.png"))) == 3
     ok(run([*test, "--format-only"], tmp_path))
     assert json.loads((tmp_path / "work_dirs" / "detector" / "results.bbox.json").read_text())
 
