@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from gvt_ops.transforms import SMALL, FitSquare, eval_transform
 from samplers import RASampler, ShuffleSampler, eval_indices
 from training.batches import SeededDataset, Uint8Transform, build_loader
 from training.errors import UserError
@@ -27,9 +28,6 @@ from training.folders import is_ignored, log_unread, walk
 from training.images import ImageReader
 from training.options import Options
 from utils import get_rank, get_world_size, log
-
-SMALL = 32  # pixels: images up to this size are shifted, not cropped and resized, as the official code does for CIFAR
-
 
 # ---------------------------------------------------------------- transforms
 
@@ -39,23 +37,14 @@ def posterize_or_black(image: Image.Image, bits: int, **_) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
 
 
-class FitSquare:
-    """Resize and crop to a square; an image of this size stays as it is."""
-
-    def __init__(self, size: int):
-        self.size = size
-
-    def __call__(self, image: Image.Image) -> Image.Image:
-        square = (self.size, self.size)
-        return image if image.size == square else ImageOps.fit(image, square, Image.Resampling.BICUBIC)
-
-
 def build_transform(is_train: bool, args: Options, *, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
     """Return image -> (3, input_size, input_size), normalized, as transforms.Compose.
 
     Training: crop, flip, RandAugment, erasing; evaluation: resize and center crop.
     """
-    return train_transform(args, mean, std) if is_train else eval_transform(args, mean, std)
+    if is_train:
+        return train_transform(args, mean, std)
+    return eval_transform(args.input_size, args.eval_crop_ratio, mean, std)
 
 
 def train_transform(args: Options, mean, std) -> transforms.Compose:
@@ -86,15 +75,6 @@ def train_transform(args: Options, mean, std) -> transforms.Compose:
             if getattr(operation, "aug_fn", None) is auto_augment.posterize:
                 operation.aug_fn = posterize_or_black
     return transform
-
-
-def eval_transform(args: Options, mean, std) -> transforms.Compose:
-    bicubic = transforms.InterpolationMode.BICUBIC
-    resize = transforms.Resize(int(args.input_size / args.eval_crop_ratio), interpolation=bicubic)
-    fit = [resize, transforms.CenterCrop(args.input_size)]
-    if args.input_size <= SMALL:
-        fit = [FitSquare(args.input_size)]
-    return transforms.Compose([*fit, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
 
 # ---------------------------------------------------------------- data sets

@@ -13,8 +13,7 @@ Shapes: B images; a map of H x W tokens, kept as (B, H, W, C); N queries, M keys
 import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +23,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gvt_ops import loading
 from gvt_ops.attention import attention
 from gvt_ops.window_attention import pad_to_windows, window_attention
 
@@ -443,18 +443,8 @@ def _register(name: str, variant: Variant) -> None:
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
             kwargs_filter=("img_size",),  # what timm's models take; these take images of any size
         )
-        hub_log = logging.getLogger("huggingface_hub")
-        level = hub_log.level
-        hub_log.setLevel(logging.ERROR)  # without a network, one line: the one below
-        try:
+        with loading.hub_errors(name, variant.timm, pretrained=pretrained):
             return build_model_with_cfg(lambda **options: Twins(variant, **options), **build, **kwargs)
-        except OSError as error:  # what the hub's client raises without a network, whatever the transport
-            if not pretrained:
-                raise
-            hub = f"https://huggingface.co/timm/{variant.timm}.in1k ({str(error).splitlines()[0]})"
-            raise RuntimeError(f"{name}: no weights from {hub}: connect, or give a file as checkpoint_path=") from None
-        finally:
-            hub_log.setLevel(level)
 
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"{name}: see VARIANTS. Options are those of Twins, and timm's."
@@ -463,3 +453,13 @@ def _register(name: str, variant: Variant) -> None:
 
 for _name, _key in MODEL_NAMES.items():
     _register(_name, VARIANTS[_key])
+
+
+def load(path: str, device: str = "cpu") -> tuple[nn.Module, Callable[..., Tensor], list[str] | None]:
+    """Return the model of a checkpoint, in evaluation mode; the transform of an RGB image of PIL to (3, H, W), as in
+    its evaluation; and the names of the classes, ImageNet's for 1000 without names, None if unknown.
+
+    The file is main.py's or the official code's, or weights alone, also as safetensors. Nothing in it is run. Raises
+    OSError if it cannot be read, ValueError if it is corrupt or holds no classifier.
+    """
+    return loading.load(path, device, {name: VARIANTS[key] for name, key in MODEL_NAMES.items()})

@@ -19,13 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from gvt_ops.loading import WRAPPERS
 from training import formats
 from training.errors import UserError, did_you_mean, short_reason
 from training.files import atomic_write, best_checkpoint, write_text
 from utils import log
 
-# Keys under which files keep the weights, in this order.
-WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema")
 # Limits of what is read. A training state has about 50,000 pickled objects, of some 50 bytes each; configurations and
 # histories stay far below a string of that size; the header of the largest model here has 100 kB.
 MOST_OPCODES, MOST_STRING, MOST_HEADER = 2_000_000, 2**24, 2**24

@@ -1,0 +1,82 @@
+"""What the tools that use a trained classifier share: the model and how its images are prepared, from one file."""
+
+import gvt
+
+# isort: split
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import timm
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from gvt_ops import accelerate
+from gvt_ops.loading import CROP, SIZE, class_names
+from gvt_ops.transforms import eval_transform
+from training import formats
+from training.checkpoint import Checkpoint, load_into
+from training.errors import UserError
+from utils import log
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A classifier in evaluation mode. transform: RGB image -> (3, size, size), as in its evaluation.
+
+    classes: a name for each output, numbers if the file has none. name: of the model. crop: share of the resized side.
+    alpha: what its transparent pixels were laid on, for ImageReader.
+    """
+
+    model: nn.Module
+    transform: Callable[..., Tensor]
+    classes: list[str]
+    name: str
+    size: int
+    crop: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    alpha: str
+
+
+def load(weights: str, model: str | None = None, device: torch.device | str = "cpu", *, fast: bool = False) -> Trained:
+    """Return a classifier from any file that main.py reads. model: its name, if not the one that the file says or that
+    the weights' shapes tell. fast: accelerate it.
+
+    Raises UserError for a file without a classifier, or with the weights of another model.
+    """
+    file = Checkpoint.open(weights)
+    state, stored = file.weights(), file.payload.get("args")
+    stored = stored if isinstance(stored, dict) else {}
+    head = state.get("head.weight")
+    if head is None or head.ndim != 2:
+        raise UserError(
+            f"no classifier in the weights ({file.source}): expected head.weight, give a trained classifier"
+        )
+    name, size, crop = model_name(model or stored.get("model"), state, file.source, given=model is not None), SIZE, CROP
+    if isinstance(stored.get("input_size"), int) and isinstance(stored.get("eval_crop_ratio"), float):
+        size, crop = stored["input_size"], stored["eval_crop_ratio"]
+    classes = class_names(file.class_names, len(head))
+    if classes is None:
+        classes = [f"class {number}" for number in range(len(head))]
+        log(f"no class names in the weights ({file.source}): its {len(head)} classes are numbered from 0")
+    if len(classes) != len(head):
+        raise UserError(f"{len(classes)} class names for {len(head)} outputs ({file.source}): use another checkpoint")
+    network = timm.create_model(name, num_classes=len(head))
+    load_into(network, state, source=file.source, lists_all="TWINS_DEBUG=1")
+    network = accelerate(network) if fast and isinstance(network, gvt.Twins) else network
+    normal = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    alpha = stored.get("alpha") if stored.get("alpha") in ("white", "black", "drop") else "white"
+    return Trained(
+        network.eval().to(device), eval_transform(size, crop, *normal), classes, name, size, crop, *normal, alpha
+    )
+
+
+def model_name(wanted: object, state: dict[str, Tensor], source: str, *, given: bool) -> str:
+    """Return the name of the model: what is wanted if timm knows it, else by the shapes of the weights."""
+    if isinstance(wanted, str) and timm.is_model(wanted):
+        return wanted
+    if given:
+        raise UserError(f"unknown model (--model {wanted}): use one of {', '.join(gvt.MODEL_NAMES)}, or omit --model")
+    variant = formats.variant_of(state, source=source)
+    return next(name for name, key in gvt.MODEL_NAMES.items() if key == variant)
