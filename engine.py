@@ -174,38 +174,39 @@ def evaluate(
     *,
     amp_dtype: torch.dtype = torch.float32,
     shared: bool = False,
+    observe: Callable[[Tensor, Tensor, Tensor], None] = lambda *batch: None,
     between: Callable[[], None] = lambda: None,
     rounds: int = 0,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> dict[str, float]:
     """Return top-1 and top-5 (of fewer classes, over all) in percent and the mean cross entropy over every image once.
 
-    shared: each process has a part of the images; counts are summed over all. between is called after each batch, and
-    at least `rounds` times, so that all processes call it as often.
+    shared: each process has a part of the images; counts are summed over all. observe: gets each batch's logits, top-5
+    classes, and targets. between: called after each batch, and at least `rounds` times, in all processes as often.
     """
     model.eval()
     meters = MetricLogger(**dict.fromkeys(("loss", "acc1", "acc5"), "{median:.4f} ({mean:.4f})"))
-    # Images, correct ones, and correct among five; and the sum of the losses.
-    counts, loss_sum = torch.zeros(3, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)  # of images, correct ones, correct among five, losses
     for images, targets in meters.log_every(loader, len(loader), "Test:"):
         images = images.to(device, non_blocking=True, memory_format=memory_format)
         targets = targets.to(device, non_blocking=True)
         with autocast(device, amp_dtype):
             logits = model(images)
-        hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        hits = top == targets[:, None]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(logits, targets, reduction="none").cpu().double().sum().item()
-        n, correct = len(targets), torch.stack([targets.new_tensor(len(targets)), hits[:, 0].sum(), hits.sum()])
-        counts, loss_sum = counts + correct, loss_sum + loss
-        meters.update(n, loss=loss / n, acc1=100 * correct[1].item() / n, acc5=100 * correct[2].item() / n)
+        n, correct1, correct5 = len(targets), hits[:, 0].sum().item(), hits.sum().item()
+        sums += torch.tensor([n, correct1, correct5, loss], dtype=torch.float64)
+        meters.update(n, loss=loss / n, acc1=100 * correct1 / n, acc5=100 * correct5 / n)
+        observe(logits, top, targets)
         between()
     for _ in range(rounds - len(loader)):
         between()
     if shared:
-        all_reduce_sum(counts)
-        loss_sum = all_reduce_sum(loss_sum.to(device))
-    total, correct1, correct5 = counts.tolist()
-    stats = {"loss": loss_sum.item() / total, "acc1": 100 * correct1 / total, "acc5": 100 * correct5 / total}
+        sums = all_reduce_sum(sums.to(device))
+    total, correct1, correct5 = map(int, sums[:3].tolist())
+    stats = {"loss": sums[3].item() / total, "acc1": 100 * correct1 / total, "acc5": 100 * correct5 / total}
     log(f"* Acc@1 {stats['acc1']:.3f} Acc@5 {stats['acc5']:.3f} loss {stats['loss']:.3f}")
     if not math.isfinite(stats["loss"]):
         warn("the loss is not finite (above), so the accuracy means nothing: try --amp-dtype float32")

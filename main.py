@@ -45,7 +45,7 @@ import engine
 import gvt
 import utils
 from losses import build_criterion, build_mixup
-from training import processes, resume
+from training import processes, reports, resume
 from training.checkpoint import Checkpoint, finetune, load_into
 from training.errors import NonFiniteError, Preempted, UserError, print_error, short_reason
 from training.options import Options
@@ -160,9 +160,9 @@ def compile_model(model: nn.Module, args: Options) -> nn.Module:
 
 def evaluate(args: Options, device: torch.device) -> None:
     """Score the weights of --resume on val."""
-    key, kwargs = "model_ema" if args.model_ema else None, precision_kwargs(args, device)
+    record, kwargs = reports.EvalRecord(args), precision_kwargs(args, device)
     file = Checkpoint.open(files.best_checkpoint(args.run_folder) if args.resume == "auto" else args.resume)
-    state, stored = file.weights(key), dict(file.options)
+    state, stored = file.weights("model_ema" if args.model_ema else None), dict(file.options)
     if not timm.is_model(str(stored.get("model"))):
         stored.pop("model", None)
     for line in (f"evaluating {file.source}", *options.take_stored(args, stored)):
@@ -181,8 +181,9 @@ def evaluate(args: Options, device: torch.device) -> None:
     load_into(model, state, source=file.source, report=args.report)
     model = compile_model(prepare_model(model, args, device), args)
     loader = datasets.build_val_loader(args, val_set, device)
-    stats = engine.evaluate(loader, model, device, shared=args.dist_eval, **kwargs)
+    stats = engine.evaluate(loader, model, device, shared=args.dist_eval, observe=record.add, **kwargs)
     log(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
+    record.write(val_set)
 
 
 def throughput(args: Options, device: torch.device) -> None:

@@ -41,6 +41,7 @@ ARROWS = {
     "training/checkpoint": {"gvt_ops/loading", "training/errors", "training/files", "training/formats", "utils"},
     "training/resume": {"training/checkpoint", "training/errors"},
     "training/run_folder": {"training/errors", "training/files", "training/processes", "utils"},
+    "training/reports": {"samplers", "training/errors", "training/files", "training/options", "utils"},
     "training/state": {
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "options", "processes", "resume")),
         *("gvt_ops/__init__", "training/run_folder", "utils"),
@@ -80,7 +81,7 @@ ARROWS = {
     "main": {
         *("gvt", "gvt_ops/__init__", "utils", "losses", "datasets", "engine"),
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
-        *("training/resume", "training/run_folder", "training/state"),
+        *("training/reports", "training/resume", "training/run_folder", "training/state"),
     },
 }
 FOLDERS = ("gvt_ops", "training", "dense")

@@ -247,6 +247,10 @@ def get_parser() -> argparse.ArgumentParser:
     add("--alpha", default="white", choices=ALPHA, help="under transparent pixels (%(default)s)")
     add("--exif", default="ignore", choices=EXIF, help="the EXIF orientation of images (%(default)s)")
     add("--max-pixels", type=positive, default=178_956_970, metavar="N", help="refuse larger images (%(default)s)")
+    what = "with --eval: a CSV of each class's top-1 and the confusion matrix, and a figure"
+    add("--per-class", type=path, default="", metavar="FILE", help=what)
+    what = "with --eval: each image's label and top-5 as CSV, JSON or JSON lines (.jsonl)"
+    add("--predictions", type=path, default="", metavar="FILE", help=what)
     add("--dist-eval", action="store_true", help="share the evaluation among the processes; exact for any number")
 
     add = parser.add_argument_group("run").add_argument
@@ -318,6 +322,8 @@ def without_effect(args: Options) -> dict[str, str]:
         reasons[name] = args.throughout and "--throughput times a new model"
     if args.eval and not args.throughout:
         reasons["finetune"] = "--eval takes the weights of --resume"
+    for name in ("per_class", "predictions"):
+        reasons[name] = (args.throughout or not args.eval) and "it is for --eval"
     for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode"):
         reasons[name] = not args.mixing and "--mixup and --cutmix are 0"
     return {name: reason for name, reason in reasons.items() if reason and name in args.given}
