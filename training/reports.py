@@ -29,11 +29,17 @@ TEXT = dict(fontsize=8, parse_math=False)  # a name may hold a $
 # ---------------------------------------------------------------- files
 
 
-def check_new(path: Path, option: str, *, overwrite: bool, suffixes: Sequence[str] = ()) -> None:
-    """Raise UserError if a file cannot be written there: another suffix, no such folder, or it exists."""
+def check_new(
+    path: Path, option: str, *, overwrite: bool, suffixes: Sequence[str] = (), made: Path | None = None
+) -> None:
+    """Raise UserError if a file cannot be written there: another suffix, no such folder, or it exists.
+
+    made: a folder that will be made before the file is written.
+    """
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"no such format ({option} {path}): give a name that ends in {' or '.join(suffixes)}")
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir() and (made is None or folder != made.absolute()):
         raise UserError(f"no such folder ({option} {path}): make it first")
     if path.is_dir() or (not overwrite and (path.exists() or path.is_symlink())):
         raise UserError(f"it exists already ({option} {path}): give another name, or pass --overwrite for a file")
@@ -216,6 +222,7 @@ def draw_pairs(figure, classes: Sequence[str], labels: np.ndarray, predictions: 
     names = [f"{shortened(classes[label])} as {shortened(classes[guess])}" for label, guess, _ in pairs]
     axes.set_yticks(range(len(pairs)), names, **TEXT)
     axes.invert_yaxis()
+    axes.margins(x=0.15)
     axes.set_xlabel(f"images of the {len(pairs)} most confused pairs of {len(classes)} classes: label as prediction")
 
 

@@ -1,0 +1,153 @@
+"""The images that a tool is given: their names, options, and batches of them through a model."""
+
+import gvt  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
+
+# isort: split
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from engine import autocast
+from gvt_ops.transforms import SMALL
+from tools.trained import Trained
+from training.batches import Sample, Uint8Transform, build_loader
+from training.errors import UserError
+from training.folders import image_files
+from training.images import MAX_PIXELS, ImageReader
+from training.options import Parser, count, path, positive
+from utils import choose_device, keep_freed_memory
+
+FEW = 64  # images that are read without processes of their own
+
+
+def add_options(parser: Parser) -> None:
+    add = parser.add_argument
+    add(
+        "images",
+        nargs="+",
+        type=path,
+        metavar="IMAGES",
+        help="files, folders with all below, globs; -: a list on stdin",
+    )
+    add("--weights", required=True, type=path, metavar="FILE", help="a trained classifier")
+    add("--model", metavar="NAME", help="(what FILE says, or the shapes of its weights)")
+    add("--batch-size", type=positive, default=32, metavar="N", help="(%(default)s)")
+    add("--device", metavar="NAME", help="cuda or cpu; if not given: cuda if there is one")
+    precisions = ("float16", "bfloat16", "float32")
+    add("--amp-dtype", choices=precisions, help="precision of the forward pass (CUDA: float16, CPU: float32)")
+    add(
+        "--num-workers", type=count, metavar="N", help=f"processes that read (4, or fewer cores; up to {FEW} images: 0)"
+    )
+    add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse larger images (%(default)s)")
+    add("--overwrite", action="store_true", help="replace output files that exist")
+
+
+def choose(name: str | None) -> torch.device:
+    """Return the device of --device."""
+    keep_freed_memory()
+    return choose_device(name or "cuda", given=name is not None, local_rank=None)
+
+
+def find(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the image files that words name, and what is wrong with links among them.
+
+    Raises UserError for a name of nothing, or if there is no image. Names that come on stdin are not looked up.
+    """
+    files, problems = [], []
+    for word in words:
+        if word == "-":
+            files += [line for line in map(os.fsdecode, sys.stdin.buffer.read().splitlines()) if line.strip()]
+        else:
+            files += image_files([word], on_error=lambda error: problems.append(str(error)))
+    if not files and not problems:
+        raise UserError(f"no images ({', '.join(words)}): give files, folders or globs of JPEG, PNG, WebP or others")
+    return list(dict.fromkeys(files)), problems
+
+
+def printable(text: str) -> str:
+    """Return a file's name as one line: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+class Images(Dataset):
+    """Image files as a model is evaluated on them, upright by EXIF: (image, ""), or (blank, what is wrong with it)."""
+
+    def __init__(self, paths: Sequence[str], trained: Trained, *, max_pixels: int):
+        self.paths, self.size, self.max_pixels = paths, trained.size, max_pixels
+        self.side = int(trained.size / trained.crop)
+        self.transform = Uint8Transform(trained.transform)
+        self.reader = ImageReader("images", alpha=trained.alpha, exif="apply", max_pixels=max_pixels)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Sample, str]:
+        try:
+            image = self.reader(self.paths[index])
+            self.check_sides(self.paths[index], *image.size)
+            return self.transform(image), ""
+        except UserError as error:
+            return self.transform(Image.new("RGB", (self.size, self.size))), str(error)
+
+    def check_sides(self, path: str, width: int, height: int) -> None:
+        """Raise UserError for an image that would be too large once its shorter side has the model's size."""
+        longer = max(width, height) * self.side // min(width, height)
+        if self.size > SMALL and longer * self.side > self.max_pixels:
+            what = f"{width} x {height} pixels would be resized to {longer} x {self.side}"
+            raise UserError(f"too narrow an image ({path}): {what}; crop it, or raise --max-pixels")
+
+
+def outputs(
+    paths: Sequence[str], trained: Trained, compute: Callable[[Tensor], Tensor], device: torch.device, args
+) -> Iterator[tuple[str, Tensor | None, str]]:
+    """Yield (path, output, error) of each image in order, and show progress. compute: (B, 3, H, W) -> (B, ...).
+
+    output is None where the image cannot be read or the output is not finite; error says so. args: of add_options.
+    """
+    dataset = Images(paths, trained, max_pixels=args.max_pixels)
+    workers = args.num_workers
+    if workers is None:
+        workers = min(4, os.cpu_count() or 1) if len(paths) > FEW else 0
+    dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
+    settings = dict(batch_size=args.batch_size, workers=workers, pin_memory=device.type == "cuda", drop_last=False)
+    remaining = iter(paths)
+    with tqdm(total=len(paths), unit=" images", disable=None) as progress, torch.inference_mode():
+        for images, errors in build_loader(dataset, range(len(paths)), **settings):
+            with autocast(device, dtype):
+                values = compute(images.to(device, non_blocking=True)).float().cpu()
+            finite = values.flatten(1).isfinite().all(1).tolist()
+            for value, is_finite, error in zip(values, finite, errors):
+                name = next(remaining)
+                if not error and not is_finite:
+                    error = f"an output that is not finite ({name}): try another --amp-dtype than {dtype}"
+                yield name, None if error else value, error
+            progress.update(len(errors))
+
+
+def check_folder(folder: Path, option: str, *, overwrite: bool) -> None:
+    """Raise UserError if results cannot go into a folder: a file, or it holds files already."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"not a folder ({option} {folder}): give another name")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"the folder holds files ({option} {folder}): choose another, or pass --overwrite")
+
+
+def make_folder(folder: Path, option: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder ({option} {folder}): {error.strerror or error}") from error
+
+
+def new_parser(name: str, description: str) -> Parser:
+    parser = Parser(prog=f"{name}.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser)
+    return parser
