@@ -36,9 +36,7 @@ def load(
     options = payload.get("args", {})
     options = vars(options) if isinstance(options, argparse.Namespace) else options
     options = options if isinstance(options, dict) else {}
-    size, crop = options.get("input_size", SIZE), options.get("eval_crop_ratio", CROP)
-    if not (type(size) is int and 1 <= size <= 16384 and isinstance(crop, (int, float)) and 0 < crop <= 1):
-        raise ValueError(f"{path}: its image size is {size!r:.40} and its crop {crop!r:.40}")
+    size, crop = size_and_crop(options, path)
     name = options.get("model")
     if not (isinstance(name, str) and timm.is_model(name)):
         name = model_name(state, variants, path)
@@ -53,6 +51,14 @@ def load(
         raise ValueError(f"{path}: no weights of {name} ({' '.join(str(error).split())[:200]})") from None
     transform = eval_transform(size, crop, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return model.eval().to(device), transform, classes
+
+
+def size_and_crop(options: Mapping, path: str | Path) -> tuple[int, float]:
+    """Return the size of images and the share of the resized side that evaluation keeps, by a training's options."""
+    size, crop = options.get("input_size", SIZE), options.get("eval_crop_ratio", CROP)
+    if not (type(size) is int and 1 <= size <= 16384 and isinstance(crop, (int, float)) and 0 < crop <= 1):
+        raise ValueError(f"{path}: its image size is {size!r:.40} and its crop {crop!r:.40}")
+    return size, crop
 
 
 def read(path: str | Path) -> dict:

@@ -7,7 +7,10 @@ import sys
 import zipfile
 
 import pytest
+import torch
 from conftest import ROOT
+
+import gvt
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +43,21 @@ def test_the_installed_model_works_from_another_folder(wheel, tmp_path):
     command = dict(args=[sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path / "elsewhere")
     result = subprocess.run(**command, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
     assert result.stdout == f"290 {tmp_path / 'site' / 'gvt.py'}\n", result.stderr
+
+
+def test_the_installed_package_loads_a_classifier(wheel, tmp_path):
+    """By gvt and gvt_ops alone: nothing else of ours can be imported there."""
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    model = gvt.Twins(gvt.VARIANTS["alt_gvt_demo"], num_classes=2)
+    args = dict(model="alt_gvt_demo", input_size=32, eval_crop_ratio=0.875)
+    torch.save({"model": model.state_dict(), "args": args, "class_names": ["cat", "dog"]}, tmp_path / "x.pth")
+    program = """
+import sys, gvt
+from PIL import Image
+model, transform, classes = gvt.load("x.pth")
+probabilities = model(transform(Image.new("RGB", (50, 40)))[None]).softmax(1)
+print(gvt.__file__, list(probabilities.shape), classes, {"training", "tools", "datasets", "utils"} & set(sys.modules))
+"""
+    command = dict(args=[sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(**command, env=os.environ | {"PYTHONPATH": str(tmp_path / "site")})
+    assert result.stdout == f"{tmp_path / 'site' / 'gvt.py'} [1, 2] ['cat', 'dog'] set()\n", result.stderr

@@ -76,17 +76,17 @@ class Drawer:
         if not is_error:
             image = self.reader(row["path"])
             self.save(sheets.annotated(image, row["top"]), f"{name}.jpg", format="JPEG", quality=92)
-            image.thumbnail((sheets.CELL, sheets.CELL))
+            image = sheets.thumbnail(image)
             lines = stem, f"{printable(row['label'])} {100 * row['probability']:.1f} %"
         self.cells.append(Cell(image, lines, is_error))
         if len(self.cells) == PAGE:
             self.write_page()
 
     def new_name(self, stem: str) -> str:
-        """Return a name for a copy: images of one name are numbered."""
-        stem = stem if stem not in ("", "contact_sheet") else f"{stem}_"
+        """Return a name for a copy: the first 50 characters; images of one name are numbered."""
+        stem = stem[:50] or "image"
         self.names[stem] = self.names.get(stem, 0) + 1
-        return stem if self.names[stem] == 1 else self.new_name(f"{stem}_{self.names[stem]}")
+        return stem if self.names[stem] == 1 else self.new_name(f"{stem[:40]}_{self.names[stem]}")
 
     def write_page(self) -> None:
         self.pages += 1

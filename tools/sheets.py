@@ -45,6 +45,12 @@ def scaled(image: Image.Image, smallest: int, largest: int) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
 
 
+def thumbnail(image: Image.Image) -> Image.Image:
+    """Shrink an image to what a cell shows, so that a sheet needs little memory."""
+    image.thumbnail((CELL, CELL))
+    return image
+
+
 def contact_sheet(cells: Sequence[Cell], columns: int = COLUMNS) -> Image.Image:
     """Return a grid of images with their lines."""
     columns, lines = min(columns, len(cells)), max(len(cell.lines) for cell in cells)

@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from gvt_ops import accelerate
-from gvt_ops.loading import CROP, SIZE, class_names
+from gvt_ops.loading import class_names, size_and_crop
 from gvt_ops.transforms import eval_transform
 from training import formats
 from training.checkpoint import Checkpoint, load_into
@@ -53,9 +53,11 @@ def load(weights: str, model: str | None = None, device: torch.device | str = "c
         raise UserError(
             f"no classifier in the weights ({file.source}): expected head.weight, give a trained classifier"
         )
-    name, size, crop = model_name(model or stored.get("model"), state, file.source, given=model is not None), SIZE, CROP
-    if isinstance(stored.get("input_size"), int) and isinstance(stored.get("eval_crop_ratio"), float):
-        size, crop = stored["input_size"], stored["eval_crop_ratio"]
+    name = model_name(model or stored.get("model"), state, file.source, given=model is not None)
+    try:
+        size, crop = size_and_crop(stored, file.source)
+    except ValueError as error:
+        raise UserError(f"{error}: use another checkpoint") from None
     classes = class_names(file.class_names, len(head))
     if classes is None:
         classes = [f"class {number}" for number in range(len(head))]

@@ -4,6 +4,7 @@ import gvt  # noqa: F401  before timm: lets torchvision be imported beside a CPU
 
 # isort: split
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +20,11 @@ from engine import autocast
 from gvt_ops.transforms import SMALL
 from tools.trained import Trained
 from training.batches import Sample, Uint8Transform, build_loader
-from training.errors import UserError
+from training.errors import UserError, short_reason
 from training.folders import image_files
 from training.images import MAX_PIXELS, ImageReader
 from training.options import Parser, count, path, positive
+from training.processes import loading_error
 from utils import choose_device, keep_freed_memory
 
 FEW = 64  # images that are read without processes of their own
@@ -118,8 +120,8 @@ def outputs(
         workers = min(4, os.cpu_count() or 1) if len(paths) > FEW else 0
     dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
     settings = dict(batch_size=args.batch_size, workers=workers, pin_memory=device.type == "cuda", drop_last=False)
-    remaining = iter(paths)
-    with tqdm(total=len(paths), unit=" images", disable=None) as progress, torch.inference_mode():
+    remaining, progress = iter(paths), tqdm(total=len(paths), unit=" images", disable=None)
+    with explained(args.batch_size), progress, torch.inference_mode():
         for images, errors in build_loader(dataset, range(len(paths)), **settings):
             with autocast(device, dtype):
                 values = compute(images.to(device, non_blocking=True)).float().cpu()
@@ -130,6 +132,20 @@ def outputs(
                     error = f"an output that is not finite ({name}): try another --amp-dtype than {dtype}"
                 yield name, None if error else value, error
             progress.update(len(errors))
+
+
+@contextlib.contextmanager
+def explained(batch_size: int) -> Iterator[None]:
+    """Turn a lack of memory, and what ends a process that reads, into a UserError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(f"out of memory on the device (--batch-size {batch_size}): make it smaller") from None
+    except RuntimeError as error:
+        if (loading := loading_error(error)) is None:
+            raise
+        what = f"reading the images failed ({short_reason(loading, 120)})"
+        raise UserError(f"{what}: look for lack of memory, or pass --num-workers 0") from error
 
 
 def check_folder(folder: Path, option: str, *, overwrite: bool) -> None:
