@@ -21,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-import gvt  # noqa: F401  first: it lets torchvision be imported, and registers the models
+import gvt  # first: it lets torchvision be imported, and registers the models
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
@@ -79,6 +79,19 @@ def toy(tmp_path_factory) -> Path:
     make_images(root / "val", classes=("ant", "bee", "cat", "dog"), each=25, seed=1)
     Image.new("RGB", (50, 40), (40, 200, 0)).save(root / "val" / "ant" / "extra.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory) -> Path:
+    """Weights of the demo model for the classes of `toy`, not trained, that predict more than one of them."""
+    torch.manual_seed(1)
+    model = gvt.Twins(gvt.VARIANTS["alt_gvt_demo"], num_classes=4)
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    path = tmp_path_factory.mktemp("classifier") / "x.pth"
+    args = dict(model="alt_gvt_demo", input_size=32, eval_crop_ratio=0.875)
+    torch.save({"model": model.state_dict(), "args": args, "class_names": ["ant", "bee", "cat", "dog"]}, path)
+    return path
 
 
 # What main.py warns of in SMALL_RUN: its few images at the default rate, and its few epochs.

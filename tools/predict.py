@@ -50,7 +50,8 @@ def shown(found: Iterable[dict], width: int, tally: dict[str, int]) -> Iterator[
         name = printable(row["path"])
         name = name if len(name) <= width else f"...{name[3 - width :]}"
         best = "  ".join(f"{printable(label)} {100 * value:.1f} %" for label, value in row["top"][:SHOWN])
-        tqdm.write(f"{name:<{width}}  {best or 'error: ' + printable(row['error'])}")
+        error = printable(row["error"].replace(f" ({row['path']})", ""))
+        tqdm.write(f"{name:<{width}}  {best or f'error: {error}'}")
         tally["errors" if row["error"] else "read"] += 1
         yield row
 

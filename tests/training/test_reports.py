@@ -11,28 +11,15 @@ import torch
 from conftest import SMALL_RUN, launch, run_main
 from PIL import Image
 
-import gvt
 import main
-from training import checkpoint, options, reports
+from training import options, reports
 from training.errors import UserError
 
 CLASSES = ("ant", "bee", "cat", "dog")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A model with random weights that predicts more than one class."""
-    torch.manual_seed(1)
-    model = gvt.Twins(gvt.VARIANTS["alt_gvt_demo"], num_classes=4)
-    with torch.no_grad():
-        model.head.weight.mul_(20)
-    path = tmp_path_factory.mktemp("weights") / "x.pth"
-    checkpoint.save(path, {"model": model.state_dict(), "class_names": list(CLASSES)})
-    return path
-
-
-def words(weights, toy, *more):
-    return [*SMALL_RUN, "--eval", "--resume", str(weights), "--data-path", str(toy), *map(str, more)]
+def words(classifier, toy, *more):
+    return [*SMALL_RUN, "--eval", "--resume", str(classifier), "--data-path", str(toy), *map(str, more)]
 
 
 def read_csv(path):
@@ -61,9 +48,9 @@ def check_files(printed, folder, toy):
     return rows
 
 
-def test_the_files_of_an_evaluation(weights, toy, tmp_path, capsys):
+def test_the_files_of_an_evaluation(classifier, toy, tmp_path, capsys):
     files = ("--per-class", tmp_path / "c.csv", "--predictions", tmp_path / "p.csv")
-    assert main.run(options.parse_args(words(weights, toy, *files))) == 0
+    assert main.run(options.parse_args(words(classifier, toy, *files))) == 0
     rows = check_files(capsys.readouterr().out, tmp_path, toy)
     for row in rows:
         top = json.loads(row["top"])
@@ -71,20 +58,20 @@ def test_the_files_of_an_evaluation(weights, toy, tmp_path, capsys):
         assert [row["prediction"], float(row["probability"])] == top[0]
         assert sum(value for _, value in top) == pytest.approx(1, abs=1e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", "c.png", "p.csv"]
-    assert main.run(options.parse_args(words(weights, toy, *files))) == 2
+    assert main.run(options.parse_args(words(classifier, toy, *files))) == 2
     assert "it exists already (--per-class" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shared", [True, False])
-def test_three_processes_write_the_same_files(weights, toy, tmp_path, shared):
+def test_three_processes_write_the_same_files(classifier, toy, tmp_path, shared):
     """101 images are no multiple of 3: shared among the processes, or all evaluated by each."""
     files = ["--per-class", tmp_path / "c.csv", "--predictions", tmp_path / "p.csv"]
-    done = run_main(*words(weights, toy, *files, *["--dist-eval"] * shared), launcher=launch(3))
+    done = run_main(*words(classifier, toy, *files, *["--dist-eval"] * shared), launcher=launch(3))
     assert done.returncode == 0, done.stderr
     rows = check_files(done.stdout, tmp_path, toy)
     alone = tmp_path / "alone.csv"
-    assert main.run(options.parse_args(words(weights, toy, "--predictions", alone))) == 0
+    assert main.run(options.parse_args(words(classifier, toy, "--predictions", alone))) == 0
     for row, expected in zip(rows, read_csv(alone), strict=True):
         assert (row["path"], row["prediction"]) == (expected["path"], expected["prediction"])
 
