@@ -171,8 +171,7 @@ def run(args) -> int:
     query = embed(args.neighbors, model, device, args) if args.neighbors else None
     unread = found.unread + (query.unread if query else 0)
     figure = draw(found, args.method) if args.plot else None
-    reader = ImageReader(alpha=model.alpha, exif="apply", max_pixels=args.max_pixels)
-    sheet = neighbor_sheet(query, found, reader) if query else None
+    sheet = neighbor_sheet(query, found, user_images.build_reader(model, args)) if query else None
     write(args.output, found)
     if figure:
         write_file(args.plot, "--plot", lambda file: figure.savefig(file, format="png", dpi=110))

@@ -1,8 +1,8 @@
 """Name what is in images: python -m tools.predict IMAGES... --weights FILE.
 
 Model, image size, crop and class names are those of the checkpoint; for 1000 classes without names they are ImageNet's.
-Images are read as in evaluation, but upright by their EXIF orientation. An image that cannot be read is a row that says
-so, and the exit code is 1.
+Images are read as in evaluation, but turned upright by their EXIF orientation. An image that cannot be read is a row
+that says so, and the exit code is 1.
 """
 
 import gvt  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
@@ -59,9 +59,8 @@ def shown(found: Iterable[dict], width: int, tally: dict[str, int]) -> Iterator[
 class Drawer:
     """Write an annotated copy of each image that was read, and contact sheets of PAGE images."""
 
-    def __init__(self, folder: Path, model: Trained, max_pixels: int):
-        self.folder, self.cells, self.pages, self.names = folder, [], 0, {}
-        self.reader = ImageReader(alpha=model.alpha, exif="apply", max_pixels=max_pixels)
+    def __init__(self, folder: Path, reader: ImageReader):
+        self.folder, self.reader, self.cells, self.pages, self.names = folder, reader, [], 0, {}
 
     def watch(self, found: Iterable[dict]) -> Iterator[dict]:
         for row in found:
@@ -119,7 +118,7 @@ def run(args) -> int:
     found = shown(rows(paths, problems, model, device, args), width, tally)
     if args.output:
         user_images.make_folder(args.output, "--output")
-        found = Drawer(args.output, model, args.max_pixels).watch(found)
+        found = Drawer(args.output, user_images.build_reader(model, args)).watch(found)
     if args.results:
         write_rows(args.results, "--results", FIELDS, found)
     else:

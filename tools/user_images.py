@@ -22,7 +22,7 @@ from tools.trained import Trained
 from training.batches import Sample, Uint8Transform, build_loader
 from training.errors import UserError, short_reason
 from training.folders import image_files
-from training.images import MAX_PIXELS, ImageReader
+from training.images import BACKGROUNDS, MAX_PIXELS, ImageReader
 from training.options import Parser, count, path, positive
 from training.processes import loading_error
 from utils import choose_device, keep_freed_memory
@@ -48,6 +48,8 @@ def add_options(parser: Parser) -> None:
     add(
         "--num-workers", type=count, metavar="N", help=f"processes that read (4, or fewer cores; up to {FEW} images: 0)"
     )
+    add("--alpha", choices=tuple(BACKGROUNDS) + ("drop",), help="under transparent pixels (as FILE was trained with)")
+    add("--exif", default="apply", choices=("apply", "ignore"), help="the EXIF orientation of images (%(default)s)")
     add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse larger images (%(default)s)")
     add("--overwrite", action="store_true", help="replace output files that exist")
 
@@ -79,14 +81,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-class Images(Dataset):
-    """Image files as a model is evaluated on them, upright by EXIF: (image, ""), or (blank, what is wrong with it)."""
+def build_reader(trained: Trained, args) -> ImageReader:
+    """Return a reader as the options ask for it, else as the model was trained."""
+    return ImageReader("images", alpha=args.alpha or trained.alpha, exif=args.exif, max_pixels=args.max_pixels)
 
-    def __init__(self, paths: Sequence[str], trained: Trained, *, max_pixels: int):
-        self.paths, self.size, self.max_pixels = paths, trained.size, max_pixels
+
+class Images(Dataset):
+    """Image files as a model is evaluated on them: (image, ""), or (blank, what is wrong with it)."""
+
+    def __init__(self, paths: Sequence[str], trained: Trained, reader: ImageReader):
+        self.paths, self.size, self.reader = paths, trained.size, reader
         self.side = int(trained.size / trained.crop)
         self.transform = Uint8Transform(trained.transform)
-        self.reader = ImageReader("images", alpha=trained.alpha, exif="apply", max_pixels=max_pixels)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -102,7 +108,7 @@ class Images(Dataset):
     def check_sides(self, path: str, width: int, height: int) -> None:
         """Raise UserError for an image that would be too large once its shorter side has the model's size."""
         longer = max(width, height) * self.side // min(width, height)
-        if self.size > SMALL and longer * self.side > self.max_pixels:
+        if self.size > SMALL and longer * self.side > self.reader.max_pixels:
             what = f"{width} x {height} pixels would be resized to {longer} x {self.side}"
             raise UserError(f"too narrow an image ({path}): {what}; crop it, or raise --max-pixels")
 
@@ -114,7 +120,7 @@ def outputs(
 
     output is None where the image cannot be read or the output is not finite; error says so. args: of add_options.
     """
-    dataset = Images(paths, trained, max_pixels=args.max_pixels)
+    dataset = Images(paths, trained, build_reader(trained, args))
     workers = args.num_workers
     if workers is None:
         workers = min(4, os.cpu_count() or 1) if len(paths) > FEW else 0

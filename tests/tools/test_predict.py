@@ -119,6 +119,8 @@ def test_images_are_turned_upright(classifier, tmp_path):
     assert run(tmp_path, "--weights", classifier, "--device", "cpu", "--results", results) == 0
     turned, expected = read(results)
     assert turned["path"].endswith("turned.png") and turned["top"] == expected["top"]
+    words = ("--weights", classifier, "--device", "cpu", "--results", results, "--overwrite", "--exif", "ignore")
+    assert run(tmp_path, *words) == 0 and read(results)[0]["top"] != expected["top"]
 
 
 def test_unreadable_images_are_rows_and_the_others_go_on(classifier, tmp_path, capsys):
@@ -275,6 +277,7 @@ ERRORS = {
     "results that exist": ("IMAGE --weights WEIGHTS --results TMP/mine.csv", "it exists already"),
     "results of another kind": ("IMAGE --weights WEIGHTS --results TMP/x.txt", "no such format"),
     "results in no folder": ("IMAGE --weights WEIGHTS --results TMP/none/x.csv", "no such folder"),
+    "results that cannot be written": ("IMAGE --weights WEIGHTS --results /proc/x.csv", "cannot write (--results"),
     "a folder with files": ("IMAGE --weights WEIGHTS --output TMP/full", "the folder holds files"),
     "a file as a folder": ("IMAGE --weights WEIGHTS --output TMP/mine.csv --overwrite", "not a folder"),
     "a folder below a file": ("IMAGE --weights WEIGHTS --output TMP/mine.csv/x", "cannot make the folder"),

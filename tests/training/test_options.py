@@ -93,6 +93,8 @@ OURS = {
     "checkpoint_hist": 2,
     "keep_going": False,
     "report": "",
+    "per_class": "",
+    "predictions": "",
     "deterministic": False,
     "dist_timeout": 1800,
     "loader_timeout": 1800,

@@ -12,7 +12,7 @@ from conftest import SMALL_RUN, launch, run_main
 from PIL import Image
 
 import main
-from training import options, reports
+from training import options, reports, resume
 from training.errors import UserError
 
 CLASSES = ("ant", "bee", "cat", "dog")
@@ -97,6 +97,17 @@ def test_one_name_for_two_files_is_refused(tmp_path):
     name = str(tmp_path / "x.csv")
     with pytest.raises(UserError, match="one name for two files"):
         reports.EvalRecord(options.parse_args(["--eval", "--predictions", name, "--per-class", name]))
+
+
+def test_figures_need_matplotlib(tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="matplotlib is missing .--per-class"):
+        reports.EvalRecord(options.parse_args(["--eval", "--per-class", str(tmp_path / "x.csv")]))
+
+
+def test_the_options_are_not_of_a_runs_recipe():
+    args = options.parse_args(["--per-class", "x.csv", "--predictions", "y.csv"])
+    assert resume.recipe(vars(args)) == resume.recipe(vars(options.parse_args([])))
 
 
 def test_the_options_are_for_evaluation():
