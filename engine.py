@@ -193,12 +193,11 @@ def evaluate(
         with autocast(device, amp_dtype):
             logits = model(images)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = top == targets[:, None]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = F.cross_entropy(logits, targets, reduction="none").cpu().double().sum().item()
-        n, correct1, correct5 = len(targets), hits[:, 0].sum().item(), hits.sum().item()
-        sums += torch.tensor([n, correct1, correct5, loss], dtype=torch.float64)
-        meters.update(n, loss=loss / n, acc1=100 * correct1 / n, acc5=100 * correct5 / n)
+        n, hits = len(targets), (top == targets[:, None]).sum(0).tolist()  # at each rank
+        sums += torch.tensor([n, hits[0], sum(hits), loss], dtype=torch.float64)
+        meters.update(n, loss=loss / n, acc1=100 * hits[0] / n, acc5=100 * sum(hits) / n)
         observe(logits, top, targets)
         between()
     for _ in range(rounds - len(loader)):
