@@ -46,8 +46,7 @@ def load(weights: str, model: str | None = None, device: torch.device | str = "c
     Raises UserError for a file without a classifier, or with the weights of another model.
     """
     file = Checkpoint.open(weights)
-    state, stored = file.weights(), file.payload.get("args")
-    stored = stored if isinstance(stored, dict) else {}
+    state, stored = file.weights(), file.options
     head = state.get("head.weight")
     if head is None or head.ndim != 2:
         raise UserError(

@@ -20,12 +20,13 @@ from engine import autocast
 from gvt_ops.transforms import SMALL
 from tools.trained import Trained
 from training.batches import Sample, Uint8Transform, build_loader
+from training.devices import choose_device
 from training.errors import UserError, short_reason
 from training.folders import image_files
 from training.images import BACKGROUNDS, MAX_PIXELS, ImageReader
 from training.options import Parser, count, path, positive
 from training.processes import loading_error
-from utils import choose_device, keep_freed_memory
+from utils import keep_freed_memory
 
 FEW = 64  # images that are read without processes of their own
 
