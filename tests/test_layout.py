@@ -53,13 +53,18 @@ ARROWS = {
     "dense/segmentor": {"gvt", "training/images"},
     "dense/randomness": {"utils"},
     "dense/transforms": {"training/errors", "training/images"},
-    "dense/checks": {"training/errors"},
+    "dense/data_checks": {"dense/transforms", "training/errors", "training/folders"},
+    "dense/label_files": {"dense/data_checks", "dense/transforms", "training/folders"},
+    "dense/coco": {"dense/data_checks", "training/errors"},
+    "dense/coco_files": {"dense/coco", "dense/data_checks", "dense/transforms", "training/errors"},
+    "dense/checks": {"dense/data_checks", "training/errors", "utils"},
     "dense/runner": {
         *("dense/libraries", "dense/randomness", "dense/transforms"),
         *("training/checkpoint", "training/errors"),
     },
     "dense/cli": {
-        *("dense/checks", "dense/libraries", "dense/runner", "dense/segmentor", "dense/transforms"),
+        *(f"dense/{name}" for name in ("checks", "coco_files", "label_files", "libraries", "runner", "segmentor")),
+        "dense/transforms",
         *("training/checkpoint", "training/errors", "training/files", "training/options", "utils"),
     },
     "main": {
