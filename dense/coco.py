@@ -122,6 +122,7 @@ def class_findings(content: dict, path: str, classes: tuple[str, ...]) -> Iterat
         listed = some(written) if written else f"{some(map_repr(missing))}; the file has {some(map_repr(names))}"
         what = f"classes missing in the annotations ({path}): {len(missing)} of {len(classes)}, {listed}"
         yield Finding("error", path, f"{what}; set metainfo.classes of the data set to the file's names")
+        return
     twice = [name for name in classes if names[name] > 1]
     if twice:
         what = f"categories of one name ({path}): {some(map_repr(twice))}"
@@ -173,8 +174,9 @@ def likely_format(boxes: np.ndarray, sizes: np.ndarray) -> str | None:
         "y, x, height, width": ~outside(b, a, d, c, sizes),
         "center x, center y, width, height": ~outside(a - c / 2, b - d / 2, c, d, sizes),
     }
+    as_written = ~outside(a, b, c, d, sizes) & (c >= 1) & (d >= 1)
     best = max(fits, key=lambda name: fits[name].mean())
-    return best if fits[best].mean() > max(0.95, (~outside(a, b, c, d, sizes)).mean()) else None
+    return best if fits[best].mean() > max(0.95, as_written.mean()) else None
 
 
 def box_findings(
@@ -195,9 +197,9 @@ def box_findings(
         kind = "note" if allowed else "warning"
         yield Finding(kind, path, f"{line}; those without a pixel of their image are not used in training")
         return
-    advice = f"{mistake} in place of x, y, width, height in pixels?" if mistake else "fix or remove them"
-    kind = "error" if wrong.mean() >= LIKELY else "warning"
-    yield Finding(kind, path, f"{line}; {advice} boxes_outside=True of the data set allows them")
+    advice = "fix or remove them, or set boxes_outside=True of the data set if they are meant"
+    advice = f"{mistake} in place of x, y, width, height in pixels? {advice}" if mistake else advice
+    yield Finding("error" if wrong.mean() >= LIKELY else "warning", path, f"{line}; {advice}")
 
 
 # ---------------------------------------------------------------- masks

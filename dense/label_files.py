@@ -31,7 +31,7 @@ class AnyNames:
             items += super().load_data_list()
         self.img_suffix = suffix
         items = [item for item in items if not found or os.path.normpath(item["img_path"]) in found]
-        return sorted(self.named(items, folder), key=lambda item: item["img_path"])
+        return self.named(sorted(items, key=lambda item: item["img_path"]), folder)
 
     def found(self, folder: str) -> set[str]:
         """Return the image files below the folder, and log how many files are not read."""

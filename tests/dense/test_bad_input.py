@@ -296,7 +296,10 @@ WRONG_ANNOTATIONS = {
     "no category": (without("annotations", "category_id"), "'category_id' is missing"),
     "no image": (without("annotations", "image_id"), "'image_id' is missing"),
     "no names": (without("categories", "name"), "'name' is missing"),
-    "no outlines": (without("annotations", "segmentation"), r"masks that cannot be used .*id \d+: 'segmentation' is missing"),
+    "no outlines": (
+        without("annotations", "segmentation"),
+        r"masks that cannot be used .*id \d+: 'segmentation' is missing",
+    ),
     "boxes of text": (each("annotations", bbox="ab"), "bbox is not four numbers"),
     "ids twice": (each("annotations", id=1), "not unique"),
     "other sizes": (
