@@ -93,8 +93,8 @@ class StartChecks(Hook):
 def check_scores(evaluator, dataset, *, must_score: bool) -> None:
     """Let each metric look at what it scores against, which would fail after the last image only."""
     for metric in evaluator.metrics:
-        if hasattr(metric, "check"):
-            metric.check(dataset, must_score=must_score)
+        if hasattr(metric, "check_data"):
+            metric.check_data(dataset, must_score=must_score)
 
 
 def check_classes(model: nn.Module, dataset) -> None:

@@ -23,14 +23,14 @@ MOST_MASKS = 2000  # that are compared with their boxes before a run
 
 
 class TwinsCoco(COCO):
-    """pycocotools' index of an annotation file's content, with a value for what is optional in practice."""
+    """pycocotools' index of an annotation file's content, in which it sets ids and iscrowd where they are missing."""
 
     def __init__(self, content: dict):
         super().__init__()
-        annotations = [dict(each, iscrowd=each.get("iscrowd") or 0) for each in content["annotations"]]
-        if renumbered(annotations):
-            annotations = [dict(each, id=index) for index, each in enumerate(annotations, start=1)]
-        self.dataset = dict(content, annotations=annotations)
+        renumber = renumbered(content["annotations"])
+        for number, each in enumerate(content["annotations"], start=1):
+            each |= dict(iscrowd=each.get("iscrowd") or 0, id=number if renumber else each["id"])
+        self.dataset = content
         self.createIndex()
         self.img_ann_map, self.cat_img_map = self.imgToAnns, self.catToImgs
 
@@ -108,23 +108,24 @@ class TwinsCocoMetric(CocoMetric):
         report(errors(findings(content, ann_file, None, **options)))
         self._coco_api = TwinsCoco(content)
 
-    def check(self, dataset, *, must_score: bool) -> None:
+    def check_data(self, dataset, *, must_score: bool) -> None:
         """Raise UserError if the images or classes are others than the data set's, or if must_score and there is no
         object; else log that.
         """
         coco, infos = self._coco_api, [dataset.get_data_info(index) for index in range(len(dataset))]
+        where, classes = self.ann_file or getattr(dataset, "ann_file", ""), dataset.metainfo["classes"]
         if coco is None:
             objects = any(has_object(info) for info in infos)
         else:
             if any(info["img_id"] not in coco.imgs for info in infos):
-                advice = "set the evaluator's ann_file to this file"
-                raise UserError(f"scores for other images than the data set's ({dataset.ann_file}): {advice}")
-            report(errors(class_findings(coco.dataset, self.ann_file, dataset.metainfo["classes"])))
-            ids = set(coco.get_cat_ids(cat_names=dataset.metainfo["classes"]))
+                advice = "set the evaluator's ann_file to the data set's"
+                raise UserError(f"scores for other images than the data set's ({where}): {advice}")
+            report(errors(class_findings(coco.dataset, where, classes)))
+            ids = set(coco.get_cat_ids(cat_names=classes))
             objects = any(not each["iscrowd"] and each["category_id"] in ids for each in coco.anns.values())
         if not (objects or self.format_only):
-            line = f"no objects to score against ({self.ann_file or dataset.ann_file}): mAP would be -1"
-            report([Finding("error" if must_score else "warning", dataset.ann_file, f"{line}; use other annotations")])
+            line = f"no objects to score against ({where}): mAP would be -1; use other annotations"
+            report([Finding("error" if must_score else "warning", where, line)])
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """Compute as CocoMetric does. COCOeval sorts the categories' ids, and so must what names their scores."""

@@ -174,7 +174,11 @@ def wrong_values(counts: np.ndarray, pixels: np.ndarray, meaning: Meaning, where
     if wrong.any():
         files = int(pixels[:, wrong].any(1).sum())
         what = f"labels of no class ({where}): values {ranges(np.flatnonzero(wrong))} in {files} of {len(pixels)} files"
-        return f"{what}, but {known}; write class indices, or 255 for no class"
+        one_more = not meaning.reduced and np.flatnonzero(wrong).tolist() == [number]
+        advice = (
+            "set reduce_zero_label=True if 0 is no class" if one_more else "write class indices, or 255 for no class"
+        )
+        return f"{what}, but {known}; {advice}"
     if number > 1 and found.tolist() == [0, 255] and meaning.ignored == 255:
         return f"masks of 0 and 255 ({where}): 255 means no class, {known}; write class indices in place of 255"
     if not (meaning.labeled & (counts > 0)).any():
@@ -197,11 +201,13 @@ def stems(folder: str, suffix: str, unread: Counter) -> dict[str, str]:
     return found
 
 
-def pair_findings(labels: list[str], label_files: dict[str, str], image_files: dict[str, str]) -> Iterator[Finding]:
+def pair_findings(
+    labels: list[str], label_files: dict[str, str], image_files: dict[str, str], where: str
+) -> Iterator[Finding]:
     """Yield images without label files, and label files without images. labels: the label file of each image that is
     used, there or not; the others: all files, see stems.
     """
-    where, there = os.path.commonpath(labels), {os.path.normpath(path) for path in label_files.values()}
+    there = {os.path.normpath(path) for path in label_files.values()}
     missing = [path for path in labels if os.path.normpath(path) not in there and not os.path.exists(path)]
     if missing:
         what = f"images without label files ({where}): {len(missing)} of {len(labels)}, as {some(missing)}"
@@ -220,7 +226,7 @@ def segmentation_findings(dataset, *, most: int = MOST_LOOKED, known_good: bool 
         return
     images, folder = dataset.data_prefix["img_path"], dataset.data_prefix["seg_map_path"]
     files = (stems(folder, dataset.seg_map_suffix, Counter()), stems(images, dataset.img_suffix, Counter()))
-    pairs = list(pair_findings(labels, *files))
+    pairs = list(pair_findings(labels, *files, folder))
     yield from pairs
     if not any(each.kind == "error" for each in pairs):
         pixels = np.stack([pixel_counts(path) for path in spread(labels, most)])

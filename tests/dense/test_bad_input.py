@@ -617,7 +617,7 @@ def test_an_error_leaves_everything(library, tmp_path):
     last.write_bytes(jpeg()[:500])
     for workers in (0, 1):
         words = [*score, "--cfg-options", f"test_dataloader.num_workers={workers}"]
-        assert f"cannot use an image ({last})" in command_error(library, "test", config, file, *words)
+        assert f"cannot read an image ({last})" in command_error(library, "test", config, file, *words)
     shutil.rmtree(last.parent)
     assert "no image folder" in command_error(library, "test", config, file, *score)
     assert "no image folder" in command_error(library, "train", config, *train)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+import sys
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +14,7 @@ pytest.importorskip("mmcv", reason="segmentation and detection need their librar
 
 import numpy as np
 import torch
+import toys
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from PIL import Image
@@ -79,6 +82,7 @@ def test_a_line_counts_values_and_pixels():
         ([[0], [0]], meaning(2, reduced=True), "no pixel of any class (data/labels): values 0 mean none"),
         ([[255]], meaning(3), "no pixel of any class (data/labels): values 255 mean none, 3 classes have values 0 to 2"),
         ([[0, 1], [0, 7, 128], [9]], meaning(3), "labels of no class (data/labels): values 7, 9, 128 in 2 of 3 files, but 3 classes have values 0 to 2"),
+        ([[0, 1], [2, 3]], meaning(3), "labels of no class (data/labels): values 3 in 1 of 2 files, but 3 classes have values 0 to 2; set reduce_zero_label=True if"),
         ([[0, 1], [4]], meaning(3, reduced=True), "labels of no class (data/labels): values 4 in 1 of 2 files, but 3 classes have values 1 to 3"),
     ],
 )  # fmt: skip
@@ -198,7 +202,7 @@ def test_suffixes_in_any_case_and_names_in_any_normalization(tmp_path, lines):
         ": 4 files are used, as training_1.PNG, training_2.PNG, training_3.PNG and 1 more" in each for each in lines
     )
     lines.clear()
-    data_checks.check_labels(dataset)
+    data_checks.check_labels(pickle.loads(pickle.dumps(dataset)))  # as a process that loads data gets it
     assert len(lines) == 1
 
 
@@ -227,11 +231,35 @@ def test_a_list_of_names(suffix, tmp_path, lines):
     assert not any("without images" in each for each in lines)
 
 
+# ---------------------------------------------------------------- the commands
+
+
+@pytest.mark.slow
+def test_a_training_run_ends_with_2_before_it_starts(tmp_path):
+    data = ade_toy(tmp_path / "ade")
+    for path in (data / "annotations").glob("*/*.png"):
+        Image.fromarray(np.full((8, 8), 255, np.uint8)).save(path)
+    segmentor = toys.write(tmp_path / "segmentor.py", toys.SEGMENTOR, data=data)
+    data = toys.coco_toy(tmp_path / "coco")
+    for part in ("train2017", "val2017"):
+        with toys.annotations(data, part) as content:
+            for each in content["annotations"]:
+                each["bbox"] = as_corners(*each["bbox"])
+    detector = toys.write(tmp_path / "detector.py", toys.DETECTOR, data=data, setting="retinanet_1x_pvt", masks=False)
+    for task, config, says in (
+        ("segmentation", segmentor, "no pixel of any class ("),
+        ("detection", detector, "corners x1, y1, x2, y2 in place of x, y, width, height in pixels?"),
+    ):
+        result = toys.run([sys.executable, toys.ROOT / task / "train.py", config, "--work-dir", "run"], tmp_path)
+        assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr[-2000:]
+        assert says in result.stderr.splitlines()[-1]
+
+
 # ---------------------------------------------------------------- one class
 
 
 def test_classes_as_text(tmp_path):
-    cfg = Config(dict(train_dataloader=dict(dataset=dict(metainfo=dict(classes=("water"))))))  # noqa: UP034
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(metainfo=dict(classes=("water"))))))
     line = error_of(checks.check_data, cfg, "train")
     key = "train_dataloader.dataset.metainfo.classes"
     assert line == f'classes is text, not a tuple of names ({key}="water"): write ("water",)'
