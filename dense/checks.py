@@ -11,7 +11,9 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from torch import nn
 
+from dense.data_checks import check_labels
 from training.errors import UserError, did_you_mean, library_reason
+from utils import in_main_process
 
 PATHS = {  # of a data set's config, below data_root
     "ann_file": "annotation file",
@@ -32,9 +34,15 @@ def read_config(name: str) -> Config:
 
 
 def check_data(cfg: Config, *splits: str) -> None:
-    """Raise UserError if a file or folder that the data sets of these splits (train, val, test) name is missing."""
+    """Raise UserError if a file or folder that the data sets of these splits (train, val, test) name is missing, or
+    their classes are text.
+    """
     for split in splits:
         dataset = cfg.get(f"{split}_dataloader", {}).get("dataset", {})
+        classes = dataset.get("metainfo", {}).get("classes")
+        if isinstance(classes, str) and not Path(classes).is_file():
+            key = f"{split}_dataloader.dataset.metainfo.classes"
+            raise UserError(f'classes is text, not a tuple of names ({key}="{classes}"): write ("{classes}",)')
         named = dict(dataset.get("data_prefix", {})) | {"ann_file": dataset.get("ann_file", "")}
         for key, value in named.items():
             path = Path(dataset.get("data_root") or "", value or "")
@@ -97,39 +105,30 @@ def class_difference(stored: Sequence[str] | None, classes: Sequence[str] | None
 
 
 class StartChecks(Hook):
-    """Check at the start the heads' classes and the annotations for scores, also those of a later validation."""
+    """Check at the start the heads' classes, the labels and the annotations, also those of a later validation."""
 
     def before_train(self, runner) -> None:
         check_schedule(runner)
         check_classes(runner.model, runner.train_dataloader.dataset)
+        in_main_process(lambda: check_labels(runner.train_dataloader.dataset))
         if runner.val_loop is not None:
-            check_classes(runner.model, runner.val_dataloader.dataset)
-            check_scores(runner.val_evaluator, runner.val_dataloader.dataset)
+            dataset = runner.val_dataloader.dataset
+            check_classes(runner.model, dataset)
+            in_main_process(lambda: check_labels(dataset, known_good=True))
+            check_scores(runner.val_evaluator, dataset, must_score=False)
 
     def before_test(self, runner) -> None:
-        check_classes(runner.model, runner.test_dataloader.dataset)
-        check_scores(runner.test_evaluator, runner.test_dataloader.dataset)
+        dataset = runner.test_dataloader.dataset
+        check_classes(runner.model, dataset)
+        in_main_process(lambda: check_labels(dataset))
+        check_scores(runner.test_evaluator, dataset, must_score=True)
 
 
-def check_scores(evaluator, dataset) -> None:
-    """Raise UserError if an evaluator of COCO's format lacks images of the data set, or holds an annotation that
-    pycocotools cannot count, which would be found after the last image only.
-    """
+def check_scores(evaluator, dataset, *, must_score: bool) -> None:
+    """Let each metric look at what it scores against, which would fail after the last image only."""
     for metric in evaluator.metrics:
-        coco = getattr(metric, "_coco_api", None)
-        if coco is None:
-            continue
-        if any(dataset.get_data_info(index)["img_id"] not in coco.imgs for index in range(len(dataset))):
-            advice = "set the evaluator's ann_file to this file"
-            raise UserError(f"scores for other images than the data set's ({dataset.ann_file}): {advice}")
-        for key, annotation in coco.anns.items():
-            try:
-                annotation["iscrowd"], annotation["area"]
-                if "segm" in metric.metrics:
-                    coco.annToRLE(annotation)
-            except Exception as error:  # pycocotools raises anything
-                where = f"{dataset.ann_file}, id {key}"
-                raise UserError(f"cannot score an annotation ({where}): {library_reason(error)}; fix it") from error
+        if hasattr(metric, "check_data"):
+            metric.check_data(dataset, must_score=must_score)
 
 
 def check_classes(model: nn.Module, dataset) -> None:
@@ -142,6 +141,15 @@ def check_classes(model: nn.Module, dataset) -> None:
         number = getattr(module, "num_classes", None)
         # A region proposal head has one class, object, whatever the data.
         head = "head" in name and not name.endswith("rpn_head") and isinstance(number, int)
+        if head and number == 1 and hasattr(module, "loss_decode") and not uses_sigmoid(module):
+            what = f"one class with softmax, which has nothing to tell it from ({name}.num_classes=1)"
+            advice = 'list two, as classes=("background", "NAME") with num_classes=2'
+            raise UserError(f"{what}: {advice}, or set out_channels=1 and loss_decode.use_sigmoid=True as well")
         if classes and head and number != len(classes):
             advice = f"the data set has {len(classes)}, set its num_classes with --cfg-options"
             raise UserError(f"a head for another number of classes ({name}: {number}): {advice}")
+
+
+def uses_sigmoid(head: nn.Module) -> bool:
+    losses = head.loss_decode if isinstance(head.loss_decode, nn.ModuleList) else [head.loss_decode]
+    return any(getattr(loss, "use_sigmoid", False) for loss in losses)

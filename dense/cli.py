@@ -146,8 +146,11 @@ def configure(args, library: str):
     from dense.runner import adapt_to_machine
     from dense.transforms import set_reading
 
+    # Register what a user's config may not import.
     if library == "mmseg":
-        from dense import segmentor  # noqa: F401  registers what a user's config may not import
+        from dense import label_files, segmentor  # noqa: F401
+    else:
+        from dense import coco_files  # noqa: F401
     cfg = read_config(args.config)
     scope = cfg.get("default_scope")
     if scope != library:

@@ -145,6 +145,8 @@ class TwinsRunner(Runner):
         try:
             loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
             empty = not len(loader.dataset)
+        except UserError:
+            raise
         except Exception as error:  # an annotation file may be wrong in any way
             empty = "need at least one array" in str(error)  # what mmengine makes of an empty list
             if not empty:
@@ -161,6 +163,8 @@ class TwinsRunner(Runner):
     def build_evaluator(self, evaluator: dict | list | Evaluator) -> Evaluator:
         try:
             return super().build_evaluator(with_checks(evaluator, self.default_scope.scope_name))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"cannot build the evaluator (of the config): {library_reason(error)}; fix it") from error
 

@@ -18,17 +18,17 @@ from mmengine.registry import TRANSFORMS
 from training.errors import UserError, library_reason
 from training.images import MAX_PIXELS, ORIENTATIONS, ImageReader, opened, orientation_of, turn
 
-# The types of each library that with_checks replaces.
+# The types of each library that with_checks replaces; dense/coco.py and dense/label_files.py add their own.
 CHECKED = {
-    "mmseg": ("LoadAnnotations", "Resize", "RandomFlip", "IoUMetric"),
-    "mmdet": ("LoadAnnotations", "Resize", "RandomFlip"),
+    "mmseg": {"LoadAnnotations", "Resize", "RandomFlip", "IoUMetric"},
+    "mmdet": {"LoadAnnotations", "Resize", "RandomFlip"},
 }
 COLOR = ("color", "color_ignore_orientation")  # the color types of mmcv that TwinsLoadImage reads
 READING = {"exif": ("apply", "ignore"), "labels": ("shown", "stored"), "alpha": ("white", "black", "drop")}
 
 
 def with_checks(config: object, library: str) -> object:
-    """Return a copy of a pipeline's or an evaluator's config in which TwinsX stands for X, for each X of CHECKED."""
+    """Return a copy of a loader's or an evaluator's config in which TwinsX stands for X, for each X of CHECKED."""
     if isinstance(config, list | tuple):
         return type(config)(with_checks(each, library) for each in config)
     if not isinstance(config, dict):
@@ -143,13 +143,21 @@ class TwinsLoadImage(LoadImageFromFile):
             return orientation_of(file)
 
 
-def image_loaders(dataset: object) -> list[TwinsLoadImage]:
-    """Return the image loading transforms of a data set, or of those that a data set wraps."""
+def unwrapped(dataset: object) -> list:
+    """Return a data set in a list, or those that it wraps."""
     inner = [*getattr(dataset, "datasets", ()), *([dataset.dataset] if hasattr(dataset, "dataset") else ())]
-    steps = getattr(getattr(dataset, "pipeline", None), "transforms", ())
-    return [step for step in steps if isinstance(step, TwinsLoadImage)] + [
-        x for each in inner for x in image_loaders(each)
-    ]
+    return [each for one in inner for each in unwrapped(one)] or [dataset]
+
+
+def steps_of(dataset: object, kind: type) -> list:
+    """Return the transforms of a type in the pipelines of a data set, or of those that it wraps."""
+    pipelines = [getattr(each, "pipeline", None) for each in (dataset, *unwrapped(dataset))]
+    steps = [step for each in dict.fromkeys(pipelines) for step in getattr(each, "transforms", ())]
+    return [step for step in steps if isinstance(step, kind)]
+
+
+def image_loaders(dataset: object) -> list[TwinsLoadImage]:
+    return steps_of(dataset, TwinsLoadImage)
 
 
 # ---------------------------------------------------------------- labels
@@ -170,14 +178,18 @@ class TwinsLoadAnnotations(BaseTransform):
         labels = turn(read_labels(results["seg_map_path"]), results.get("label_orientation", 1))
         if labels.shape != tuple(results["ori_shape"]):
             raise another_size("labels", results["seg_map_path"], labels.shape, results)
-        classes = np.arange(256, dtype=np.uint8)  # of each label
-        for old, new in (results.get("label_map") or {}).items():
-            classes[old] = new
-        if results["reduce_zero_label"] if self.reduce_zero_label is None else self.reduce_zero_label:
-            classes = classes[[255, *range(254), 255]]  # neither 0 nor 255 is a class
-        results["gt_seg_map"] = classes[labels]
+        reduce = results["reduce_zero_label"] if self.reduce_zero_label is None else self.reduce_zero_label
+        results["gt_seg_map"] = classes_of_values(results.get("label_map"), reduce_zero_label=reduce)[labels]
         results["seg_fields"].append("gt_seg_map")
         return results
+
+
+def classes_of_values(label_map: dict | None, *, reduce_zero_label: bool) -> np.ndarray:
+    """Return the class index (256,) of each value of a label file, 255 for none."""
+    classes = np.arange(256, dtype=np.uint8)
+    for old, new in (label_map or {}).items():
+        classes[old] = new
+    return classes[[255, *range(254), 255]] if reduce_zero_label else classes  # neither 0 nor 255 is a class
 
 
 def read_labels(path: str) -> np.ndarray:

@@ -57,7 +57,11 @@ ARROWS = {
     "dense/segmentor": {"gvt", "training/images"},
     "dense/randomness": {"utils"},
     "dense/transforms": {"training/errors", "training/images"},
-    "dense/checks": {"training/errors"},
+    "dense/data_checks": {"dense/transforms", "training/errors", "training/folders"},
+    "dense/label_files": {"dense/data_checks", "dense/transforms", "training/folders"},
+    "dense/coco": {"dense/data_checks", "training/errors"},
+    "dense/coco_files": {"dense/coco", "dense/data_checks", "dense/transforms", "training/errors"},
+    "dense/checks": {"dense/data_checks", "training/errors", "utils"},
     "dense/drawing": {"dense/transforms", "training/images"},
     "dense/work_folder": {"training/errors", "training/files", "training/run_folder"},
     "dense/stopping": {
@@ -69,9 +73,9 @@ ARROWS = {
         *("training/checkpoint", "training/errors"),
     },
     "dense/cli": {
-        *(f"dense/{name}" for name in ("checks", "drawing", "libraries", "runner", "segmentor", "stopping")),
+        *(f"dense/{name}" for name in ("checks", "coco_files", "drawing", "label_files", "libraries", "runner")),
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
-        *("dense/transforms", "dense/work_folder", "utils"),
+        *("dense/segmentor", "dense/stopping", "dense/transforms", "dense/work_folder", "utils"),
     },
     "dense/demo": {
         *("dense/cli", "dense/libraries", "dense/runner"),

@@ -64,11 +64,11 @@ def walk(
     return files if above else sorted(files, key=os.path.split)
 
 
-def log_unread(unread: Counter, where: str | Path) -> None:
+def log_unread(unread: Counter, where: str | Path, write: Callable[[str], None] = log) -> None:
     """Log how many files are not read, by suffix."""
     if unread:
         counts = ", ".join(f"{number} {suffix}" for suffix, number in unread.most_common(8))
-        log(f"files that are not read ({where}): {counts}")
+        write(f"files that are not read ({where}): {counts}")
 
 
 def image_files(words: list[str], on_error: Callable[[UserError], None] = fail) -> list[str]:

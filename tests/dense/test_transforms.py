@@ -27,14 +27,14 @@ def library(request):
 def test_the_libraries_are_as_they_were(library):
     """Their names mean their classes, and their functions are their own."""
     importlib.import_module("dense.runner")
-    if library == "mmseg":
-        importlib.import_module("dense.segmentor")
+    for name in ("segmentor", "label_files") if library == "mmseg" else ("coco_files",):
+        importlib.import_module(f"dense.{name}")
     registry = importlib.import_module(f"{library}.registry")
     for name in CHECKED[library]:
-        found = registry.METRICS.get(name) if name == "IoUMetric" else registry.TRANSFORMS.get(name)
-        assert found.__module__.startswith(f"{library}.")
-        ours = registry.METRICS.get(f"Twins{name}") or registry.TRANSFORMS.get(f"Twins{name}")
-        assert ours.__module__.startswith("dense.")
+        for title, module in ((name, f"{library}."), (f"Twins{name}", "dense.")):
+            kinds = (registry.TRANSFORMS, registry.METRICS, registry.DATASETS)
+            (found,) = filter(None, (each.get(title) for each in kinds))
+            assert found.__module__.startswith(module)
     for function in (mmcv.imflip, mmcv.rescale_size, mmcv.image.geometric._scale_size):
         assert function.__module__ == "mmcv.image.geometric"
 

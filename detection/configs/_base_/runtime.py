@@ -1,6 +1,6 @@
 """What all detection configs share: 8 GPUs x 2 images, hooks, and scores after each epoch."""
 
-custom_imports = dict(imports=["dense.backbone", "dense.transforms"], allow_failed_imports=False)
+custom_imports = dict(imports=["dense.backbone", "dense.coco_files", "dense.transforms"], allow_failed_imports=False)
 default_scope = "mmdet"
 # GPUs x images of the recipe; a run with another number starts with a warning.
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,6 +1,8 @@
 """What all segmentation configs share."""
 
-custom_imports = dict(imports=["dense.backbone", "dense.segmentor", "dense.transforms"], allow_failed_imports=False)
+custom_imports = dict(
+    imports=["dense.backbone", "dense.label_files", "dense.segmentor", "dense.transforms"], allow_failed_imports=False
+)
 default_scope = "mmseg"
 env_cfg = dict(
     cudnn_benchmark=True, mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0), dist_cfg=dict(backend="nccl")
