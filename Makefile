@@ -4,6 +4,7 @@ PYTHON ?= python3
 RUN := .venv/bin/python
 INSTALLED := .venv/.requirements-installed
 DENSE := .venv/.requirements-dense-installed
+EXTRA := .venv/.requirements-extra-installed
 # The operators of onedl-mmcv are compiled here, once: 5 to 15 minutes. Without debug symbols it takes half the time and memory.
 BUILD := PATH="$(CURDIR)/.venv/bin:$$PATH" MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} CFLAGS="-g0 $$CFLAGS" CXXFLAGS="-g0 $$CXXFLAGS"
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
@@ -22,7 +23,8 @@ define learn
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install dense demo demo-dense test test-fast faults bench lint
+.PHONY: help install dense extra demo demo-dense test test-fast faults bench lint
+.NOTPARALLEL: # one pip at a time
 
 help:
 	@echo "make demo       install, train a small Twins on handwritten digits, evaluate it, draw what it says (about 3 minutes)"
@@ -32,6 +34,7 @@ help:
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
 	@echo "make bench      install, check that ours is no slower than timm's model of the same weights (under 3 minutes)"
 	@echo "make dense      install what segmentation and detection need as well (compiles for 5 to 15 minutes)"
+	@echo "make extra      install what the optional tools need as well: export, Grad-CAM, the page (about a minute)"
 	@echo "make lint       install, check style and the README's tables"
 	@echo "make install    only install, into .venv"
 
@@ -48,6 +51,12 @@ dense: $(DENSE)
 $(DENSE): requirements-dense.txt $(INSTALLED)
 	$(PIP) --constraint requirements-dense.txt setuptools wheel ninja psutil
 	$(BUILD) $(PIP) --no-build-isolation --requirement requirements.txt --requirement requirements-dense.txt
+	touch $@
+
+extra: $(EXTRA)
+
+$(EXTRA): requirements-extra.txt $(INSTALLED)
+	$(PIP) --requirement requirements.txt --requirement requirements-extra.txt
 	touch $@
 
 demo: install
@@ -74,7 +83,7 @@ demo-dense: dense
 	@echo "truth, predictions   output/segmentor/images, output/detector/images"
 	@echo "next: your own images, with a copy of one of these configs"
 
-test: dense
+test: dense extra
 	$(RUN) -m pytest
 
 test-fast: install
