@@ -1,0 +1,180 @@
+"""What the tools that look inside a model share: images as the model sees them, and figures in a folder."""
+
+import argparse
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import gvt
+
+# isort: split
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from datasets import SMALL
+from tools.trained import Trained
+from training import options
+from training.errors import UserError, print_error
+from training.files import atomic_write
+from training.images import ImageReader
+
+
+@dataclass(frozen=True)
+class View:
+    """An image as the model sees it.
+
+    x: (1, 3, H, W), normalized. pixels: (H, W, 3), 0 to 1. box: the part of the original image that it shows, as left,
+    top, right, bottom in the original's pixels.
+    """
+
+    x: Tensor
+    pixels: np.ndarray
+    box: tuple[float, float, float, float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return the width and height that the model sees."""
+        return self.x.shape[3], self.x.shape[2]
+
+    def to_view(self, point: tuple[float, float]) -> tuple[float, float]:
+        """Return a point (x, y) of the original in pixels of the view; raise UserError if the model does not see it."""
+        left, top, right, bottom = self.box
+        if not (left <= point[0] < right and top <= point[1] < bottom):
+            seen = f"x from {left:.0f} to {right:.0f}, y from {top:.0f} to {bottom:.0f}"
+            raise UserError(f"outside of what the model sees ({point[0]:g},{point[1]:g}): choose {seen}, or --whole")
+        width, height = self.size
+        return (point[0] - left) / (right - left) * width, (point[1] - top) / (bottom - top) * height
+
+    def to_original(self, point: tuple[float, float]) -> tuple[float, float]:
+        """Return a point (x, y) of the view in pixels of the original."""
+        left, top, right, bottom = self.box
+        width, height = self.size
+        return left + point[0] / width * (right - left), top + point[1] / height * (bottom - top)
+
+
+def view(trained: Trained, image: Image.Image, *, whole: bool = False) -> View:
+    """Return an image as it is evaluated, or, whole, all of it at its own size. Raise UserError if it is too small."""
+    if whole:
+        if min(image.size) < gvt.SMALLEST:
+            size, least = f"{image.width} x {image.height}", f"{gvt.SMALLEST} x {gvt.SMALLEST}"
+            raise UserError(f"an image that is too small for --whole ({size}): at least {least} pixels, or omit it")
+        normalize = transforms.Normalize(trained.mean, trained.std)
+        x, box = normalize(transforms.functional.to_tensor(image)), (0.0, 0.0, *map(float, image.size))
+    else:
+        x, box = trained.transform(image), seen_box(image.width, image.height, trained.size, trained.crop)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (trained.mean, trained.std))
+    pixels = (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    return View(x[None].to(next(trained.model.parameters()).device), pixels, box)
+
+
+def seen_box(width: int, height: int, size: int, crop: float) -> tuple[float, float, float, float]:
+    """Return the part of an image that the evaluation's resize and center crop keep, in the image's pixels."""
+    short = size if size <= SMALL else int(size / crop)
+    spans = []
+    for side in (width, height):
+        resized = int(short * side / min(width, height))
+        start = round((resized - size) / 2) * side / resized
+        spans.append((start, start + size * side / resized))
+    (left, right), (top, bottom) = spans
+    return left, top, right, bottom
+
+
+def check_twins(trained: Trained) -> gvt.Twins:
+    """Return the model; raise UserError if it is another library's."""
+    if not isinstance(trained.model, gvt.Twins):
+        raise UserError(f"not a Twins ({trained.name}): use one of {', '.join(gvt.MODEL_NAMES)}")
+    return trained.model
+
+
+# ---------------------------------------------------------------- images in, figures out
+
+
+class Views:
+    """Iterate over (name, view) of image files. One that cannot be used is a line on the error stream, and counted.
+
+    prepare: from an image to its view; what it raises as UserError counts too. names: for the image's figures, the
+    file's name without its suffix, numbered where several have the same.
+    """
+
+    def __init__(self, paths: Sequence[str], prepare: Callable[[Image.Image], View], *, program: str):
+        self.paths, self.prepare, self.program, self.failed = paths, prepare, program, 0
+        self.names, used = [], Counter()
+        for path in paths:
+            stem = name = Path(path).stem
+            while used[name]:
+                used[stem] += 1
+                name = f"{stem}-{used[stem]}"
+            used[name] += 1
+            self.names.append(name)
+
+    def __iter__(self) -> Iterator[tuple[str, str, View]]:
+        reader = ImageReader(exif="apply")
+        for path, name in zip(self.paths, self.names):
+            try:
+                seen = self.prepare(reader(path))
+            except UserError as error:
+                self.failed += 1
+                message = str(error) if str(path) in str(error) else f"{path}: {error}"
+                print_error(message, program=self.program)
+                continue
+            yield path, name, seen
+        reader.report(final=True)
+
+
+def new_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
+    """Make the folder; raise UserError if that fails, or if it has one of the files and they may not be overwritten."""
+    existing = [name for name in names if (folder / name).exists()]
+    if existing and not overwrite:
+        count = f"{len(existing)} of {len(names)} figures exist already, {existing[0]} the first"
+        raise UserError(f"{count} (--output {folder}): choose another folder, or pass --overwrite")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder (--output {folder}): {error.strerror}") from error
+
+
+def overlay(axis: Axes, view: View, column: int, heat: Tensor | None, patch: int = 1) -> float:
+    """Draw the image, and heat over it if given, in a column of an axis; return its left side in pixels.
+
+    heat: (H, W), each value a square of patch x patch pixels.
+    """
+    width, height = view.size
+    left = column * width * 1.06
+    if heat is None:
+        axis.imshow(view.pixels, extent=(left, left + width, height, 0), interpolation="nearest")
+        return left
+    gray = view.pixels.mean(2)
+    axis.imshow(gray, cmap="gray", vmin=0, vmax=1, extent=(left, left + width, height, 0), interpolation="nearest")
+    extent = (left, left + heat.shape[1] * patch, heat.shape[0] * patch, 0)
+    options = dict(cmap="inferno", vmin=0, vmax=max(float(heat.max()), 1e-30), alpha=0.7, interpolation="nearest")
+    axis.imshow(heat.cpu().numpy(), extent=extent, **options)
+    return left
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG; raise UserError if it cannot be written, no part of it is there then."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=110)
+    try:
+        atomic_write(path, lambda file: file.write(content.getvalue()))
+    except OSError as error:
+        raise UserError(f"cannot write ({path}): {error.strerror}; is there room, and the right to write?") from error
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what all tools of this kind are asked: images, weights, output."""
+    add = parser.add_argument
+    add("images", nargs="+", type=options.path, metavar="IMAGE", help="image files")
+    add("--weights", required=True, type=options.path, metavar="FILE", help="a checkpoint of a classifier")
+    add("--model", metavar="NAME", help="a model of gvt.py, if the checkpoint does not name it")
+    add("--output", required=True, type=Path, metavar="DIR", help="a folder for the figures")
+    add("--whole", action="store_true", help="the whole image at its own size, not the evaluation's resize and crop")
+    add("--device", default="cpu", metavar="NAME", help="cpu or cuda (%(default)s)")
+    add("--overwrite", action="store_true", help="replace figures that exist")
