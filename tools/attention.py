@@ -97,7 +97,7 @@ class BlockMaps:
         return from_windows(windows, h, w, H + -H % h, W + -W % w)[0, :H, :W].permute(2, 0, 1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def attention_maps(model: gvt.Twins, image: Tensor) -> list[BlockMaps]:
     """Return the maps of all blocks, in order, for one normalized image, (3, H, W) or (1, 3, H, W), of any size.
 
@@ -105,12 +105,7 @@ def attention_maps(model: gvt.Twins, image: Tensor) -> list[BlockMaps]:
     On the model's device. Raises UserError if the maps would not fit into memory.
     """
     image = image.reshape(1, *image.shape[-3:])
-    maps = [_empty(model, image.shape[2:], stage, block) for stage, block in _blocks(model)]
-    size = sum(4 * each.weights.numel() for each in maps)
-    if size > MOST_BYTES:
-        what = f"attention maps of {size / 2**30:.0f} GiB ({image.shape[3]} x {image.shape[2]} pixels)"
-        raise UserError(f"{what}: shrink the image, {MOST_BYTES / 2**30:.0f} GiB are the limit")
-    seen = []
+    maps, seen = empty_maps(model, image.shape[2:]), []
     with _looking(model, seen):
         model(image)
     assert [each.weights.shape for each in maps] == [weights.shape for weights in seen]
@@ -121,8 +116,17 @@ def _blocks(model: gvt.Twins) -> list[tuple[int, int]]:
     return [(stage, block) for stage, blocks in enumerate(model.blocks) for block in range(len(blocks))]
 
 
+def empty_maps(model: gvt.Twins, size: tuple[int, int]) -> list[BlockMaps]:
+    """Return maps with weights on the meta device for images of H x W pixels; raise UserError if they are too large."""
+    maps = [_empty(model, size, stage, block) for stage, block in _blocks(model)]
+    total = sum(4 * each.weights.numel() for each in maps)
+    if total > MOST_BYTES:
+        what = f"attention maps of {total / 2**30:.0f} GiB ({size[1]} x {size[0]} pixels)"
+        raise UserError(f"{what}: shrink the image, {MOST_BYTES / 2**30:.0f} GiB are the limit")
+    return maps
+
+
 def _empty(model: gvt.Twins, size: tuple[int, int], stage: int, block: int) -> BlockMaps:
-    """Return a block's maps without values: weights are on the meta device."""
     attn = model.blocks[stage][block].attn
     H, W = size
     for patch in gvt.PATCHES[: stage + 1]:
@@ -175,7 +179,7 @@ def rollout(maps: Sequence[BlockMaps]) -> list[Tensor]:
 # ---------------------------------------------------------------- queries
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(model: gvt.Twins, x: Tensor) -> tuple[int, float, tuple[float, float]]:
     """Return the class, its probability, and the most confident position (x, y) in pixels of the view."""
     tokens = model.forward_features(x)
@@ -228,7 +232,7 @@ def draw_stage(view: View, maps: Sequence[BlockMaps], queries: dict[str, tuple[f
     columns = 2 + max(each.weights.shape[1] for each in maps)
     size = max(columns * width * 1.06 + 0.7, 6.5), len(queries) * (len(maps) * (height + 0.25) + 0.3) + 0.6
     figure = Figure(figsize=size)
-    figure.suptitle(title, fontsize=9, y=1 - 0.05 / size[1], va="top")
+    figure.suptitle(title, fontsize=8, y=1 - 0.05 / size[1], va="top")
     bottom = size[1] - 0.6
     for name, point in queries.items():
         x, y = view.to_original(point)
@@ -261,11 +265,10 @@ def draw(model: gvt.Twins, view: View, queries: dict[str, tuple[float, float]], 
     maps = attention_maps(model, view.x)
     for stage, blocks in itertools.groupby(maps, key=lambda each: each.stage):
         blocks = list(blocks)
-        kinds = (
-            "LSA and GSA" if any(each.local for each in blocks) else "spatial-reduction attention (GSA) only, no LSA"
-        )
-        (H, W), panels = blocks[0].tokens, "each panel from 0 (black) to its largest (yellow)"
-        yield draw_stage(view, blocks, queries, f"{title}\nstage {stage + 1}, {H} x {W} tokens: {kinds}; {panels}")
+        local, panels = any(each.local for each in blocks), "each panel from 0 (black) to its largest (yellow)"
+        kinds = "LSA and GSA" if local else "PCPVT has GSA (spatial reduction) only, no windows"
+        H, W = blocks[0].tokens
+        yield draw_stage(view, blocks, queries, f"{title}\nstage {stage + 1}, {H} x {W} tokens: {kinds}\n{panels}")
     yield draw_rollout(view, rollout(maps), f"{title}: attention rollout from the mean of the last tokens")
 
 
@@ -287,16 +290,17 @@ def run(args: argparse.Namespace) -> int:
 
     def prepare(image):
         seen = views.view(made, image, whole=args.whole)
+        empty_maps(model, seen.x.shape[2:])
         given.update({"given": seen.to_view(args.query)} if args.query else {})
         return seen
 
-    images = views.Views(args.images, prepare, program="attention.py")
+    images = views.Views(args.images, prepare, alpha=made.alpha, program="attention.py")
     names = [f"{name}_{part}.png" for name in images.names for part in parts]
     views.new_files(args.output, names, overwrite=args.overwrite)
     for path, name, seen in images:
         top, probability, best = predict(model, seen.x)
         queries = given or {"the center": tuple(side / 2 for side in seen.size), "the most confident position": best}
-        title = f"{Path(path).name}: {made.classes[top] if made.classes else f'class {top}'}, {probability:.1%}"
+        title = f"{Path(path).name}: {made.classes[top]}, {probability:.1%}"
         for part, figure in zip(parts, draw(model, seen, queries, title)):
             views.save_figure(figure, args.output / f"{name}_{part}.png")
         print(f"{title} -> {args.output / name}_{{{','.join(parts)}}}.png", flush=True)

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from datasets import SMALL
+from gvt_ops.transforms import SMALL
 from tools.trained import Trained
 from training import options
 from training.errors import UserError, print_error
@@ -97,14 +97,15 @@ def check_twins(trained: Trained) -> gvt.Twins:
 
 
 class Views:
-    """Iterate over (name, view) of image files. One that cannot be used is a line on the error stream, and counted.
+    """Iterate over (path, name, view) of image files. One that cannot be used is an error in one line, and counted.
 
-    prepare: from an image to its view; what it raises as UserError counts too. names: for the image's figures, the
-    file's name without its suffix, numbered where several have the same.
+    prepare: from an image to its view; what it raises as UserError counts too. alpha: see ImageReader. names: for the
+    image's figures, the file's name without its suffix, numbered where several have the same.
     """
 
-    def __init__(self, paths: Sequence[str], prepare: Callable[[Image.Image], View], *, program: str):
+    def __init__(self, paths: Sequence[str], prepare: Callable[[Image.Image], View], *, alpha: str, program: str):
         self.paths, self.prepare, self.program, self.failed = paths, prepare, program, 0
+        self.reader = ImageReader(alpha=alpha, exif="apply")
         self.names, used = [], Counter()
         for path in paths:
             stem = name = Path(path).stem
@@ -115,17 +116,16 @@ class Views:
             self.names.append(name)
 
     def __iter__(self) -> Iterator[tuple[str, str, View]]:
-        reader = ImageReader(exif="apply")
         for path, name in zip(self.paths, self.names):
             try:
-                seen = self.prepare(reader(path))
+                seen = self.prepare(self.reader(path))
             except UserError as error:
                 self.failed += 1
                 message = str(error) if str(path) in str(error) else f"{path}: {error}"
                 print_error(message, program=self.program)
                 continue
             yield path, name, seen
-        reader.report(final=True)
+        self.reader.report(final=True)
 
 
 def new_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
