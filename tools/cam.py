@@ -2,11 +2,13 @@
 
 Through the library grad-cam, an optional requirement. --method, in any case:
 
-    GradCAM (default), HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM, LayerCAM, EigenGradCAM
-    EigenCAM, KPCA_CAM          of no class: what stands out in the map, as likely dark as bright
-    ScoreCAM, AblationCAM       a forward pass for each channel: half a minute an image and more on a CPU
+    GradCAM (the default), HiResCAM, GradCAMElementWise, GradCAMPlusPlus, XGradCAM, LayerCAM
+    EigenGradCAM             of a class too, but its sign is arbitrary: what is bright may be what is dark
+    EigenCAM, KPCA_CAM       of no class: what stands out in the map; their signs are arbitrary too
+    ScoreCAM, AblationCAM    a forward pass for each channel, which takes long on a CPU
 
-The map is the input of a stage's last attention: of the last stage that has at least 4 x 4 tokens, or of --stage.
+The map is what a stage gives to the next one, of the last stage with at least 4 x 4 tokens, or of --stage. That of
+stage 4 is the final norm's: its mean is all that the classifier sees.
 """
 
 import argparse
@@ -18,7 +20,6 @@ import gvt
 # isort: split
 import difflib
 from collections.abc import Sequence
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -58,33 +59,21 @@ def heat_map(model: gvt.Twins, x: Tensor, *, target: int, method: str, stage: in
     All zeros: none does. stage: 0 to 3. A plain model: gvt_ops.accelerate replaces what grad-cam looks at.
     """
     library = need(LIBRARY)
-    targets = need(f"{LIBRARY}.utils.model_targets")
-    extra = dict(ablation_layer=ablation_layer(library)) if method == "AblationCAM" else {}
-    layers = [model.blocks[stage][-1].norm1]
-    cam = getattr(library, method)(model, layers, reshape_transform=to_channels_first, **extra)
+    layer = model.norm if stage == len(model.blocks) - 1 else model.blocks[stage][-1]
+    # Its layer for transformers finds the channels of (B, H, W, C) where the other one would take rows for channels.
+    extra = dict(ablation_layer=need(f"{LIBRARY}.ablation_layer").AblationLayerVit()) if method == "AblationCAM" else {}
+    with torch.no_grad():
+        logit = model(x)[0, target]
+    cam = getattr(library, method)(model, [layer], reshape_transform=to_channels_first, **extra)
     try:
-        heat = cam(input_tensor=x, targets=[targets.ClassifierOutputTarget(target)])[0]
+        # The logit, moved to 1: AblationCAM divides by it, and a negative one would turn its map around.
+        heat = cam(input_tensor=x, targets=[lambda output: output[target] - logit + 1])[0]
     finally:
         cam.activations_and_grads.release()
         model.zero_grad()
     if not np.isfinite(heat).all():
         raise UserError(f"a map that is not finite (--method {method}): use another method")
     return heat
-
-
-def ablation_layer(library: ModuleType) -> torch.nn.Module:
-    """Return a layer that sets one channel of (B, H, W, C) to zero for each image of the batch.
-
-    grad-cam's own is for (B, C, H, W), and sets negative channels to -1e7, which no attention survives.
-    """
-
-    class Ablation(library.AblationLayer):
-        def __call__(self, x: Tensor) -> Tensor:
-            images = torch.arange(len(self.activations))
-            self.activations[images, :, :, torch.as_tensor(self.indices[: len(images)]).long()] = 0
-            return self.activations
-
-    return Ablation()
 
 
 def default_stage(size: tuple[int, int]) -> int:
