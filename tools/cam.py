@@ -26,8 +26,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tools import trained, views
+from tools import views
 from tools.extra import need
+from tools.trained import Trained
 from tools.views import View, overlay
 from training import options
 from training.errors import UserError, exit_code
@@ -122,7 +123,7 @@ def draw(view: View, heat: np.ndarray, title: str) -> Figure:
     return figure
 
 
-def explain(made: trained.Trained, view: View, *, method: str, target: int | None, stage: int | None) -> tuple:
+def explain(made: Trained, view: View, *, method: str, target: int | None, stage: int | None) -> tuple:
     """Return the heat map and a line about it; by default of the predicted class."""
     with torch.no_grad():
         probabilities = made.model(view.x)[0].softmax(0)
@@ -142,13 +143,10 @@ def run(args: argparse.Namespace) -> int:
     if args.target is not None and args.method in CLASSLESS:
         raise UserError(f"no effect (--class {args.target[:60]}): {args.method} is of no class, omit one of both")
     need(LIBRARY)
-    made = trained.load(args.weights, model=args.model, device=args.device)
-    views.check_twins(made)
+    made = views.load(args)
     target = None if args.target is None else class_index(args.target, made.classes)
     stage = None if args.stage is None else args.stage - 1
-    images = views.Views(
-        args.images, lambda image: views.view(made, image, whole=args.whole), alpha=made.alpha, program="cam.py"
-    )
+    images = views.Views(args, made, lambda seen: None, program="cam.py")
     views.new_files(args.output, [f"{name}_{args.method}.png" for name in images.names], overwrite=args.overwrite)
     for path, name, seen in images:
         heat, line = explain(made, seen, method=args.method, target=target, stage=stage)

@@ -19,11 +19,14 @@ from torch import Tensor
 from torchvision import transforms
 
 from gvt_ops.transforms import SMALL
+from tools import trained
 from tools.trained import Trained
 from training import options
 from training.errors import UserError, print_error
 from training.files import atomic_write
-from training.images import ImageReader
+from training.folders import image_files
+from training.images import MAX_PIXELS, ImageReader
+from utils import choose_device
 
 
 @dataclass(frozen=True)
@@ -59,19 +62,31 @@ class View:
         return left + point[0] / width * (right - left), top + point[1] / height * (bottom - top)
 
 
-def view(trained: Trained, image: Image.Image, *, whole: bool = False) -> View:
-    """Return an image as it is evaluated, or, whole, all of it at its own size. Raise UserError if it is too small."""
+def view(made: Trained, image: Image.Image, *, whole: bool = False, max_pixels: int = MAX_PIXELS) -> View:
+    """Return an image as it is evaluated, or, whole, all of it at its own size.
+
+    Raise UserError if it is too small, or so narrow that the evaluation's resize would make more than max_pixels.
+    """
     if whole:
         if min(image.size) < gvt.SMALLEST:
             size, least = f"{image.width} x {image.height}", f"{gvt.SMALLEST} x {gvt.SMALLEST}"
             raise UserError(f"an image that is too small for --whole ({size}): at least {least} pixels, or omit it")
-        normalize = transforms.Normalize(trained.mean, trained.std)
+        normalize = transforms.Normalize(made.mean, made.std)
         x, box = normalize(transforms.functional.to_tensor(image)), (0.0, 0.0, *map(float, image.size))
     else:
-        x, box = trained.transform(image), seen_box(image.width, image.height, trained.size, trained.crop)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (trained.mean, trained.std))
+        check_narrow(image, made, max_pixels)
+        x, box = made.transform(image), seen_box(image.width, image.height, made.size, made.crop)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (made.mean, made.std))
     pixels = (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
-    return View(x[None].to(next(trained.model.parameters()).device), pixels, box)
+    return View(x[None].to(next(made.model.parameters()).device), pixels, box)
+
+
+def check_narrow(image: Image.Image, made: Trained, max_pixels: int) -> None:
+    short = int(made.size / made.crop)
+    long = short * max(image.size) // min(image.size)
+    if made.size > SMALL and short * long > max_pixels:
+        what = f"too narrow an image ({image.width} x {image.height} pixels, {short} x {long} once resized)"
+        raise UserError(f"{what}: crop it, or raise --max-pixels")
 
 
 def seen_box(width: int, height: int, size: int, crop: float) -> tuple[float, float, float, float]:
@@ -86,46 +101,59 @@ def seen_box(width: int, height: int, size: int, crop: float) -> tuple[float, fl
     return left, top, right, bottom
 
 
-def check_twins(trained: Trained) -> gvt.Twins:
-    """Return the model; raise UserError if it is another library's."""
-    if not isinstance(trained.model, gvt.Twins):
-        raise UserError(f"not a Twins ({trained.name}): use one of {', '.join(gvt.MODEL_NAMES)}")
-    return trained.model
-
-
 # ---------------------------------------------------------------- images in, figures out
 
 
-class Views:
-    """Iterate over (path, name, view) of image files. One that cannot be used is an error in one line, and counted.
+def load(args: argparse.Namespace) -> Trained:
+    """Return the classifier of add_options; raise UserError if it is another library's."""
+    device = choose_device(args.device or "cuda", given=args.device is not None, local_rank=None)
+    made = trained.load(args.weights, args.model, device)
+    if not isinstance(made.model, gvt.Twins):
+        raise UserError(f"not a Twins ({made.name}): use one of {', '.join(gvt.MODEL_NAMES)}")
+    return made
 
-    prepare: from an image to its view; what it raises as UserError counts too. alpha: see ImageReader. names: for the
-    image's figures, the file's name without its suffix, numbered where several have the same.
+
+class Views:
+    """Iterate over (path, name, view) of add_options' images. One that cannot be used is an error in one line, counted.
+
+    check: raises UserError for a view that cannot be used. names: of the images' figures, see `figure_names`.
     """
 
-    def __init__(self, paths: Sequence[str], prepare: Callable[[Image.Image], View], *, alpha: str, program: str):
-        self.paths, self.prepare, self.program, self.failed = paths, prepare, program, 0
-        self.reader = ImageReader(alpha=alpha, exif="apply")
-        self.names, used = [], Counter()
-        for path in paths:
-            stem = name = Path(path).stem
-            while used[name]:
-                used[stem] += 1
-                name = f"{stem}-{used[stem]}"
-            used[name] += 1
-            self.names.append(name)
+    def __init__(self, args: argparse.Namespace, made: Trained, check: Callable[[View], object], *, program: str):
+        self.args, self.made, self.check, self.program, self.failed = args, made, check, program, 0
+        self.paths = image_files(args.images, on_error=self.fail)
+        if not self.paths:
+            raise UserError(f"no images ({', '.join(args.images)}): give files, folders or globs")
+        self.names = figure_names(self.paths)
 
     def __iter__(self) -> Iterator[tuple[str, str, View]]:
+        args = self.args
+        reader = ImageReader(alpha=self.made.alpha, exif="apply", max_pixels=args.max_pixels)
         for path, name in zip(self.paths, self.names):
             try:
-                seen = self.prepare(self.reader(path))
+                seen = view(self.made, reader(path), whole=args.whole, max_pixels=args.max_pixels)
+                self.check(seen)
             except UserError as error:
-                self.failed += 1
-                message = str(error) if str(path) in str(error) else f"{path}: {error}"
-                print_error(message, program=self.program)
+                self.fail(error if path in str(error) else UserError(f"{path}: {error}"))
                 continue
             yield path, name, seen
-        self.reader.report(final=True)
+
+    def fail(self, error: UserError) -> None:
+        self.failed += 1
+        print_error(str(error), program=self.program)
+
+
+def figure_names(paths: Sequence[str]) -> list[str]:
+    """Return the files' names without suffix, numbered where several are alike."""
+    names, used = [], Counter()
+    for path in paths:
+        stem = name = Path(path).stem
+        while used[name]:
+            used[stem] += 1
+            name = f"{stem}_{used[stem]}"
+        used[name] += 1
+        names.append(name)
+    return names
 
 
 def new_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
@@ -171,10 +199,17 @@ def save_figure(figure: Figure, path: Path) -> None:
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what all tools of this kind are asked: images, weights, output."""
     add = parser.add_argument
-    add("images", nargs="+", type=options.path, metavar="IMAGE", help="image files")
+    add("images", nargs="+", type=options.path, metavar="IMAGE", help="files, folders with all below, globs")
     add("--weights", required=True, type=options.path, metavar="FILE", help="a checkpoint of a classifier")
     add("--model", metavar="NAME", help="a model of gvt.py, if the checkpoint does not name it")
     add("--output", required=True, type=Path, metavar="DIR", help="a folder for the figures")
     add("--whole", action="store_true", help="the whole image at its own size, not the evaluation's resize and crop")
-    add("--device", default="cpu", metavar="NAME", help="cpu or cuda (%(default)s)")
+    add("--device", metavar="NAME", help="cuda or cpu; if not given: cuda if there is one")
+    add(
+        "--max-pixels",
+        type=options.positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse larger images (%(default)s)",
+    )
     add("--overwrite", action="store_true", help="replace figures that exist")
