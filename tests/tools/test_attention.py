@@ -314,6 +314,16 @@ def test_an_image_that_would_be_resized_to_too_many_pixels(made):
         views.view(made, Image.new("RGB", (20000, 1)), max_pixels=10**8)
 
 
+def test_images_are_upright_by_their_exif_orientation(made, tmp_path):
+    """So that a query is in pixels of the image as viewers show it."""
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (98, 70)).save(tmp_path / "turned.jpg", exif=exif)
+    args = argparse.Namespace(images=[str(tmp_path)], whole=True, max_pixels=10**6)
+    ((path, name, seen),) = views.Views(args, made, lambda seen: None, program="x")
+    assert (path, name, seen.size) == (str(tmp_path / "turned.jpg"), "turned", (70, 98))
+
+
 def test_words_that_name_no_image(weights, tmp_path, capsys):
     for word, expected in ((tmp_path, "no images ("), (tmp_path / "x.png", "no such image or folder (")):
         assert run(word, "--weights", weights, "--output", tmp_path / "out") == 2
