@@ -1,7 +1,6 @@
 """Checks of a config before a run, and of models and data at its start. Each error is one line that says what to do."""
 
 import logging
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from torch import nn
 
-from dense.data_checks import check_labels
+from dense.data_checks import check_labels, plain_name
 from training.errors import UserError, did_you_mean, library_reason
 from utils import in_main_process
 
@@ -88,19 +87,16 @@ def check_schedule(runner) -> None:
 def class_difference(stored: Sequence[str] | None, classes: Sequence[str] | None) -> str | None:
     """Return how as many class names differ from a checkpoint's; None if they do not. Case and spaces do not count."""
 
-    def plain(name: str) -> str:
-        return " ".join(unicodedata.normalize("NFC", name).casefold().split())
-
     if not stored or not classes or len(stored) != len(classes):
         return None
     pairs = [
         (f"class {index} is {old!r} there and {new!r} here")
         for index, (old, new) in enumerate(zip(stored, classes))
-        if plain(old) != plain(new)
+        if plain_name(old) != plain_name(new)
     ]
     if not pairs:
         return None
-    same = sorted(map(plain, stored)) == sorted(map(plain, classes))
+    same = sorted(map(plain_name, stored)) == sorted(map(plain_name, classes))
     return f"{pairs[0]}, {'the same names in another order' if same else f'{len(pairs)} of {len(classes)} differ'}"
 
 

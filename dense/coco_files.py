@@ -15,8 +15,9 @@ from mmengine.fileio import get_local_path
 
 from dense.coco import class_findings, findings, read, renumbered
 from dense.data_checks import FileNames, Finding, report
-from dense.transforms import CHECKED, TwinsLoadObjects, steps_of
+from dense.transforms import CHECKED, TwinsLoadObjects, steps_of, turn_boxes
 from training.errors import UserError
+from training.images import ORIENTATIONS, inverse, turn
 
 CHECKED["mmdet"] |= {"CocoDataset", "CocoMetric"}
 MOST_MASKS = 2000  # that are compared with their boxes before a run
@@ -95,6 +96,19 @@ def errors(found: Iterable[Finding]) -> list[Finding]:
     return [each for each in found if each.kind == "error"]
 
 
+def as_annotated(sample: dict) -> dict:
+    """Return a data sample whose predictions are on the stored image, if its annotations are (reading.labels)."""
+    orientation, shape = sample.get("label_orientation", 1), tuple(sample["ori_shape"][:2])
+    if orientation == 1:
+        return sample
+    stored, back = shape[::-1] if ORIENTATIONS[orientation][0] else shape, inverse(orientation)
+    found = dict(sample["pred_instances"])
+    found["bboxes"] = turn_boxes(found["bboxes"], stored, back)
+    if "masks" in found:
+        found["masks"] = turn(found["masks"], back)
+    return dict(sample, pred_instances=found, ori_shape=stored)
+
+
 @METRICS.register_module()
 class TwinsCocoMetric(CocoMetric):
     def __init__(self, ann_file: str | None = None, **options):
@@ -107,6 +121,10 @@ class TwinsCocoMetric(CocoMetric):
         options = dict(masks="segm" in self.metrics and not self.format_only, scored=True, boxes_outside=True)
         report(errors(findings(content, ann_file, None, **options)))
         self._coco_api = TwinsCoco(content)
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Take results as CocoMetric does; those of a turned image return to where the annotations are."""
+        super().process(data_batch, [as_annotated(sample) for sample in data_samples])
 
     def check_data(self, dataset, *, must_score: bool) -> None:
         """Raise UserError if the images or classes are others than the data set's, or if must_score and there is no

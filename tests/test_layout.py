@@ -60,7 +60,9 @@ ARROWS = {
     "dense/data_checks": {"dense/transforms", "training/errors", "training/folders"},
     "dense/label_files": {"dense/data_checks", "dense/transforms", "training/folders"},
     "dense/coco": {"dense/data_checks", "training/errors"},
-    "dense/coco_files": {"dense/coco", "dense/data_checks", "dense/transforms", "training/errors"},
+    "dense/coco_files": {
+        *("dense/coco", "dense/data_checks", "dense/transforms", "training/errors", "training/images"),
+    },
     "dense/checks": {"dense/data_checks", "training/errors", "utils"},
     "dense/drawing": {"dense/transforms", "training/images"},
     "dense/work_folder": {"training/errors", "training/files", "training/run_folder"},

@@ -9,91 +9,26 @@ import gvt  # noqa: F401  before timm: lets torchvision be imported beside a CPU
 
 # isort: split
 import argparse
-import contextlib
 import csv
 import functools
-import hashlib
 import io
-import multiprocessing
 import os
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import astuple
 from pathlib import Path
 
-from tqdm import tqdm
-
 import datasets
+from tools.check_files import Finding, Item, decode_image, look_at_all
 from training.errors import UserError, exit_code
 from training.files import write_text
 from training.folders import log_unread, walk
-from training.images import MAX_PIXELS, ImageReader, opened
+from training.images import MAX_PIXELS
 from training.options import Parser, count, path, positive
 from utils import log
 
 SHOWN = 30  # findings on the terminal; --csv has all
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A problem of a file or folder."""
-
-    path: str
-    problem: str
-
-
-@dataclass(frozen=True)
-class Item:
-    """A file to decode by `read`, which raises UserError. label: two items of one file must have the same."""
-
-    path: str
-    split: str
-    label: str
-    read: Callable[[str], object]
-
-
-# ---------------------------------------------------------------- every file
-
-
-@functools.cache
-def reader(max_pixels: int) -> ImageReader:
-    return ImageReader(max_pixels=max_pixels)
-
-
-def decode_image(path: str, max_pixels: int) -> None:
-    with opened(path, max_pixels=max_pixels) as file:
-        file.verify()  # checksums, which decoding a PNG does not look at
-    reader(max_pixels)(path)
-
-
-def look(item: Item) -> tuple[Item, str, str]:
-    """Return an item, a hash of its file, and its problem; each may be empty."""
-    try:
-        item.read(item.path)
-        with open(item.path, "rb") as file:
-            return item, hashlib.file_digest(file, "blake2b").hexdigest(), ""
-    except UserError as error:
-        return item, "", str(error)
-
-
-def look_at_all(items: list[Item], workers: int) -> Iterator[Finding]:
-    """Yield the findings of all files, with a progress bar."""
-    same = defaultdict(list)
-    with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(multiprocessing.Pool(workers)) if workers else None
-        results = pool.imap(look, items, chunksize=16) if pool else map(look, items)
-        for item, digest, problem in tqdm(results, total=len(items), unit="file", disable=None):
-            if problem:
-                yield Finding(item.path, problem)
-            else:
-                same[digest].append(item)
-    for first, *others in same.values():
-        for other in others:
-            if other.label != first.label:
-                yield Finding(other.path, f"the same file has another class ({first.path}): remove one of them")
-            elif other.split != first.split:
-                yield Finding(other.path, f"the same file is in {first.split} ({first.path}): remove one of them")
 
 
 # ---------------------------------------------------------------- classification
@@ -116,7 +51,7 @@ def classification(root: Path, max_pixels: int, findings: list[Finding]) -> list
             errors: list[UserError] = []
             files = walk(folder, unread, on_error=errors.append)
             findings += (Finding(str(folder), str(error)) for error in errors)
-            items += (Item(file, split, name, decode) for file in files)
+            items += (Item(file, decode, split, name) for file in files)
             if not files and split == "train":
                 findings.append(Finding(str(folder), "a class without images: remove the folder, or fill it"))
         log_unread(unread, root / split)
@@ -156,10 +91,16 @@ def main(argv: list[str]) -> int:
     if bool(args.config) == bool(args.data_path):
         raise UserError("what to check (command line): pass --data-path FOLDER, or CONFIG")
     findings: list[Finding] = []
-    items = classification(Path(args.data_path), args.max_pixels, findings)
+    out = args.csv and args.csv.absolute()
+    if args.config:
+        from tools.check_dense_data import dense  # needs the libraries of segmentation and detection
+
+        items = dense(args.config, args.max_pixels, findings)
+    else:
+        items = classification(Path(args.data_path), args.max_pixels, findings)
     findings += look_at_all(items, args.workers)
-    if args.csv:
-        write_csv(args.csv, findings)
+    if out:
+        write_csv(out, findings)
     for each in findings[:SHOWN]:
         print(each.problem if each.path in each.problem else f"{each.path}: {each.problem}")
     if len(findings) > SHOWN:

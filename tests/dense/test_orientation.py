@@ -2,6 +2,8 @@
 every reading, results return to where the labels are, and what does not fit is one line.
 """
 
+import json
+
 import pytest
 
 pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
@@ -117,6 +119,35 @@ def test_written_labels_are_where_the_data_sets_are(orientation, tmp_path):
     metric.process({}, [dict(pred_sem_seg=predicted, img_path="x.jpg", label_orientation=orientation)])
     assert np.array_equal(np.asarray(Image.open(tmp_path / "x.png")), turn(mask(), inverse(orientation)))
     assert isinstance(PixelData(**predicted), PixelData)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_detections_are_scored_where_the_annotations_are(orientation, tmp_path):
+    """A right detection on the shown image scores 1.0 against annotations of the stored pixels, boxes and masks."""
+    libraries.load("mmdet")
+    from dense.coco_files import TwinsCocoMetric
+
+    stored = np.ascontiguousarray(turn(mask(), inverse(orientation)))
+    y, x = np.nonzero(stored)
+    x1, y1, x2, y2 = (int(value) for value in (x.min(), y.min(), x.max() + 1, y.max() + 1))
+    bbox, outline = [x1, y1, x2 - x1, y2 - y1], [x1, y1, x2, y1, x2, y2, x1, y2]
+    size = dict(height=stored.shape[0], width=stored.shape[1])
+    about = dict(bbox=bbox, segmentation=[outline], area=int(stored.sum()), iscrowd=0)
+    content = dict(
+        images=[dict(id=1, file_name="x.png", **size)],
+        annotations=[dict(id=1, image_id=1, category_id=1, **about)],
+        categories=[dict(id=1, name="thing")],
+    )
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    metric = TwinsCocoMetric(str(tmp_path / "x.json"), metric=["bbox", "segm"])
+    metric.dataset_meta = dict(classes=("thing",))
+    found = dict(bboxes=torch.tensor([BOX]).float(), scores=torch.ones(1), labels=torch.zeros(1).long())
+    found["masks"] = torch.from_numpy(mask().astype(bool))[None]
+    sample = dict(img_id=1, ori_shape=SHOWN, pred_instances=found, label_orientation=orientation)
+    metric.process({}, [sample])
+    scores = metric.evaluate(1)
+    assert scores["coco/bbox_mAP"] == scores["coco/segm_mAP"] == 1.0
+    assert sample["pred_instances"]["bboxes"].tolist() == [list(map(float, BOX))]  # what is drawn stays
 
 
 # ---------------------------------------------------------------- what does not fit
