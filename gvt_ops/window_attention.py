@@ -34,6 +34,8 @@ def pad_to_windows(
     gvt.LocalAttention. The others are those of window_attention.
     """
     H, W = x.shape[1:3]
+    if has_symbolic_sides(H, W):
+        return to_symbolic_windows(x, window)
     rate = dropout.p if dropout.training else 0.0
     kernel = accelerated and fused and unsupported_reason(x, heads=heads, window=window, dropout=rate) is None
     h, w, below, right, masked = layout(H, W, window, pad)
@@ -58,6 +60,9 @@ def window_attention(
     qkv holds [3, heads, D] for each token. dropout, fused, accelerated: see attention.
     """
     B, H, W, C = shape
+    if has_symbolic_sides(H, W):
+        options = dict(dropout=dropout, fused=fused, accelerated=accelerated)
+        return attend_in_symbolic_windows(qkv, shape, window=window, pad=pad, heads=heads, **options)
     if qkv.dim() == 4:
         return attend_in_windows(qkv, heads, window)[:, :H, :W]
     h, w, below, right, masked = layout(H, W, window, pad)
@@ -100,6 +105,44 @@ def real_keys(H: int, W: int, h: int, w: int, *, device: torch.device) -> Tensor
     real = torch.ones(1, H, W, 1, dtype=torch.bool, device=device)
     real = F.pad(real, (0, 0, 0, -W % w, 0, -H % h), value=False)
     return to_windows(real, h, w).reshape(-1, 1, 1, h * w)
+
+
+# ---------------------------------------------------------------- export with sizes that vary
+
+# The same without a branch on sizes, each of which torch.export would turn into a limit of the exported program: always
+# padded, always masked. Copies are explicit, because a reshape asks whether one is needed.
+
+
+def has_symbolic_sides(*sides: int) -> bool:
+    """Return True while torch.export traces a map whose sides vary."""
+    return torch.compiler.is_exporting() and any(isinstance(side, torch.SymInt) for side in sides)
+
+
+def to_symbolic_windows(x: Tensor, window: int) -> Tensor:
+    """(B, H, W, C) -> (B * windows, window * window, C), with zeros on the right and below."""
+    H, W = x.shape[1:3]
+    rows, columns = (H + window - 1) // window, (W + window - 1) // window
+    x = F.pad(x, (0, 0, 0, columns * window - W, 0, rows * window - H))
+    x = x.unflatten(2, (columns, window)).unflatten(1, (rows, window)).transpose(2, 3)
+    return x.clone(memory_format=torch.contiguous_format).flatten(3, 4).flatten(0, 2)
+
+
+def attend_in_symbolic_windows(
+    qkv: Tensor, shape: tuple[int, ...], *, window: int, pad: str, heads: int, **options
+) -> Tensor:
+    """window_attention of what to_symbolic_windows made of a map; options: of attention."""
+    B, H, W, C = shape
+    if pad == "published":
+        raise ValueError("pad='published' masks some sizes only: export it with fixed sizes")
+    rows, columns = (H + window - 1) // window, (W + window - 1) // window
+    mask = None
+    if pad == "mask":
+        mask = to_symbolic_windows(qkv.new_ones((B, H, W, 1), dtype=torch.bool), window).unsqueeze(1).transpose(2, 3)
+    q, k, v = qkv.unflatten(2, (3, heads, C // heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    x = attention(q, k, v, mask, **options).transpose(1, 2).flatten(2)
+    x = x.unflatten(0, (B, rows, columns)).unflatten(3, (window, window)).transpose(2, 3)
+    x = x.clone(memory_format=torch.contiguous_format).flatten(3, 4).flatten(1, 2)
+    return F.pad(x, (0, 0, 0, W - columns * window, 0, H - rows * window))  # negative: cuts the padding off
 
 
 # ---------------------------------------------------------------- the kernel
