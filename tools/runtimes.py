@@ -1,0 +1,232 @@
+"""Write a network as a file of another runtime, and run such a file: pt2, onnx, openvino.
+
+Images are float32 (B, 3, H, W), outputs float32, in every file. Batch and sides are fixed unless they are told to vary.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from tools.extra import need
+from training.errors import UserError, short_reason
+from training.files import sync_folder
+
+SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors"}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+SMALLEST = {"pt2": 64}  # the smallest side where sides vary: torch.export takes a side of one token for a constant
+# Traced where sides vary: no side is a multiple of a window in every stage, and none equals another.
+TRACED = (256, 288)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Which images a file takes: of size x size pixels one by one, or batches and sides that vary."""
+
+    size: int
+    dynamic_batch: bool = False
+    dynamic_size: bool = False
+
+    def __str__(self) -> str:
+        sides = "any height and width" if self.dynamic_size else f"{self.size} x {self.size} pixels"
+        return f"{'any number' if self.dynamic_batch else 'one'} at a time, {sides}"
+
+
+def require(fmt: str) -> None:
+    """Raise UserError if a package that the format needs is missing."""
+    for package in PACKAGES.get(fmt, ()):
+        need(package)
+
+
+class InPrecision(nn.Module):
+    """A network in half precision between images and outputs in float32."""
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.network, self.dtype = network.to(dtype), dtype
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.network(image.to(self.dtype)).float()
+
+
+# ---------------------------------------------------------------- writing
+
+
+def trace(network: nn.Module, shape: Shape) -> ExportedProgram:
+    height, width = TRACED if shape.dynamic_size else (shape.size, shape.size)
+    image = torch.zeros(2 if shape.dynamic_batch else 1, 3, height, width)
+    varying = ([0] if shape.dynamic_batch else []) + ([2, 3] if shape.dynamic_size else [])
+    # Not asked whether a size is 0 or 1, a program has no branch for it.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        return torch.export.export(network, (image,), dynamic_shapes=(dict.fromkeys(varying, Dim.AUTO),))
+
+
+def write(program: ExportedProgram, fmt: str, path: Path, info: dict) -> None:
+    """Write a traced network, with info in it (onnx) or as JSON beside it (path + ".json")."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries about each other
+        save = {"pt2": pt2_writer, "onnx": onnx_writer, "openvino": openvino_writer}[fmt](program, info)
+        with writing(path):
+            save(path)
+            if fmt != "onnx":
+                write_info(path, info)
+
+
+def info_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def write_info(path: Path, info: dict) -> None:
+    info_path(path).write_text(json.dumps(info, indent=1) + "\n")
+
+
+def pt2_writer(program: ExportedProgram, info: dict) -> Callable[[Path], None]:
+    return lambda path: torch.export.save(program, path)
+
+
+def onnx_writer(program: ExportedProgram, info: dict) -> Callable[[Path], None]:
+    names = dict(input_names=["image"], output_names=["logits"])
+    made = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names)
+    return lambda path: save_onnx(made.model_proto, path, info)
+
+
+def save_onnx(model, path: Path, info: dict) -> None:
+    onnx = need("onnx")
+    onnx.helper.set_model_props(model, {key: json.dumps(value) for key, value in info.items()})
+    onnx.save(model, path)
+
+
+def openvino_writer(program: ExportedProgram, info: dict) -> Callable[[Path], None]:
+    model = to_openvino(program)
+    return lambda path: need("openvino").save_model(model, path, compress_to_fp16=False)
+
+
+def to_openvino(program: ExportedProgram):
+    """Return OpenVINO's model, made from the program: made from an ONNX file, one with sides that vary would answer
+    wrongly at all sizes once the first images had given a last map of 1 x 1.
+    """
+    model = need("openvino").convert_model(program)
+    model.inputs[0].get_tensor().set_names({"image"})
+    model.outputs[0].get_tensor().set_names({"logits"})
+    return model
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Make whatever ends the writing of a file one line: a full disk ends in one of many types of errors."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = short_reason(error.__context__ or error)[:120]
+        raise UserError(f"cannot write ({path.name}): {reason}; is there room, and the right to write?") from error
+
+
+def check_new(output: Path, fmt: str, *, overwrite: bool) -> None:
+    """Raise UserError for a name that no file of this format can have, or that exists."""
+    if output.suffix != SUFFIXES[fmt]:
+        raise UserError(f"a file of another format (--output {output}): end its name in {SUFFIXES[fmt]}")
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"no such folder (--output {output}): make it first")
+    others = {"onnx": [], "openvino": [output.with_suffix(".bin"), info_path(output)]}.get(fmt, [info_path(output)])
+    for path in (output, *others):
+        if path.is_dir() or (os.path.lexists(path) and not overwrite):
+            raise UserError(f"it exists already (--output, {path}): choose another name, or pass --overwrite")
+
+
+class CheckFailed(Exception):
+    """What was written does not compute what it should."""
+
+
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """Yield output's name in a new folder beside it. At the end all files of that folder are moved beside output; after
+    an error none is.
+    """
+    folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        with writing(output):
+            folder.mkdir()
+        yield folder / output.name
+        with writing(output):
+            # The file that others open comes last, so that what belongs to it is there.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == output.name):
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(path, output.with_name(path.name))
+            sync_folder(output.absolute().parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- running
+
+
+def open_file(fmt: str, path: Path, *, default_precision: bool = False) -> Callable[[Tensor], Tensor]:
+    """Return images -> outputs, computed by the file alone with as many threads as torch has.
+
+    default_precision: the one that OpenVINO chooses for the processor, in place of float32.
+    """
+    if fmt == "pt2":
+        return run_pt2(path)
+    return run_onnx(path) if fmt == "onnx" else run_openvino(path, default_precision)
+
+
+def run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # A guard would refuse a batch of one.
+        return torch.inference_mode()(torch.export.load(path).module(check_guards=False))
+
+
+def run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    runtime = need("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+
+
+def run_openvino(path: Path, default_precision: bool) -> Callable[[Tensor], Tensor]:
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings |= {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = need("openvino").compile_model(path, "CPU", settings)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+
+
+def sizes_to_check(fmt: str, shape: Shape) -> Sequence[tuple[int, int]]:
+    """Return heights and widths: the shape's own, and if sides vary the smallest before it and another after it."""
+    if not shape.dynamic_size:
+        return [(shape.size, shape.size)]
+    smallest = SMALLEST.get(fmt, 32)
+    side = max(shape.size, smallest)
+    return list(dict.fromkeys([(smallest, smallest), (side, side), (side + 8, side + 40)]))
+
+
+def notes(fmt: str, path: Path, shape: Shape) -> str:
+    """Return which images the file takes, and what one must know to open it."""
+    size = sum(each.stat().st_size for each in path.parent.iterdir()) / 1e6
+    parts = [f"{size:.1f} MB"]
+    if fmt == "safetensors":
+        return parts[0]
+    parts.append(f"takes {shape}")
+    if fmt == "onnx":
+        model = need("onnx").load(path, load_external_data=False)
+        opset = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
+        parts.append(f"opset {opset}, IR {model.ir_version}")
+    if fmt == "pt2":
+        parts.append("open it with torch.export.load(FILE).module(check_guards=False)")
+        if shape.dynamic_batch:
+            parts.append("with guards it refuses a batch of one")
+    if shape.dynamic_size:
+        parts.append(f"refuses sides below {SMALLEST.get(fmt, 32)} pixels")
+    return "; ".join(parts)
