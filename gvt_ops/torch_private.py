@@ -1,8 +1,9 @@
-"""All that gvt_ops uses of torch without a public name. A test fails for each that changes."""
+"""All that is used of torch without a public name. A test fails for each that changes."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.export import Dim, ExportedProgram
 from torch.nn.modules.module import _has_any_global_hook
 
 # oneDNN's linear layer with what comes after it: (x, weight, bias, "none" or "gelu", [], "" or "none" or "tanh") -> y.
@@ -23,3 +24,19 @@ def has_hooks(module: nn.Module) -> bool:
     """Return True if a call of the module does more than its class says: a hook, or a replaced forward."""
     replaced = "forward" in vars(module)
     return replaced or _has_any_global_hook() or any(getattr(module, kind) for kind in HOOKS)
+
+
+def export(network: nn.Module, x: Tensor, dims: tuple[int, ...], smallest: int) -> ExportedProgram:
+    """torch.export of a network whose input's `dims` vary: 0, the batch, from 1 and the others from `smallest` up.
+
+    The program's own guards are stricter: they ask for sizes above 1 everywhere inside. Run .module(check_guards=False)
+    of it.
+    """
+    # Otherwise the tracer asks whether sizes are 0 or 1, and fixes the answers.
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        program = torch.export.export(network, (x,), dynamic_shapes=(dict.fromkeys(dims, Dim.AUTO),))
+    limits = program.range_constraints
+    for size, values in limits.items():
+        if values.lower > 2:  # a batch of 1 passes 2
+            limits[size] = type(values)(smallest, values.upper)
+    return program

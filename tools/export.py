@@ -145,7 +145,7 @@ def difference(outputs: Tensor, expected: Tensor) -> float:
 def images_to_check(plan: Plan) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     batches = (1, 3) if plan.shape.dynamic_batch or plan.fmt == "safetensors" else (1,)
-    sizes = runtimes.sizes_to_check(plan.fmt, plan.shape)
+    sizes = runtimes.sizes_to_check(plan.shape)
     return [torch.randn(batch, 3, *size, generator=generator) for size in sizes for batch in batches]
 
 

@@ -1,6 +1,8 @@
 """int8 files of onnx and openvino: static quantization, calibrated on images."""
 
+import contextlib
 import logging
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -87,7 +89,9 @@ def write_openvino(program: ExportedProgram, path: Path, info: dict, images: lis
     nncf.set_log_level(logging.ERROR)
     dataset = nncf.Dataset([image.numpy() for image in images])
     scope = nncf.IgnoredScope(types=["Convolution"], validate=False)
-    model = nncf.quantize(runtimes.to_openvino(program), dataset, subset_size=len(images), ignored_scope=scope)
+    plain = runtimes.to_openvino(program)
+    with contextlib.redirect_stdout(sys.stderr):  # progress
+        model = nncf.quantize(plain, dataset, subset_size=len(images), ignored_scope=scope)
     with runtimes.writing(path):
         openvino.save_model(model, path, compress_to_fp16=False)
         runtimes.write_info(path, info)

@@ -8,22 +8,23 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
+from gvt import SMALLEST
+from gvt_ops.torch_private import export
 from tools.extra import need
 from training.errors import UserError, short_reason
 from training.files import sync_folder
 
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
-SMALLEST = {"pt2": 64}  # the smallest side where sides vary: torch.export takes a side of one token for a constant
-# Traced where sides vary: no side is a multiple of a window in every stage, and none equals another.
+# Traced where sides vary. No map has a side of one token, nor two equal ones, which would be taken for constants.
 TRACED = (256, 288)
 
 
@@ -63,10 +64,8 @@ class InPrecision(nn.Module):
 def trace(network: nn.Module, shape: Shape) -> ExportedProgram:
     height, width = TRACED if shape.dynamic_size else (shape.size, shape.size)
     image = torch.zeros(2 if shape.dynamic_batch else 1, 3, height, width)
-    varying = ([0] if shape.dynamic_batch else []) + ([2, 3] if shape.dynamic_size else [])
-    # Not asked whether a size is 0 or 1, a program has no branch for it.
-    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
-        return torch.export.export(network, (image,), dynamic_shapes=(dict.fromkeys(varying, Dim.AUTO),))
+    varying = ((0,) if shape.dynamic_batch else ()) + ((2, 3) if shape.dynamic_size else ())
+    return export(network, image, varying, SMALLEST)
 
 
 def write(program: ExportedProgram, fmt: str, path: Path, info: dict) -> None:
@@ -203,13 +202,10 @@ def run_openvino(path: Path, default_precision: bool) -> Callable[[Tensor], Tens
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
 
-def sizes_to_check(fmt: str, shape: Shape) -> Sequence[tuple[int, int]]:
+def sizes_to_check(shape: Shape) -> list[tuple[int, int]]:
     """Return heights and widths: the shape's own, and if sides vary the smallest before it and another after it."""
-    if not shape.dynamic_size:
-        return [(shape.size, shape.size)]
-    smallest = SMALLEST.get(fmt, 32)
-    side = max(shape.size, smallest)
-    return list(dict.fromkeys([(smallest, smallest), (side, side), (side + 8, side + 40)]))
+    own = [(shape.size, shape.size)]
+    return [(SMALLEST, SMALLEST), *own, (shape.size + 8, shape.size + 40)] if shape.dynamic_size else own
 
 
 def notes(fmt: str, path: Path, shape: Shape) -> str:
@@ -224,9 +220,10 @@ def notes(fmt: str, path: Path, shape: Shape) -> str:
         opset = next(each.version for each in model.opset_import if each.domain in ("", "ai.onnx"))
         parts.append(f"opset {opset}, IR {model.ir_version}")
     if fmt == "pt2":
-        parts.append("open it with torch.export.load(FILE).module(check_guards=False)")
-        if shape.dynamic_batch:
-            parts.append("with guards it refuses a batch of one")
+        strict = "a batch of one" if shape.dynamic_batch else ""
+        strict += (" and " if strict else "") + "sides below 64" if shape.dynamic_size else ""
+        guards = f", with guards it refuses {strict}" if strict else ""
+        parts.append(f"open it with torch.export.load(FILE).module(check_guards=False){guards}")
     if shape.dynamic_size:
-        parts.append(f"refuses sides below {SMALLEST.get(fmt, 32)} pixels")
+        parts.append(f"refuses sides below {SMALLEST} pixels")
     return "; ".join(parts)

@@ -83,3 +83,15 @@ def test_a_replaced_forward():
     module = nn.Linear(2, 2)
     module.forward = lambda x: x
     assert has_hooks(module)
+
+
+def test_export_with_sizes_that_vary(tmp_path):
+    """Each size inside is 1 for the smallest image, and batches of one and of three are taken."""
+    network = nn.Sequential(nn.Conv2d(3, 2, 4, stride=4), nn.Conv2d(2, 2, 3, padding=1), nn.AdaptiveAvgPool2d(1))
+    torch.export.save(torch_private.export(network, torch.zeros(2, 3, 40, 52), (0, 2, 3), 4), tmp_path / "x.pt2")
+    run = torch.export.load(tmp_path / "x.pt2").module(check_guards=False)
+    for shape in [(1, 3, 4, 4), (3, 3, 5, 32), (2, 3, 64, 64)]:
+        x = torch.randn(shape)
+        assert torch.equal(run(x), network(x))
+    with pytest.raises(RuntimeError, match="to be >= 4, but got 3"):
+        run(torch.zeros(1, 3, 8, 3))

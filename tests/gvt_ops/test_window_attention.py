@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, golden_weights
 from exact import reference
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim
 
 import gvt
 from gvt_ops import accelerate, window_attention
@@ -168,3 +169,47 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(case, pass_, tmp_path, m
     assert program.metadata.shared <= (
         window_attention.MAX_MEMORY if largest else RTX4090.shared_memory_per_block_optin
     )
+
+
+# ---------------------------------------------------------------- export with sizes that vary
+
+SIZES = [(32, 32), (33, 200), (40, 56), (63, 65), (64, 64), (70, 104), (96, 32), (128, 128), (224, 224), (230, 130)]
+
+
+def always_symbolic(monkeypatch):
+    monkeypatch.setattr(window_attention, "has_symbolic_sides", lambda *sides: True)
+
+
+@torch.inference_mode()
+def test_the_form_for_export_equals_the_model_at_ten_sizes(monkeypatch):
+    torch.manual_seed(0)
+    model = golden_weights(gvt.Twins(gvt.VARIANTS["alt_gvt_demo"], num_classes=5)).float().eval()
+    images = [torch.randn(2, 3, *size) for size in SIZES]
+    expected = [model(x) for x in images]
+    always_symbolic(monkeypatch)
+    assert all((model(x) - logits).abs().max() < 1e-6 for x, logits in zip(images, expected))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("pad", ["mask", "zero"])
+def test_the_form_for_export_of_lsa(pad, fused, monkeypatch):
+    torch.manual_seed(0)
+    lsa, x = gvt.LocalAttention(8, 2, window=7, pad=pad).double(), torch.randn(2, 9, 16, 8, dtype=torch.float64)
+    lsa.fused_attn = fused
+    expected = lsa(x)
+    always_symbolic(monkeypatch)
+    assert (lsa(x) - expected).abs().max() < 1e-14
+
+
+def test_what_masks_some_sizes_only_has_no_form_for_export(monkeypatch):
+    always_symbolic(monkeypatch)
+    with pytest.raises(ValueError, match="fixed sizes"):
+        gvt.LocalAttention(8, 2, window=7, pad="published")(torch.randn(1, 9, 9, 8))
+
+
+def test_only_sides_that_vary_are_exported_in_that_form():
+    """A program of fixed sides pads no windows that fit."""
+    lsa, x = gvt.LocalAttention(8, 2, window=7).eval(), torch.zeros(2, 14, 21, 8)
+    batch, sides = {0: Dim.AUTO}, {1: Dim.AUTO, 2: Dim.AUTO}
+    pads = ["pad" in str(torch.export.export(lsa, (x,), dynamic_shapes=(dims,)).graph) for dims in (batch, sides)]
+    assert pads == [False, True]
