@@ -8,15 +8,15 @@ ours. FORMAT:
     mmseg        {"state_dict": ...} for mmsegmentation's PCPVT and SVT; has no classifier
     mmpretrain   {"state_dict": ...} for mmpretrain's classifiers
     safetensors  official names
-    hub          a folder that timm.create_model("local-dir:OUT", pretrained=True) opens and the hub takes
+    hub          a folder that timm.create_model("local-dir:OUT", pretrained=True), transformers and the hub take, with
+                 class names, image size and a model card; under our names, which `import gvt` registers, where timm
+                 has no such model or would compute something else at the trained size
 
 Values stay as they are, bit for bit. What the target does not hold is named; --report writes all names as JSON.
 """
 
 import argparse
 import json
-import os
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,11 +24,10 @@ from pathlib import Path
 import gvt
 
 # isort: split
-import timm
 import torch
-from timm.models import save_for_hf
 from torch import Tensor
 
+from tools import hub
 from training import checkpoint, formats
 from training.checkpoint import Checkpoint
 from training.errors import UserError, exit_code, short_reason
@@ -42,7 +41,8 @@ def convert(
     """Return a line that says what was done. After a UserError OUT was not written, unless only the report failed."""
     check_new(out, report)
     key = "model_ema" if ema else None
-    state, found, others = Checkpoint.open(source).read_weights(key)
+    file = Checkpoint.open(source)
+    state, found, others = file.read_weights(key)
     variant = formats.variant_of(state, source=source)
     if broken := [name for name, value in state.items() if not checkpoint.all_finite(value)]:
         names = f"{len(broken)} ({', '.join(broken[:3])})"
@@ -51,7 +51,11 @@ def convert(
     record = {"source": source, "format": found, "written_as": fmt, "tensors": list(written)}
     record |= {"left_out": others + not_held, "notes": notes}
     try:
-        write(out, fmt, written, variant=variant)
+        if fmt == "hub":
+            name = hub.write(out, owned(written), file, variant=variant, ema=ema)
+            notes.append(f"its model is {name}{', import gvt first' if name in gvt.MODEL_NAMES else ''}")
+        else:
+            write(out, fmt, written)
         if report:
             write_text(report, json.dumps(record, indent=1) + "\n")
     except UserError:
@@ -77,40 +81,17 @@ def check_new(out: Path, report: Path | None) -> None:
         raise UserError(f"one name for two files ({out}): give --report another")
 
 
-def write(path: Path, fmt: str, state: Mapping[str, Tensor], *, variant: str) -> None:
-    """Write what formats.from_official gave. The file or folder appears whole, or not at all."""
-    if fmt in ("hub", "safetensors"):
-        # These refuse tensors that share memory.
-        state = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    if fmt == "hub":
-        write_hub(path, state, variant=variant)
-    elif fmt == "safetensors":
-        checkpoint.save_safetensors(path, state)
+def owned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors that share no memory, as safetensors demands."""
+    return {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
+
+
+def write(path: Path, fmt: str, state: Mapping[str, Tensor]) -> None:
+    """Write what formats.from_official gave. The file appears whole, or not at all."""
+    if fmt == "safetensors":
+        checkpoint.save_safetensors(path, owned(state))
     else:
         checkpoint.save(path, {"published": {"model": state}, "timm": dict(state)}.get(fmt, {"state_dict": state}))
-
-
-def write_hub(path: Path, state: Mapping[str, Tensor], *, variant: str) -> None:
-    """Write a folder with model.safetensors and config.json, through timm's own model and function."""
-    # The crop of gvt.py; and neither the tag nor the license of the official weights, as these may be others.
-    cfg = dict(crop_pct=0.875, tag=None, license=None)
-    classes = len(state["head.weight"]) if "head.weight" in state else 0
-    channels = state["patch_embeds.0.proj.weight"].shape[1]
-    settings = dict(num_classes=classes, in_chans=channels, pretrained_cfg_overlay=cfg)
-    # Without values: the weights take their places, whatever their type.
-    with torch.device("meta"):
-        model = timm.create_model(gvt.VARIANTS[variant].timm, **settings)
-    model.load_state_dict(dict(state), strict=True, assign=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_for_hf(model, str(unfinished), safe_serialization=True)
-        for part in unfinished.iterdir():
-            with open(part, "rb") as file:
-                os.fsync(file.fileno())
-        os.rename(unfinished, path)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def main(argv: list[str]) -> None:

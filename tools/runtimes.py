@@ -204,8 +204,10 @@ def run_openvino(path: Path, default_precision: bool) -> Callable[[Tensor], Tens
 
 def sizes_to_check(shape: Shape) -> list[tuple[int, int]]:
     """Return heights and widths: the shape's own, and if sides vary the smallest before it and another after it."""
-    own = [(shape.size, shape.size)]
-    return [(SMALLEST, SMALLEST), *own, (shape.size + 8, shape.size + 40)] if shape.dynamic_size else own
+    sizes = [(shape.size, shape.size)]
+    if shape.dynamic_size:
+        sizes = [(SMALLEST, SMALLEST), *sizes, (shape.size + 8, shape.size + 40)]
+    return list(dict.fromkeys(sizes))
 
 
 def notes(fmt: str, path: Path, shape: Shape) -> str:

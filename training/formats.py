@@ -82,8 +82,6 @@ def from_official(
     """
     variant = variant_of(state, source=source)
     lacking = [what for what, part in (("classifier", "head"), ("final norm", "norm")) if f"{part}.weight" not in state]
-    if fmt == "hub" and not VARIANTS[variant].timm:
-        raise UserError(f"timm has no {variant} ({source}): a hub folder is for timm, use another format")
     if fmt == "hub" and "final norm" in lacking:
         raise UserError(f"no final norm ({source}): a hub folder is for timm, which needs it, use another format")
     order = {name: rank for rank, name in enumerate(_shapes(variant))}

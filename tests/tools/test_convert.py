@@ -17,6 +17,7 @@ from conftest import ROOT, golden_weights
 
 import gvt
 from tools import convert as tool
+from tools import hub
 from training import checkpoint, formats
 from training.checkpoint import Checkpoint
 from training.errors import UserError, exit_code
@@ -111,7 +112,7 @@ def test_a_hub_folder_opens_in_timm(files, tmp_path, key):
     folder, states = files
     line = tool.convert(str(folder / f"{key}.pth"), tmp_path / "mine", "hub")
     assert f"({key}" not in line and f"{len(states[key])} tensors" in line
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["config.json", "model.safetensors"]
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"README.md", "config.json", "model.safetensors"}
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     model = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True)
     assert type(model).__module__ == "timm.models.twins" and model.num_classes == 5
@@ -142,6 +143,86 @@ def test_a_hub_folder_opens_without_our_models(files, tmp_path):
         subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
         == "timm.models.twins\n"
     )
+
+
+def run_folder(folder, name="alt_gvt_demo", size=32):
+    """Write a checkpoint, and what lies beside it in a run's folder; return its path and the model."""
+    model = golden_weights(timm.create_model(name, num_classes=4)).float().eval()
+    args = {"model": name, "input_size": size, "eval_crop_ratio": 0.9}
+    payload = {"model": model.state_dict(), "args": args, "class_names": ["ant", "bee", "cat", "dog"], "epoch": 1}
+    checkpoint.save(folder / "run.pth", payload | {"model_ema": model.state_dict()})
+    scores = [{"test_acc1": 80.0 + epoch, "test_acc5": 99.0, "test_loss": 0.5, "epoch": epoch} for epoch in range(3)]
+    lines = [json.dumps(each | {f"ema_{key}": value - 1 for key, value in each.items()}) for each in scores]
+    (folder / "log.txt").write_text("\n".join(lines) + "\n")
+    record = {"command": "python main.py --model x", "torch": "2.13.0", "timm": "1.0.31"}
+    (folder / "environment.json").write_text(json.dumps(record))
+    return str(folder / "run.pth"), model
+
+
+def same_logits(model, other, size):
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        logits = other(x)
+        return (getattr(logits, "logits", logits) - model(x)).abs().max() < 1e-5
+
+
+def test_a_hub_folder_of_our_own_model(tmp_path):
+    source, model = run_folder(tmp_path)
+    line = tool.convert(source, tmp_path / "mine", "hub")
+    assert line.endswith("its model is alt_gvt_demo, import gvt first")
+    config = json.loads((tmp_path / "mine" / "config.json").read_text())
+    assert config["label_names"] == ["ant", "bee", "cat", "dog"] and "model_args" not in config
+    opened = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True).eval()
+    assert isinstance(opened, gvt.Twins) and same_logits(model, opened, 32)
+    cfg = opened.pretrained_cfg
+    assert cfg["input_size"] == [3, 32, 32] and cfg["crop_pct"] == 1 and cfg["interpolation"] == "bicubic"
+    assert cfg["label_names"] == ["ant", "bee", "cat", "dog"] and "license" not in cfg and "tag" not in cfg
+
+
+@pytest.mark.parametrize(
+    ("ema", "row"), [(False, "| 2 | 81.00 % | 99.00 % | 0.5000 |"), (True, "| 2 | 80.00 % | 98.00 % | -0.5000 |")]
+)
+def test_the_model_card(tmp_path, ema, row):
+    """It has the scores of the checkpoint's epoch, not of the last one."""
+    source, _ = run_folder(tmp_path)
+    tool.convert(source, tmp_path / "mine", "hub", ema=ema)
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert row in text and "python main.py --model x" in text and "with torch 2.13.0, timm 1.0.31." in text
+    assert "4 classes: ant, bee, cat, dog." in text and "32 x 32 pixels" in text and "license" not in text
+    blocks = text.split("```python\n")[1:]
+    assert len(blocks) == 2 and all(block.startswith("import gvt") for block in blocks)
+
+
+def test_a_model_card_without_a_run(files, tmp_path):
+    tool.convert(str(files[0] / "alt_gvt_small.pth"), tmp_path / "mine", "hub")
+    text = (tmp_path / "mine" / "README.md").read_text()
+    assert text.count("Unknown: no ") == 2 and "import gvt" not in text and "`twins_svt_small`" in text
+    assert "5 classes." in text
+
+
+SIZES = [("alt_gvt_small", 224, "twins_svt_small"), ("alt_gvt_small", 448, "twins_svt_small")]
+SIZES += [("alt_gvt_small", size, "alt_gvt_small") for size in (32, 64, 256, 384)]
+SIZES += [("pcpvt_small", 384, "twins_pcpvt_small"), ("alt_gvt_demo", 224, "alt_gvt_demo")]
+
+
+@pytest.mark.parametrize(("variant", "size", "name"), SIZES)
+def test_timms_name_only_where_timm_computes_the_same(variant, size, name):
+    assert hub.architecture(variant, size) == name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"), [("alt_gvt_small", 64), ("alt_gvt_small", 224), ("pcpvt_small_v0", 64), ("alt_gvt_demo", 32)]
+)
+def test_timm_and_transformers_open_a_hub_folder(tmp_path, name, size):
+    transformers = pytest.importorskip("transformers")
+    source, model = run_folder(tmp_path, name, size)
+    tool.convert(source, tmp_path / "mine", "hub")
+    opened = timm.create_model(f"local-dir:{tmp_path / 'mine'}", pretrained=True).eval()
+    assert isinstance(opened, gvt.Twins) == (name == "alt_gvt_demo" or (name, size) == ("alt_gvt_small", 64))
+    other = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "mine").eval()
+    assert same_logits(model, opened, size) and same_logits(model, other, size)
+    assert opened.pretrained_cfg["label_names"] == list(other.config.id2label.values()) == ["ant", "bee", "cat", "dog"]
 
 
 def test_a_hub_folder_of_other_channels_types_and_without_a_classifier(tmp_path):
@@ -246,7 +327,6 @@ def wrong(tmp_path_factory, files):
         ("text.pth", ("--to", "timm"), "not a readable checkpoint"),
         ("other.pth", ("--to", "timm"), "these weights are no Twins"),
         ("strange.pth", ("--to", "mmseg"), "1 unknown (gamma)"),
-        ("demo.pth", ("--to", "hub"), "timm has no alt_gvt_demo"),
         ("demo.pth", ("--to", "timm", "--ema"), "no averaged weights"),
         ("demo.pth", ("--to", "timm", "--report", "/"), "it exists already (/)"),
         ("demo.pth", ("--to", "timn"), "timn"),

@@ -280,9 +280,10 @@ def test_a_final_norm_is_not_forgotten():
         formats.from_official(state, "hub", source="x", no_head=True)
 
 
-def test_timm_has_no_model_for_the_demo():
-    with pytest.raises(UserError, match=r"timm has no alt_gvt_demo \(x.pth\)"):
-        formats.from_official(weights("alt_gvt_demo"), "hub", source="x.pth")
+def test_the_demos_model_has_a_hub_folder_too():
+    state = weights("alt_gvt_demo")
+    held, left_out, notes = formats.from_official(state, "hub", source="x.pth")
+    assert held.keys() == state.keys() and not left_out and not notes
 
 
 # ---------------------------------------------------------------- which model
