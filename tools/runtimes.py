@@ -4,6 +4,7 @@ Images are float32 (B, 3, H, W), outputs float32, in every file. Batch and sides
 """
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -88,7 +89,9 @@ def write_info(path: Path, info: dict) -> None:
 
 
 def pt2_writer(program: ExportedProgram, info: dict) -> Callable[[Path], None]:
-    return lambda path: torch.export.save(program, path)
+    content = io.BytesIO()  # not a file: torch's writer ends the process where a disk is full
+    torch.export.save(program, content)
+    return lambda path: path.write_bytes(content.getbuffer())
 
 
 def onnx_writer(program: ExportedProgram, info: dict) -> Callable[[Path], None]:
@@ -112,9 +115,15 @@ def to_openvino(program: ExportedProgram):
     """Return OpenVINO's model, made from the program: made from an ONNX file, one with sides that vary would answer
     wrongly at all sizes once the first images had given a last map of 1 x 1.
     """
-    model = need("openvino").convert_model(program)
+    openvino = need("openvino")
+    model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({"image"})
     model.outputs[0].get_tensor().set_names({"logits"})
+    # It would take any images: the program's own limits are not converted.
+    image = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
+    batch, channels, *sides = (-1 if isinstance(size, torch.SymInt) else size for size in image.meta["val"].shape)
+    sides = [openvino.Dimension(SMALLEST, -1) if side == -1 else side for side in sides]
+    model.reshape(openvino.PartialShape([batch, channels, *sides]))
     return model
 
 
