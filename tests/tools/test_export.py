@@ -1,15 +1,16 @@
 """python -m tools.export: every format, run and compared with PyTorch; wrong files are not kept; errors are one line."""
 
 import json
+import re
 import resource
 
 import pytest
 import timm
 import torch
-from conftest import golden_weights
+from conftest import golden_weights, run_main
 
+from tools import digits, runtimes
 from tools import export as tool
-from tools import runtimes
 from training import checkpoint
 from training.checkpoint import Checkpoint
 from training.errors import UserError, exit_code
@@ -173,7 +174,31 @@ def test_int8(demo, toy, tmp_path, fmt, capsys):
     files = sorted(each.name for each in tmp_path.iterdir())
     assert files == {"onnx": ["out.onnx"], "openvino": ["out.bin", "out.xml", "out.xml.json"]}[fmt]
     assert sum(each.stat().st_size for each in tmp_path.iterdir()) < 5e6  # float32: 10 MB
-    assert largest_difference(runtimes.open_file(fmt, path), demo[1], SHAPES[0]) < 1
+    assert largest_difference(runtimes.open_file(fmt, path), demo[1], SHAPES[0]) < 0.05
+
+
+@pytest.fixture(scope="module")
+def trained_on_digits(tmp_path_factory):
+    """Train the demo on another split than its own, so that no image of val had a say in how to quantize."""
+    folder = tmp_path_factory.mktemp("digits")
+    digits.write(folder / "data", seed=4)
+    plain = ["--warmup-epochs", 0, "--hflip", 0, "--mixup", 0, "--cutmix", 0, "--aa", "", "--color-jitter", 0]
+    words = ["--model", "alt_gvt_demo", "--input-size", 32, "--device", "cpu", "--epochs", 20, "--lr", 4e-3, *plain]
+    done = run_main(*words, "--reprob", 0, "--data-path", folder / "data", "--output_dir", folder / "run")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", ["onnx", "openvino"])
+def test_int8_loses_at_most_half_a_point_on_digits(trained_on_digits, tmp_path, fmt, capsys):
+    data, weights = trained_on_digits / "data", trained_on_digits / "run" / "checkpoint_best.pth"
+    assert run(str(weights), tmp_path, fmt, "--int8", "--calibrate", data / "train", "--data-path", data)[0] == 0
+    out = capsys.readouterr().out
+    before, after = re.search(
+        r"top-1 on 360 val images: (\S+) % in PyTorch \(float32\), (\S+) % of the file", out
+    ).groups()
+    assert float(before) > 97 and float(before) - float(after) <= 0.5
 
 
 # ---------------------------------------------------------------- the check
