@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from dense import cli
+from dense import cli, demo
 from training import options
 
 PAGES = sorted(
@@ -66,9 +66,14 @@ def check_main(words):
 
 def check_dense(page, script, words):
     folder = (ROOT / page).parent
-    if folder == ROOT:
-        folder = ROOT / ("segmentation" if "ade20k" in words[0] else "detection")
+    if folder.name not in ("segmentation", "detection"):
+        of_segmentation = "ade20k" in words[0] or "fpn_alt_gvt_demo" in " ".join(words)
+        folder = ROOT / ("segmentation" if of_segmentation else "detection")
     library = {"segmentation": "mmseg", "detection": "mmdet"}[folder.name]
+    if script == "image_demo.py":
+        args = demo.demo_parser(library).parse_args(words)
+        assert (folder / script).is_file() and (folder / args.words[-2]).is_file()
+        return
     kind = "train" if "train" in script else "test"
     if script.startswith("dist_"):  # the script moves the number of processes
         number = words.pop(1 if kind == "train" else 2)
@@ -91,7 +96,7 @@ def test_every_command_parses(page, command, monkeypatch, capsys):
     elif words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{target}:", makefile, re.M) for target in words[1:])
-    elif words[0] in ("bash", "python") and re.fullmatch(r"(dist_)?(train|test)\.(sh|py)", words[1]):
+    elif words[0] in ("bash", "python") and re.fullmatch(r"(dist_)?(train|test)\.(sh|py)|image_demo\.py", words[1]):
         check_dense(page, words[1], words[2:])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
@@ -159,7 +164,8 @@ def test_the_readme_is_short():
 
 def test_images_are_there_and_small():
     named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXTS["README.md"])
-    assert {ROOT / name for name in named} == set((ROOT / "docs" / "images").iterdir()) and len(named) == 4
+    shown = {ROOT / "docs" / name for text in TEXTS.values() for name in re.findall(r"\]\((images/[^)]+)\)", text)}
+    assert {ROOT / name for name in named} | shown == set((ROOT / "docs" / "images").iterdir()) and len(named) == 4
     for name in named:
         assert (ROOT / name).stat().st_size <= 300 * 1024
         with Image.open(ROOT / name) as image:
