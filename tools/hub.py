@@ -15,16 +15,20 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import Tensor
 
-from gvt_ops.loading import CROP, SIZE, class_names
+from gvt_ops.loading import class_names, size_and_crop
 from gvt_ops.transforms import SMALL
 from training.checkpoint import Checkpoint
+from training.errors import UserError
 from training.files import LOG, write_text
 from training.run_folder import log_lines
 
 
 def write(path: Path, state: Mapping[str, Tensor], file: Checkpoint, *, variant: str, ema: bool = False) -> str:
     """Write the folder and return the name of its model. It appears whole, or not at all."""
-    size, crop = image_settings(file)
+    try:
+        size, crop = size_and_crop(file.options, file.source)
+    except ValueError as error:
+        raise UserError(f"{error}: use another checkpoint") from None
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     names = class_names(file.class_names, classes) if classes else None
     channels = state["patch_embeds.0.proj.weight"].shape[1]
@@ -32,7 +36,8 @@ def write(path: Path, state: Mapping[str, Tensor], file: Checkpoint, *, variant:
     if channels == 3:
         data |= dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
     # Neither the tag nor the license of the official weights, as these may be others.
-    settings = dict(num_classes=classes, in_chans=channels, pretrained_cfg_overlay=dict(tag=None, license=None))
+    settings = dict(num_classes=classes, in_chans=channels, img_size=size)
+    settings |= dict(pretrained_cfg_overlay=dict(tag=None, license=None))
     name = architecture(variant, size)
     # Without values: the weights take their places, whatever their type.
     with torch.device("meta"):
@@ -52,14 +57,6 @@ def write(path: Path, state: Mapping[str, Tensor], file: Checkpoint, *, variant:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return name
-
-
-def image_settings(file: Checkpoint) -> tuple[int, float]:
-    """Return the side of the run's images and its crop, the usual ones if the file does not say."""
-    args = file.payload.get("args")
-    args = args if isinstance(args, dict) else {}
-    size, crop = args.get("input_size", SIZE), args.get("eval_crop_ratio", CROP)
-    return (size, crop) if type(size) is int and isinstance(crop, float) else (SIZE, CROP)
 
 
 def architecture(variant: str, size: int) -> str:

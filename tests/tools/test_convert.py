@@ -212,7 +212,14 @@ def test_timms_name_only_where_timm_computes_the_same(variant, size, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "size"), [("alt_gvt_small", 64), ("alt_gvt_small", 224), ("pcpvt_small_v0", 64), ("alt_gvt_demo", 32)]
+    ("name", "size"),
+    [
+        ("alt_gvt_small", 64),
+        ("alt_gvt_small", 224),
+        ("alt_gvt_small", 448),
+        ("pcpvt_small_v0", 64),
+        ("alt_gvt_demo", 32),
+    ],
 )
 def test_timm_and_transformers_open_a_hub_folder(tmp_path, name, size):
     transformers = pytest.importorskip("transformers")
