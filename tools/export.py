@@ -225,6 +225,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"int8 is for onnx and openvino (--int8 --to {args.to}): use one of them")
     if args.int8 and args.dynamic_size:
         raise UserError("int8 is calibrated for one size (--int8 --dynamic-size): omit one of them")
+    if args.calibrate and not args.calibrate.is_dir():
+        raise UserError(
+            f"no such folder (--calibrate {args.calibrate}): name one with images like those to be classified"
+        )
     runtimes.require(args.to)
     if args.int8:
         runtimes.need(quantize.PACKAGES[args.to])

@@ -30,8 +30,6 @@ PACKAGES = {"onnx": "onnxruntime.quantization", "openvino": "nncf"}
 
 def calibration_images(folder: Path, trained: Trained) -> list[Tensor]:
     """Return prepared images of a folder and those below, each (1, 3, size, size)."""
-    if not folder.is_dir():
-        raise UserError(f"no such folder (--calibrate {folder}): name one with images like those to be classified")
     files = image_files([str(folder)])
     if not files:
         raise UserError(f"no images (--calibrate {folder}): name a folder with images like those to be classified")
