@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from training.options import Parser, positive, probability
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from dense import libraries
 from training import files
 from training.errors import UserError, exit_code, library_reason
-from training.folders import image_files
+from training.folders import image_files, numbered_names
 from utils import keep_freed_memory, log
 
 LINE = 18  # pixels of a line of the legend
@@ -67,7 +66,7 @@ def run(args, library: str) -> int:
     unread = 0
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
-        for path, name in zip(tqdm(paths, unit="image", disable=None), output_names(paths)):
+        for path, name in zip(tqdm(paths, unit="image", disable=None), numbered_names(paths)):
             try:
                 pixels, result = predictor(path)
             except UserError as error:
@@ -80,16 +79,6 @@ def run(args, library: str) -> int:
         raise UserError(f"cannot write (--out-dir {args.out_dir}): {error.strerror or error}") from error
     log(f"{len(paths) - unread} of {len(paths)} images, results in {args.out_dir}")
     return 1 if unread else 0
-
-
-def output_names(paths: Sequence[str]) -> list[str]:
-    """Return a file name without suffix for each image; images of one name are numbered."""
-    names, used = [], {}
-    for path in paths:
-        stem = Path(path).stem
-        used[stem] = used.get(stem, 0) + 1
-        names.append(stem if used[stem] == 1 else f"{stem}_{used[stem]}")
-    return names
 
 
 class Predictor:

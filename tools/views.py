@@ -2,7 +2,6 @@
 
 import argparse
 import io
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from tools.trained import Trained
 from training import options
 from training.errors import UserError, print_error
 from training.files import atomic_write
-from training.folders import image_files
+from training.folders import image_files, numbered_names
 from training.images import MAX_PIXELS, ImageReader
 from utils import choose_device
 
@@ -116,7 +115,7 @@ def load(args: argparse.Namespace) -> Trained:
 class Views:
     """Iterate over (path, name, view) of add_options' images. One that cannot be used is an error in one line, counted.
 
-    check: raises UserError for a view that cannot be used. names: of the images' figures, see `figure_names`.
+    check: raises UserError for a view that cannot be used. names: of the images' figures, see `numbered_names`.
     """
 
     def __init__(self, args: argparse.Namespace, made: Trained, check: Callable[[View], object], *, program: str):
@@ -124,7 +123,7 @@ class Views:
         self.paths = image_files(args.images, on_error=self.fail)
         if not self.paths:
             raise UserError(f"no images ({', '.join(args.images)}): give files, folders or globs")
-        self.names = figure_names(self.paths)
+        self.names = numbered_names(self.paths)
 
     def __iter__(self) -> Iterator[tuple[str, str, View]]:
         args = self.args
@@ -141,19 +140,6 @@ class Views:
     def fail(self, error: UserError) -> None:
         self.failed += 1
         print_error(str(error), program=self.program)
-
-
-def figure_names(paths: Sequence[str]) -> list[str]:
-    """Return the files' names without suffix, numbered where several are alike."""
-    names, used = [], Counter()
-    for path in paths:
-        stem = name = Path(path).stem
-        while used[name]:
-            used[stem] += 1
-            name = f"{stem}_{used[stem]}"
-        used[name] += 1
-        names.append(name)
-    return names
 
 
 def new_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:

@@ -4,7 +4,7 @@ import functools
 import glob
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -88,3 +88,17 @@ def image_files(words: list[str], on_error: Callable[[UserError], None] = fail) 
             raise UserError(f"no such image or folder ({word}): check the name")
     log_unread(unread, ", ".join(words))
     return list(dict.fromkeys(files))
+
+
+def numbered_names(paths: Iterable[str]) -> list[str]:
+    """Return the files' names without suffix, each once: those that are alike, in any case, are numbered."""
+    names, used = [], set()
+    for path in paths:
+        stem, number = Path(path).stem, 1
+        name = stem
+        while name.casefold() in used:  # some file systems take both cases for one
+            number += 1
+            name = f"{stem}_{number}"
+        used.add(name.casefold())
+        names.append(name)
+    return names

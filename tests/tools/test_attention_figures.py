@@ -331,10 +331,6 @@ def test_words_that_name_no_image(weights, tmp_path, capsys):
         assert expected in error and str(word) in error and error.count("\n") == 1
 
 
-def test_two_images_of_one_name():
-    assert views.figure_names(["a/x.png", "b/x.png", "x_2.png", "c/x.jpg"]) == ["x", "x_2", "x_2_2", "x_3"]
-
-
 def test_what_exists_is_not_overwritten(weights, photo, tmp_path, capsys, quick):
     (tmp_path / "cat_stage3.png").write_text("mine")
     assert run(photo, "--weights", weights, "--output", tmp_path) == 2

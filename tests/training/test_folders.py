@@ -10,7 +10,7 @@ from PIL import Image
 import datasets
 from training import options
 from training.errors import UserError
-from training.folders import log_unread, suffixes, walk
+from training.folders import log_unread, numbered_names, suffixes, walk
 
 
 def touch(path):
@@ -150,3 +150,7 @@ def test_one_pixel_images_are_read(tmp_path):
     make_images(tmp_path / "train", classes=("dog",), each=1)
     data = build(tmp_path)
     assert data.reader(data.samples[0][0]).size == (1, 1)
+
+
+def test_files_of_one_name_are_numbered():
+    assert numbered_names(["a/x.png", "b/X.png", "x_2.png", "c/x.jpg"]) == ["x", "X_2", "x_2_2", "x_3"]
