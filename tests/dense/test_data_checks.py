@@ -165,9 +165,9 @@ def test_masks_of_0_and_255_end_the_run_before_it_starts(tmp_path, lines):
         max_iters=0,
         param_schedulers=[],
         model=torch.nn.Identity(),
-        train_dataloader=SimpleNamespace(max_iters=0, param_schedulers=[], dataset=dataset),
-        test_dataloader=SimpleNamespace(max_iters=0, param_schedulers=[], dataset=dataset),
-        test_evaluator=SimpleNamespace(max_iters=0, param_schedulers=[], metrics=[]),
+        train_dataloader=SimpleNamespace(dataset=dataset),
+        test_dataloader=SimpleNamespace(dataset=dataset),
+        test_evaluator=SimpleNamespace(metrics=[]),
         val_loop=None,
     )
     for start in (checks.StartChecks().before_train, checks.StartChecks().before_test):
@@ -276,7 +276,7 @@ def test_one_class_of_a_softmax(sigmoid):
     with DefaultScope.overwrite_default_scope("mmseg"), libraries.quiet():
         head = FCNHead(in_channels=4, channels=4, num_convs=1, num_classes=1, threshold=0.3, loss_decode=loss)
     model = torch.nn.ModuleDict(dict(decode_head=head))
-    dataset = SimpleNamespace(max_iters=0, param_schedulers=[], metainfo=dict(classes=("water",)))
+    dataset = SimpleNamespace(metainfo=dict(classes=("water",)))
     if sigmoid:
         checks.check_classes(model, dataset)
         return
@@ -694,7 +694,7 @@ def test_validation_without_objects(crowds, tmp_path, lines):
     content["annotations"] = content["annotations"] if crowds else []
     path = write(tmp_path, content)
     dataset, metric = dataset_of(path, test_mode=True), coco_files.TwinsCocoMetric(path)
-    evaluator = SimpleNamespace(max_iters=0, param_schedulers=[], metrics=[metric])
+    evaluator = SimpleNamespace(metrics=[metric])
     checks.check_scores(evaluator, dataset, must_score=False)
     says = f"no objects to score against ({path}): mAP would be -1"
     assert lines[-1].startswith(says)
@@ -702,12 +702,12 @@ def test_validation_without_objects(crowds, tmp_path, lines):
     converted = coco_files.TwinsCocoMetric()  # scores against the data set's own annotations
     assert says in error_of(
         checks.check_scores,
-        SimpleNamespace(max_iters=0, param_schedulers=[], metrics=[converted]),
+        SimpleNamespace(metrics=[converted]),
         dataset,
         must_score=True,
     )
     writes = coco_files.TwinsCocoMetric(path, format_only=True, outfile_prefix="x")
-    checks.check_scores(SimpleNamespace(max_iters=0, param_schedulers=[], metrics=[writes]), dataset, must_score=True)
+    checks.check_scores(SimpleNamespace(metrics=[writes]), dataset, must_score=True)
 
 
 def test_image_files_in_another_form_of_their_names(tmp_path, lines):
