@@ -29,7 +29,7 @@ from tqdm import tqdm
 import datasets
 from gvt_ops import accelerate
 from tools import measurement, quantize, runtimes
-from tools.runtimes import CheckFailed, Shape
+from tools.runtimes import CheckFailed, Outputs, Shape
 from tools.trained import Trained, load
 from training.checkpoint import Checkpoint, save_safetensors
 from training.errors import UserError, exit_code
@@ -44,7 +44,7 @@ BOUNDS = {"onnx": 1e-4, "openvino": 1e-4, "pt2": 0.0, "pt2, any size": 1e-6, "sa
 LEAST_AGREEMENT = 0.99  # of half precision with float32 on val
 ROUNDS = 7
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], Outputs]
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,37 @@ def check(trained: Trained, plan: Plan, path: Path) -> None:
     runs = {"PyTorch": accelerate(copy.deepcopy(trained.model)), "file": open_written(trained, plan, path)}
     if plan.fmt == "openvino":
         runs["file at default precision"] = runtimes.open_file(plan.fmt, path, default_precision=True)
+    compare(trained.model, runs, images_to_check(plan), plan)
+
+
+def difference(outputs: Outputs, expected: Outputs) -> float:
+    """Return the largest absolute difference, infinity for outputs that are not finite."""
+    if isinstance(outputs, tuple):
+        return max(difference(*pair) for pair in zip(outputs, expected, strict=True))
+    return (outputs - expected).abs().max().item() if outputs.isfinite().all() else float("inf")
+
+
+def largest_of(outputs: Outputs) -> float:
+    return max(each.abs().max().item() for each in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+def compare(
+    reference: Run, runs: dict[str, Run], batches: list[Tensor], plan: Plan, measure=difference, unit: str = "|logit|"
+) -> None:
+    """Print how far the runs but "PyTorch" are from the reference, and images/s of all; raise CheckFailed if the file
+    differs too much. measure: (outputs, the reference's) -> difference.
+    """
     rows, worst, largest = [], 0.0, 0.0
-    for images in images_to_check(plan):
-        expected = trained.model(images)
-        differences = {name: difference(run(images), expected) for name, run in runs.items() if name != "PyTorch"}
-        worst, largest = max(worst, differences["file"]), max(largest, expected.abs().max().item())
+    for images in batches:
+        expected = reference(images)
+        differences = {name: measure(run(images), expected) for name, run in runs.items() if name != "PyTorch"}
+        worst, largest = max(worst, differences["file"]), max(largest, largest_of(expected))
         row = {"images": " x ".join(map(str, images.shape))}
         row |= {f"difference, {name}": f"{value:.1e}" if value else "0" for name, value in differences.items()}
         speeds = images_per_s(runs, images)
         rows.append(row | {f"images/s, {name}": f"{value:.1f}" for name, value in speeds.items()})
     print(measurement.text_table(rows))
-    line = f"largest difference to PyTorch in float32: {worst:.2g}, largest |logit| {largest:.3g}"
+    line = f"largest difference to PyTorch in float32: {worst:.2g}, largest {unit} {largest:.3g}"
     if plan.bound is not None:
         bound = plan.bound * max(1, largest)
         line += f", bound {bound:.2g}"
@@ -135,11 +155,6 @@ def check(trained: Trained, plan: Plan, path: Path) -> None:
     if worst == float("inf"):
         raise CheckFailed(f"outputs that are not finite in {plan.precision}")
     print(line)
-
-
-def difference(outputs: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference, infinity for outputs that are not finite."""
-    return (outputs - expected).abs().max().item() if outputs.isfinite().all() else float("inf")
 
 
 def images_to_check(plan: Plan) -> list[Tensor]:
@@ -234,6 +249,11 @@ def check_options(args: argparse.Namespace) -> None:
         runtimes.need(quantize.PACKAGES[args.to])
 
 
+def not_kept(output: Path, failed: CheckFailed) -> int:
+    print(f"export.py: error: wrong, and not kept ({output}): {failed}", file=sys.stderr)
+    return 1
+
+
 @torch.inference_mode()
 def main(argv: list[str]) -> int:
     args = get_parser().parse_args(argv)
@@ -252,8 +272,7 @@ def main(argv: list[str]) -> int:
                 check_on_val(trained, plan, path, val)
             note = runtimes.notes(plan.fmt, path, shape)
     except CheckFailed as failed:
-        print(f"export.py: error: wrong, and not kept ({args.output}): {failed}", file=sys.stderr)
-        return 1
+        return not_kept(args.output, failed)
     if val is None and plan.precision != "float32":
         print("accuracy: not measured, --data-path FOLDER does")
     print(f"{args.output}: {trained.name} in {plan.precision}; {note}")

@@ -1,6 +1,7 @@
 """Write a network as a file of another runtime, and run such a file: pt2, onnx, openvino.
 
-Images are float32 (B, 3, H, W), outputs float32, in every file. Batch and sides are fixed unless they are told to vary.
+Images are float32 (B, 3, H, W) in every file; outputs are as the network's, a tensor or a tuple of them. Batch and
+sides are fixed unless they are told to vary.
 """
 
 import contextlib
@@ -9,10 +10,11 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -23,6 +25,7 @@ from tools.extra import need
 from training.errors import UserError, short_reason
 from training.files import sync_folder
 
+Outputs = Tensor | tuple[Tensor, ...]
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors"}
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
 # Traced where sides vary. No map has a side of one token, nor two equal ones, which would be taken for constants.
@@ -31,14 +34,19 @@ TRACED = (256, 288)
 
 @dataclass(frozen=True)
 class Shape:
-    """Which images a file takes: of size x size pixels one by one, or batches and sides that vary."""
+    """Which images a file takes: of size x size pixels (or size x width) one by one, or batches and sides that vary."""
 
     size: int
     dynamic_batch: bool = False
     dynamic_size: bool = False
+    width: int | None = None
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        return self.size, self.width or self.size
 
     def __str__(self) -> str:
-        sides = "any height and width" if self.dynamic_size else f"{self.size} x {self.size} pixels"
+        sides = "any height and width" if self.dynamic_size else "{} x {} pixels".format(*self.sides)
         return f"{'any number' if self.dynamic_batch else 'one'} at a time, {sides}"
 
 
@@ -63,17 +71,17 @@ class InPrecision(nn.Module):
 
 
 def trace(network: nn.Module, shape: Shape) -> ExportedProgram:
-    height, width = TRACED if shape.dynamic_size else (shape.size, shape.size)
+    height, width = TRACED if shape.dynamic_size else shape.sides
     image = torch.zeros(2 if shape.dynamic_batch else 1, 3, height, width)
     varying = ((0,) if shape.dynamic_batch else ()) + ((2, 3) if shape.dynamic_size else ())
     return export(network, image, varying, SMALLEST)
 
 
-def write(program: ExportedProgram, fmt: str, path: Path, info: dict) -> None:
-    """Write a traced network, with info in it (onnx) or as JSON beside it (path + ".json")."""
+def write(program: ExportedProgram, fmt: str, path: Path, info: dict, outputs: Sequence[str] = ("logits",)) -> None:
+    """Write a traced network, with info in it (onnx) or as JSON beside it (path + ".json"). outputs: their names."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries about each other
-        save = {"pt2": pt2_writer, "onnx": onnx_writer, "openvino": openvino_writer}[fmt](program, info)
+        save = {"pt2": pt2_writer, "onnx": onnx_writer, "openvino": openvino_writer}[fmt](program, info, outputs)
         with writing(path):
             save(path)
             if fmt != "onnx":
@@ -88,14 +96,14 @@ def write_info(path: Path, info: dict) -> None:
     info_path(path).write_text(json.dumps(info, indent=1) + "\n")
 
 
-def pt2_writer(program: ExportedProgram, info: dict) -> Callable[[Path], None]:
+def pt2_writer(program: ExportedProgram, info: dict, outputs: Sequence[str]) -> Callable[[Path], None]:
     content = io.BytesIO()  # not a file: torch's writer ends the process where a disk is full
     torch.export.save(program, content)
     return lambda path: path.write_bytes(content.getbuffer())
 
 
-def onnx_writer(program: ExportedProgram, info: dict) -> Callable[[Path], None]:
-    names = dict(input_names=["image"], output_names=["logits"])
+def onnx_writer(program: ExportedProgram, info: dict, outputs: Sequence[str]) -> Callable[[Path], None]:
+    names = dict(input_names=["image"], output_names=list(outputs))
     made = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names)
     return lambda path: save_onnx(made.model_proto, path, info)
 
@@ -106,19 +114,20 @@ def save_onnx(model, path: Path, info: dict) -> None:
     onnx.save(model, path)
 
 
-def openvino_writer(program: ExportedProgram, info: dict) -> Callable[[Path], None]:
-    model = to_openvino(program)
+def openvino_writer(program: ExportedProgram, info: dict, outputs: Sequence[str]) -> Callable[[Path], None]:
+    model = to_openvino(program, outputs)
     return lambda path: need("openvino").save_model(model, path, compress_to_fp16=False)
 
 
-def to_openvino(program: ExportedProgram):
+def to_openvino(program: ExportedProgram, outputs: Sequence[str] = ("logits",)):
     """Return OpenVINO's model, made from the program: made from an ONNX file, one with sides that vary would answer
     wrongly at all sizes once the first images had given a last map of 1 x 1.
     """
     openvino = need("openvino")
     model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({"image"})
-    model.outputs[0].get_tensor().set_names({"logits"})
+    for output, name in zip(model.outputs, outputs, strict=True):
+        output.get_tensor().set_names({name})
     # It would take any images: the program's own limits are not converted.
     image = next(node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs)
     batch, channels, *sides = (-1 if isinstance(size, torch.SymInt) else size for size in image.meta["val"].shape)
@@ -179,7 +188,7 @@ def staged(output: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------- running
 
 
-def open_file(fmt: str, path: Path, *, default_precision: bool = False) -> Callable[[Tensor], Tensor]:
+def open_file(fmt: str, path: Path, *, default_precision: bool = False) -> Callable[[Tensor], Outputs]:
     """Return images -> outputs, computed by the file alone with as many threads as torch has.
 
     default_precision: the one that OpenVINO chooses for the processor, in place of float32.
@@ -189,31 +198,36 @@ def open_file(fmt: str, path: Path, *, default_precision: bool = False) -> Calla
     return run_onnx(path) if fmt == "onnx" else run_openvino(path, default_precision)
 
 
-def run_pt2(path: Path) -> Callable[[Tensor], Tensor]:
+def run_pt2(path: Path) -> Callable[[Tensor], Outputs]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # A guard would refuse a batch of one.
         return torch.inference_mode()(torch.export.load(path).module(check_guards=False))
 
 
-def run_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+def tensors(arrays: Iterable[np.ndarray]) -> Outputs:
+    found = tuple(torch.from_numpy(array.copy()) for array in arrays)
+    return found if len(found) > 1 else found[0]
+
+
+def run_onnx(path: Path) -> Callable[[Tensor], Outputs]:
     runtime = need("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"image": images.numpy()})[0])
+    return lambda images: tensors(session.run(None, {"image": images.numpy()}))
 
 
-def run_openvino(path: Path, default_precision: bool) -> Callable[[Tensor], Tensor]:
+def run_openvino(path: Path, default_precision: bool) -> Callable[[Tensor], Outputs]:
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     settings |= {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = need("openvino").compile_model(path, "CPU", settings)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
+    return lambda images: tensors(compiled(images.numpy()).values())
 
 
 def sizes_to_check(shape: Shape) -> list[tuple[int, int]]:
     """Return heights and widths: the shape's own, and if sides vary the smallest before it and another after it."""
-    sizes = [(shape.size, shape.size)]
+    sizes = [shape.sides]
     if shape.dynamic_size:
         sizes = [(SMALLEST, SMALLEST), *sizes, (shape.size + 8, shape.size + 40)]
     return list(dict.fromkeys(sizes))
