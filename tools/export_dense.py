@@ -156,10 +156,12 @@ def main(library: str, argv: list[str]) -> int:
     height, width = sides_of(predictor.cfg, args.size)
     # As in tools.export: with a fixed batch OpenVINO computes attention to a single token wrongly.
     shape = Shape(height, args.dynamic_batch or args.to == "openvino", width=width)
-    network, outputs = Features(model), [f"map_{level}" for level in range(predictor.cfg.model.neck.num_outs)]
     if library == "mmseg":
         check_model(model, not args.logits)
         network, outputs = Segmentor(model, shape.sides, not args.logits), ["logits" if args.logits else "labels"]
+    else:
+        network = Features(model)
+        outputs = [f"map_{level}" for level, _ in enumerate(network(torch.zeros(1, 3, 2 * SMALLEST, 2 * SMALLEST)))]
     plan = Plan(args.to, shape, "float32")
     try:
         with runtimes.staged(args.output) as path:
