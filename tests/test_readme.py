@@ -12,6 +12,7 @@ from conftest import ROOT
 from PIL import Image
 
 from dense import cli, demo
+from tools import export_dense
 from training import options
 
 PAGES = sorted(
@@ -75,6 +76,10 @@ def check_dense(page, script, words):
         args = demo.demo_parser(library).parse_args(words)
         assert (folder / script).is_file() and (folder / args.words[-2]).is_file()
         return
+    if script == "export.py":
+        args = export_dense.get_parser(library).parse_args(words)
+        assert (folder / script).is_file() and (folder / args.config).is_file()
+        return
     kind = "train" if "train" in script else "test"
     if script.startswith("dist_"):  # the script moves the number of processes
         number = words.pop(1 if kind == "train" else 2)
@@ -98,7 +103,9 @@ def test_every_command_parses(page, command, monkeypatch, capsys):
     elif words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         assert all(re.search(rf"^{target}:", makefile, re.M) for target in words[1:])
-    elif words[0] in ("bash", "python") and re.fullmatch(r"(dist_)?(train|test)\.(sh|py)|image_demo\.py", words[1]):
+    elif words[0] in ("bash", "python") and re.fullmatch(
+        r"(dist_)?(train|test)\.(sh|py)|(image_demo|export)\.py", words[1]
+    ):
         check_dense(page, words[1], words[2:])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
