@@ -1,5 +1,7 @@
 """image_demo.py of both tasks: what is drawn and written is what the model predicts, for any image, without annotations."""
 
+import sys
+
 import pytest
 
 pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
@@ -143,6 +145,8 @@ def test_errors_are_one_line_and_write_nothing(trained, pictures, tmp_path, caps
 def test_the_commands(trained, pictures, tmp_path):
     library, config, weights = trained
     folder = ROOT / libraries.TASKS[library]
-    done = run(["python", "image_demo.py", pictures / "a.jpg", config, weights, "--out-dir", tmp_path / "out"], folder)
+    done = run(
+        [sys.executable, "image_demo.py", pictures / "a.jpg", config, weights, "--out-dir", tmp_path / "out"], folder
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "a.png").exists()
