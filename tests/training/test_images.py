@@ -296,10 +296,11 @@ def huge_png(path, side):
 @pytest.mark.parametrize(("side", "limit"), [(20_000, {}), (13_400, {}), (10_000, dict(max_pixels=10**7))])
 def test_too_large_an_image_is_refused_from_its_header(side, limit, tmp_path):
     huge_png(tmp_path / "x.jpg", side)
-    start = time.perf_counter()
+    images.formats()  # imports Pillow's plugins, once
+    start = time.process_time()
     with pytest.raises(UserError, match=r"too large an image .*x.jpg.*--max-pixels"):
         read(tmp_path / "x.jpg", **limit)
-    assert time.perf_counter() - start < 0.2 and read.__module__
+    assert time.process_time() - start < 0.2
 
 
 def test_108_megapixels_pass_the_limit(tmp_path):
