@@ -30,7 +30,7 @@ help:
 	@echo "make demo       install, train a small Twins on handwritten digits, evaluate it, draw what it says (about 3 minutes)"
 	@echo "make demo-dense the same for a segmentor and a detector: digits on photographs, scores and images (4 to 7 minutes after make dense and make demo)"
 	@echo "make test       install, run every test"
-	@echo "make test-fast  install, run the everyday tests (under 3 minutes; about 4 where make dense ran)"
+	@echo "make test-fast  install, run the everyday tests (5 to 10 minutes, most of them where make dense ran)"
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
 	@echo "make bench      install, check that ours is no slower than timm's model of the same weights (under 3 minutes)"
 	@echo "make dense      install what segmentation and detection need as well (compiles for 5 to 15 minutes)"
