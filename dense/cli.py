@@ -21,7 +21,7 @@ import torch.distributed
 from dense import libraries
 from training import files, launcher
 from training.errors import Preempted, UserError, exit_code, library_reason, print_error, short_reason
-from training.processes import StopSignals
+from training.processes import StopSignals, explain, is_out_of_shared_memory, loading_error
 from utils import environment, in_main_process, is_main_process, keep_freed_memory, leave, process_group
 
 METRICS = {"mmseg": ["mIoU", "mDice", "mFscore"], "mmdet": ["mAP", "bbox", "segm", "proposal", "proposal_fast"]}
@@ -132,6 +132,16 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None) -> int
     except Preempted as error:
         print_error(str(error), kind="stopped", program=program)
         return error.code
+    except RuntimeError as error:
+        known = is_out_of_shared_memory(error) or loading_error(error) is not None
+        if not known or os.environ.get("TWINS_DEBUG") == "1":
+            raise
+        code, line = explain(error)
+        line = line.replace("--num_workers", "num_workers of the loaders").replace(
+            "--resume auto", "--resume-from auto"
+        )
+        print_error(line, program=program)
+        return code
 
 
 def print_once(line: str) -> None:

@@ -749,3 +749,21 @@ def test_states_that_cannot_be_resumed(library, tmp_path, monkeypatch):
             "; --load-from starts a new training run from its weights"
         ), name
         assert not [path for path in (tmp_path / "again").glob("*") if path.is_file()], name
+
+
+@pytest.mark.parametrize(
+    ("reason", "says"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", "--shm-size"),
+        ("DataLoader worker (pid 7) exited unexpectedly", "data loading failed"),
+    ],
+)
+def test_what_ends_loading_is_one_line(reason, says, capsys):
+    def fail(argv):
+        raise RuntimeError(reason)
+
+    assert cli.run(fail, []) == 1
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1 and "--num_workers" not in error
+    with pytest.raises(RuntimeError, match="of ours"):
+        cli.run(lambda argv: (_ for _ in ()).throw(RuntimeError("of ours")), [])
