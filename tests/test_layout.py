@@ -41,7 +41,8 @@ ARROWS = {
     "training/checkpoint": {"gvt_ops/loading", "training/errors", "training/files", "training/formats", "utils"},
     "training/resume": {"training/checkpoint", "training/errors"},
     "training/run_folder": {"training/errors", "training/files", "training/processes", "utils"},
-    "training/reports": {"samplers", "training/errors", "training/files", "training/options", "utils"},
+    "training/outputs": {"training/errors", "training/files"},
+    "training/reports": {"samplers", "training/errors", "training/options", "training/outputs", "utils"},
     "training/state": {
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "options", "processes", "resume")),
         *("gvt_ops/__init__", "training/run_folder", "utils"),

@@ -9,23 +9,21 @@ import gvt  # noqa: F401  before timm: lets torchvision be imported beside a CPU
 
 # isort: split
 import argparse
-import csv
 import functools
-import io
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import astuple
+from dataclasses import asdict
 from pathlib import Path
 
 import datasets
 from tools.check_files import Finding, Item, decode_image, look_at_all
 from training.errors import UserError, exit_code
-from training.files import write_text
 from training.folders import log_unread, walk
 from training.images import MAX_PIXELS
 from training.options import Parser, count, path, positive
+from training.outputs import check_new, write_rows
 from utils import log
 
 SHOWN = 30  # findings on the terminal; --csv has all
@@ -70,15 +68,6 @@ def problems_of_classes(root: Path, classes: list[str]) -> Iterator[Finding]:
 # ---------------------------------------------------------------- the tool
 
 
-def write_csv(path: Path, findings: list[Finding]) -> None:
-    text = io.StringIO()
-    csv.writer(text).writerows([("path", "problem"), *map(astuple, findings)])
-    try:
-        write_text(path, text.getvalue())
-    except OSError as error:
-        raise UserError(f"cannot write (--csv {path}): {error.strerror}; choose another file") from error
-
-
 def main(argv: list[str]) -> int:
     parser = Parser(prog="check_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -92,6 +81,8 @@ def main(argv: list[str]) -> int:
         raise UserError("what to check (command line): pass --data-path FOLDER, or CONFIG")
     findings: list[Finding] = []
     out = args.csv and args.csv.absolute()
+    if out:
+        check_new(out, "--csv", overwrite=True, suffixes=(".csv",))
     if args.config:
         from tools.check_dense_data import dense  # needs the libraries of segmentation and detection
 
@@ -100,7 +91,7 @@ def main(argv: list[str]) -> int:
         items = classification(Path(args.data_path), args.max_pixels, findings)
     findings += look_at_all(items, args.workers)
     if out:
-        write_csv(out, findings)
+        write_rows(out, "--csv", ("path", "problem"), map(asdict, findings))
     for each in findings[:SHOWN]:
         print(each.problem if each.path in each.problem else f"{each.path}: {each.problem}")
     if len(findings) > SHOWN:

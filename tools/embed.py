@@ -30,7 +30,7 @@ from tools.user_images import printable
 from training.errors import UserError, exit_code
 from training.images import ImageReader
 from training.options import path as file_name
-from training.reports import check_new, write_file
+from training.outputs import check_new, write_file
 
 NEIGHBORS = 6  # of each image that is asked for
 MOST_COLORS = 20  # classes with a color of their own

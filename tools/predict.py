@@ -23,7 +23,8 @@ from tools.user_images import printable
 from training.errors import UserError, exit_code
 from training.images import ImageReader
 from training.options import positive
-from training.reports import TABLES, check_new, ranked, write_file, write_rows
+from training.outputs import TABLES, check_folder, check_new, make_folder, write_file, write_rows
+from training.reports import ranked
 
 FIELDS = ("path", "label", "probability", "top", "error")
 PATH_WIDTH, SHOWN = 50, 5  # characters of a path, and predictions, on the terminal
@@ -100,7 +101,7 @@ class Drawer:
 
 def check_outputs(args) -> None:
     if args.output:
-        user_images.check_folder(args.output, "--output", overwrite=args.overwrite)
+        check_folder(args.output, "--output", overwrite=args.overwrite)
     if args.results:
         made = args.output if args.output and not args.output.exists() else None
         check_new(args.results, "--results", overwrite=args.overwrite, suffixes=TABLES, made=made)
@@ -117,7 +118,7 @@ def run(args) -> int:
     width = min(PATH_WIDTH, max(len(printable(path)) for path in [*paths, ""]))
     found = shown(rows(paths, problems, model, device, args), width, tally)
     if args.output:
-        user_images.make_folder(args.output, "--output")
+        make_folder(args.output, "--output")
         found = Drawer(args.output, user_images.build_reader(model, args)).watch(found)
     if args.results:
         write_rows(args.results, "--results", FIELDS, found)

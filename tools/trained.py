@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gvt_ops import accelerate
 from gvt_ops.loading import class_names, size_and_crop
-from gvt_ops.transforms import eval_transform
+from gvt_ops.transforms import SMALL, eval_transform
 from training import formats
 from training.checkpoint import Checkpoint, load_into
 from training.errors import UserError
@@ -37,6 +37,14 @@ class Trained:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     alpha: str
+
+    def check_sides(self, width: int, height: int, max_pixels: int) -> None:
+        """Raise UserError for an image so narrow that its resize for evaluation would make more than max_pixels."""
+        short = int(self.size / self.crop)
+        long = short * max(width, height) // min(width, height)
+        if self.size > SMALL and short * long > max_pixels:
+            what = f"too narrow an image ({width} x {height} pixels, {short} x {long} once resized)"
+            raise UserError(f"{what}: crop it, or raise --max-pixels")
 
 
 def load(weights: str, model: str | None = None, device: torch.device | str = "cpu", *, fast: bool = False) -> Trained:

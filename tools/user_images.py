@@ -8,7 +8,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -17,7 +16,6 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from engine import autocast
-from gvt_ops.transforms import SMALL
 from tools.trained import Trained
 from training.batches import Sample, Uint8Transform, build_loader
 from training.devices import choose_device
@@ -91,27 +89,21 @@ class Images(Dataset):
     """Image files as a model is evaluated on them: (image, ""), or (blank, what is wrong with it)."""
 
     def __init__(self, paths: Sequence[str], trained: Trained, reader: ImageReader):
-        self.paths, self.size, self.reader = paths, trained.size, reader
-        self.side = int(trained.size / trained.crop)
+        self.paths, self.trained, self.reader = paths, trained, reader
         self.transform = Uint8Transform(trained.transform)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Sample, str]:
+        path = self.paths[index]
         try:
-            image = self.reader(self.paths[index])
-            self.check_sides(self.paths[index], *image.size)
+            image = self.reader(path)
+            self.trained.check_sides(*image.size, self.reader.max_pixels)
             return self.transform(image), ""
         except UserError as error:
-            return self.transform(Image.new("RGB", (self.size, self.size))), str(error)
-
-    def check_sides(self, path: str, width: int, height: int) -> None:
-        """Raise UserError for an image that would be too large once its shorter side has the model's size."""
-        longer = max(width, height) * self.side // min(width, height)
-        if self.size > SMALL and longer * self.side > self.reader.max_pixels:
-            what = f"{width} x {height} pixels would be resized to {longer} x {self.side}"
-            raise UserError(f"too narrow an image ({path}): {what}; crop it, or raise --max-pixels")
+            line = str(error) if path in str(error) else f"{path}: {error}"
+            return self.transform(Image.new("RGB", (self.trained.size, self.trained.size))), line
 
 
 def outputs(
@@ -153,21 +145,6 @@ def explained(batch_size: int) -> Iterator[None]:
             raise
         what = f"reading the images failed ({short_reason(loading, 120)})"
         raise UserError(f"{what}: look for lack of memory, or pass --num-workers 0") from error
-
-
-def check_folder(folder: Path, option: str, *, overwrite: bool) -> None:
-    """Raise UserError if results cannot go into a folder: a file, or it holds files already."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"not a folder ({option} {folder}): give another name")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise UserError(f"the folder holds files ({option} {folder}): choose another, or pass --overwrite")
-
-
-def make_folder(folder: Path, option: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder ({option} {folder}): {error.strerror or error}") from error
 
 
 def new_parser(name: str, description: str) -> Parser:

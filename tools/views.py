@@ -1,7 +1,6 @@
 """What the tools that look inside a model share: images as the model sees them, and figures in a folder."""
 
 import argparse
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,12 @@ from torchvision import transforms
 from gvt_ops.transforms import SMALL
 from tools import trained
 from tools.trained import Trained
+from tools.user_images import choose
 from training import options
 from training.errors import UserError, print_error
-from training.files import atomic_write
 from training.folders import image_files, numbered_names
 from training.images import MAX_PIXELS, ImageReader
-from utils import choose_device
+from training.outputs import make_folder, write_file
 
 
 @dataclass(frozen=True)
@@ -73,19 +72,11 @@ def view(made: Trained, image: Image.Image, *, whole: bool = False, max_pixels: 
         normalize = transforms.Normalize(made.mean, made.std)
         x, box = normalize(transforms.functional.to_tensor(image)), (0.0, 0.0, *map(float, image.size))
     else:
-        check_narrow(image, made, max_pixels)
+        made.check_sides(*image.size, max_pixels)
         x, box = made.transform(image), seen_box(image.width, image.height, made.size, made.crop)
     mean, std = (torch.tensor(values)[:, None, None] for values in (made.mean, made.std))
     pixels = (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
     return View(x[None].to(next(made.model.parameters()).device), pixels, box)
-
-
-def check_narrow(image: Image.Image, made: Trained, max_pixels: int) -> None:
-    short = int(made.size / made.crop)
-    long = short * max(image.size) // min(image.size)
-    if made.size > SMALL and short * long > max_pixels:
-        what = f"too narrow an image ({image.width} x {image.height} pixels, {short} x {long} once resized)"
-        raise UserError(f"{what}: crop it, or raise --max-pixels")
 
 
 def seen_box(width: int, height: int, size: int, crop: float) -> tuple[float, float, float, float]:
@@ -105,8 +96,7 @@ def seen_box(width: int, height: int, size: int, crop: float) -> tuple[float, fl
 
 def load(args: argparse.Namespace) -> Trained:
     """Return the classifier of add_options; raise UserError if it is another library's."""
-    device = choose_device(args.device or "cuda", given=args.device is not None, local_rank=None)
-    made = trained.load(args.weights, args.model, device)
+    made = trained.load(args.weights, args.model, choose(args.device))
     if not isinstance(made.model, gvt.Twins):
         raise UserError(f"not a Twins ({made.name}): use one of {', '.join(gvt.MODEL_NAMES)}")
     return made
@@ -148,10 +138,7 @@ def new_files(folder: Path, names: Sequence[str], *, overwrite: bool) -> None:
     if existing and not overwrite:
         count = f"{len(existing)} of {len(names)} figures exist already, {existing[0]} the first"
         raise UserError(f"{count} (--output {folder}): choose another folder, or pass --overwrite")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder (--output {folder}): {error.strerror}") from error
+    make_folder(folder, "--output")
 
 
 def overlay(axis: Axes, view: View, column: int, heat: Tensor | None, patch: int = 1) -> float:
@@ -174,12 +161,7 @@ def overlay(axis: Axes, view: View, column: int, heat: Tensor | None, patch: int
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG; raise UserError if it cannot be written, no part of it is there then."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=110)
-    try:
-        atomic_write(path, lambda file: file.write(content.getvalue()))
-    except OSError as error:
-        raise UserError(f"cannot write ({path}): {error.strerror}; is there room, and the right to write?") from error
+    write_file(path, "--output", lambda file: figure.savefig(file, format="png", dpi=110))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -1,10 +1,7 @@
 """Files about predictions: rows for each image, per-class scores, and the confusion matrix."""
 
-import csv
-import io
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,78 +12,14 @@ from torch.utils.data import Dataset
 
 from samplers import eval_indices
 from training.errors import UserError
-from training.files import atomic_write
 from training.options import Options
+from training.outputs import TABLES, check_new, csv_lines, write_file, write_rows
 from utils import all_gather, in_main_process, log
 
-TABLES = (".csv", ".json", ".jsonl")
 MOST_DRAWN = 50  # classes of a confusion matrix that can be read as an image
 PAIRS = 20  # shown instead
 LONGEST = 30  # characters of a name in a figure
 TEXT = dict(fontsize=8, parse_math=False)  # a name may hold a $
-
-
-# ---------------------------------------------------------------- files
-
-
-def check_new(
-    path: Path, option: str, *, overwrite: bool, suffixes: Sequence[str] = (), made: Path | None = None
-) -> None:
-    """Raise UserError if a file cannot be written there: another suffix, no such folder, or it exists.
-
-    made: a folder that will be made before the file is written.
-    """
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise UserError(f"no such format ({option} {path}): give a name that ends in {' or '.join(suffixes)}")
-    folder = path.absolute().parent
-    if not folder.is_dir() and (made is None or folder != made.absolute()):
-        raise UserError(f"no such folder ({option} {path}): make it first")
-    if path.is_dir() or (not overwrite and (path.exists() or path.is_symlink())):
-        raise UserError(f"it exists already ({option} {path}): give another name, or pass --overwrite for a file")
-
-
-def write_file(path: Path, option: str, write: Callable) -> None:
-    """Write a file atomically; raise UserError if that fails."""
-    try:
-        atomic_write(path, write)
-    except OSError as error:
-        raise UserError(f"cannot write ({option} {path}): {error.strerror or error}; nothing was written") from error
-
-
-def write_rows(path: Path, option: str, fields: Sequence[str], rows: Iterable[Mapping]) -> None:
-    """Write rows as they come, as CSV, JSON or JSON lines by the suffix. A list in a cell of CSV is JSON."""
-    kind = path.suffix.lower()
-    lines = csv_lines(fields, rows) if kind == ".csv" else json_array(rows) if kind == ".json" else json_lines(rows)
-
-    def write(file) -> None:
-        for line in lines:
-            file.write(line.encode("utf-8", "surrogateescape"))  # names of files may be any bytes
-
-    write_file(path, option, write)
-
-
-def csv_lines(fields: Sequence[str], rows: Iterable[Mapping]) -> Iterator[str]:
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(fields)
-    for row in rows:
-        yield buffer.getvalue()
-        buffer.seek(0)
-        buffer.truncate()
-        writer.writerow(json.dumps(row[name]) if isinstance(row[name], list) else row[name] for name in fields)
-    yield buffer.getvalue()
-
-
-def json_lines(rows: Iterable[Mapping]) -> Iterator[str]:
-    yield from (json.dumps(row) + "\n" for row in rows)
-
-
-def json_array(rows: Iterable[Mapping]) -> Iterator[str]:
-    start = "[\n"
-    for row in rows:
-        yield start + json.dumps(row)
-        start = ",\n"
-    yield "[]\n" if start == "[\n" else "\n]\n"
 
 
 # ---------------------------------------------------------------- the record of an evaluation

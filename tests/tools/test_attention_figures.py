@@ -13,7 +13,7 @@ import gvt
 from gvt_ops import accelerate
 from tools import attention, trained, views
 from tools.attention import PATCHES, attention_maps, rollout
-from training import checkpoint
+from training import checkpoint, outputs
 from training.errors import UserError, exit_code
 
 NAMES = ("alt_gvt_demo", "pcpvt_tiny")
@@ -349,7 +349,7 @@ def test_a_folder_that_cannot_be_made_and_a_disk_that_is_full(weights, photo, tm
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(views, "atomic_write", full)
+    monkeypatch.setattr(outputs, "atomic_write", full)
     assert run(photo, "--weights", weights, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "cat_stage1.png): No space left on device; is there room" in error
