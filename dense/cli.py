@@ -20,7 +20,7 @@ import torch.distributed
 
 from dense import libraries
 from training import files, launcher
-from training.errors import Preempted, UserError, exit_code, library_reason, print_error, short_reason
+from training.errors import Preempted, UserError, exit_code, print_error, short_reason
 from training.processes import StopSignals, explain, is_out_of_shared_memory, loading_error
 from utils import environment, in_main_process, is_main_process, keep_freed_memory, leave, process_group
 
@@ -193,16 +193,14 @@ def join_processes(cfg) -> None:
 def build_runner(args, cfg, payload: dict):
     """Return the runner of a config, which will not read the file of `payload` again."""
     from dense.checks import StartChecks
-    from dense.runner import TwinsRunner
+    from dense.runner import TwinsRunner, must_build
 
     try:
-        with libraries.quiet():
+        with libraries.quiet(), must_build(args.config):
             runner = TwinsRunner.from_cfg(cfg)
     except ImportError as error:
         what = f"a package of the config is not installed ({args.config})"
         raise UserError(f"{what}: {short_reason(error)}; install it, or change the config") from error
-    except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:
-        raise UserError(f"cannot build from the config ({args.config}): {library_reason(error)}; fix it") from error
     runner.register_hook(StartChecks())
     runner.opened = {cfg.load_from: payload}
     if is_main_process():

@@ -124,6 +124,16 @@ class Meaning:
         """Return which values (256,) are those of a class."""
         return (self.classes_of < len(self.classes)) & (self.classes_of != self.ignored)
 
+    @property
+    def wrong(self) -> np.ndarray:
+        """Return which values (256,) mean neither a class nor none."""
+        return (self.classes_of >= len(self.classes)) & (self.classes_of != self.ignored)
+
+    @property
+    def known(self) -> str:
+        first = int(self.reduced)
+        return f"{len(self.classes)} classes have values {first} to {len(self.classes) - 1 + first}"
+
 
 def ranges(values: Sequence[int]) -> str:
     """Return sorted integers as text: 0 to 3, 255."""
@@ -168,9 +178,8 @@ def label_findings(
 
 def wrong_values(counts: np.ndarray, pixels: np.ndarray, meaning: Meaning, where: str) -> str | None:
     """Return an error for labels that cannot be what the config says; None if they can be."""
-    found, number, first = np.flatnonzero(counts), len(meaning.classes), int(meaning.reduced)
-    wrong = (meaning.classes_of >= number) & (meaning.classes_of != meaning.ignored) & (counts > 0)
-    known = f"{number} classes have values {first} to {number - 1 + first}"
+    found, number, known = np.flatnonzero(counts), len(meaning.classes), meaning.known
+    wrong = meaning.wrong & (counts > 0)
     if wrong.any():
         files = int(pixels[:, wrong].any(1).sum())
         what = f"labels of no class ({where}): values {ranges(np.flatnonzero(wrong))} in {files} of {len(pixels)} files"

@@ -3,7 +3,6 @@
 import colorsys
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from torch import nn
 from tqdm import tqdm
 
 from dense import libraries
-from training import files
-from training.errors import UserError, exit_code, library_reason
+from training.errors import UserError, exit_code
 from training.folders import image_files, numbered_names
+from training.outputs import check_folder, make_folder, write_file
 from utils import keep_freed_memory, log
 
 LINE = 18  # pixels of a line of the legend
@@ -57,26 +56,24 @@ def run(args, library: str) -> int:
         raise UserError("images, config and checkpoint are needed (command line): IMAGES... CONFIG CHECKPOINT")
     *words, config, weights = args.words
     paths = image_files(words)
-    if args.out_dir.exists() and not args.overwrite and any(args.out_dir.iterdir()):
-        raise UserError(f"the folder holds files (--out-dir {args.out_dir}): choose another, or pass --overwrite")
+    if not paths:
+        raise UserError(f"no images ({', '.join(words)}): give files, folders or globs")
+    check_folder(args.out_dir, "--out-dir", overwrite=args.overwrite)
     keep_freed_memory()
     libraries.load(library)
     predictor = Predictor(config, weights, args.cfg_options, library, args.device)
     drawer = (Segments if library == "mmseg" else Objects)(predictor, args)
     unread = 0
-    try:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
-        for path, name in zip(tqdm(paths, unit="image", disable=None), numbered_names(paths)):
-            try:
-                pixels, result = predictor(path)
-            except UserError as error:
-                unread += 1
-                tqdm.write(str(error))
-                continue
-            tqdm.write(f"{path}: {drawer.write(path, pixels, result, args.out_dir / name)}")
-        drawer.finish(args.out_dir)
-    except OSError as error:
-        raise UserError(f"cannot write (--out-dir {args.out_dir}): {error.strerror or error}") from error
+    make_folder(args.out_dir, "--out-dir")
+    for path, name in zip(tqdm(paths, unit="image", disable=None), numbered_names(paths)):
+        try:
+            pixels, result = predictor(path)
+        except UserError as error:
+            unread += 1
+            tqdm.write(str(error))
+            continue
+        tqdm.write(f"{path}: {drawer.write(path, pixels, result, args.out_dir / name)}")
+    drawer.finish(args.out_dir)
     log(f"{len(paths) - unread} of {len(paths)} images, results in {args.out_dir}")
     return 1 if unread else 0
 
@@ -102,11 +99,8 @@ class Predictor:
         cfg.model.backbone.pretrained = None
         payload = checkpoint.load(weights)
         registry = importlib.import_module(f"{library}.registry")
-        try:
-            with libraries.quiet():
-                model = registry.MODELS.build(cfg.model)
-        except Exception as error:  # a config may be wrong in any way
-            raise UserError(f"cannot build from the config ({config}): {library_reason(error)}; fix it") from error
+        with libraries.quiet(), runner.must_build(config):
+            model = registry.MODELS.build(cfg.model)
         checkpoint.load_into(model, runner.model_state(payload, weights), source=weights, may_have=runner.UNUSED)
         self.model: nn.Module = revert_sync_batchnorm(model).to(device).eval()
         about = dict(registry.DATASETS.get(cfg.test_dataloader.dataset.type).METAINFO)
@@ -155,7 +149,7 @@ def with_legend(pixels: np.ndarray, entries: list[tuple[str, tuple[int, int, int
 
 
 def save(path: Path, image: Image.Image) -> None:
-    files.atomic_write(path, lambda file: image.save(file, "PNG"))
+    write_file(path, "--out-dir", lambda file: image.save(file, "PNG"))
 
 
 class Segments:
@@ -235,4 +229,5 @@ class Objects:
         if self.save_json:
             categories = [dict(id=number, name=name) for number, name in enumerate(self.classes, start=1)]
             content = dict(images=self.images, annotations=self.annotations, categories=categories)
-            files.write_text(folder / "predictions.json", json.dumps(content) + os.linesep)
+            text = (json.dumps(content) + "\n").encode()
+            write_file(folder / "predictions.json", "--out-dir", lambda file: file.write(text))

@@ -76,7 +76,7 @@ def with_one_more_class(config: object) -> object:
 
 @contextlib.contextmanager
 def must_build(part: str) -> Iterator[None]:
-    """Turn what mmengine makes of a wrong key in a part of the config into one line."""
+    """Turn what the libraries make of a wrong key in a config, or in a part of it, into one line."""
     try:
         yield
     except (TypeError, KeyError, ValueError, AttributeError, AssertionError) as error:

@@ -142,6 +142,13 @@ class TwinsLoadImage(LoadImageFromFile):
         with opened(path, max_pixels=self.reader.max_pixels) as file:
             return orientation_of(file)
 
+    def shape(self, path: str) -> tuple[int, int]:
+        """Return the height and width that an image will have, without decoding it."""
+        with opened(path, max_pixels=self.reader.max_pixels) as file:
+            size, transposed = file.size[::-1], ORIENTATIONS[orientation_of(file)][0]
+            shown = file.format == "TIFF"  # whose size Pillow gives as it is shown
+        return size[::-1] if transposed and shown != (self.reader.exif == "apply") else size
+
 
 def unwrapped(dataset: object) -> list:
     """Return a data set in a list, or those that it wraps."""
@@ -214,6 +221,14 @@ def another_size(what: str, path: str, size: tuple[int, int], results: dict) -> 
         advice = f"the EXIF orientation is {orientation}, and the labels are those of the {of}"
     sizes = f"{size[0]} x {size[1]}, the image is {shape[0]} x {shape[1]}"
     return UserError(f"{what} of another size than their image ({path}): {sizes}; {advice}")
+
+
+def check_listed_size(path: str, listed: tuple[int, int], shape: tuple[int, int], orientation: int) -> None:
+    """Raise UserError if annotations give an image another size than it has. orientation: from annotations to image."""
+    size = listed[::-1] if ORIENTATIONS[orientation][0] else listed
+    if shape != size:
+        about = dict(ori_shape=shape, label_orientation=orientation, img_path=path)
+        raise another_size("annotations", path, size, about)
 
 
 # ---------------------------------------------------------------- boxes and masks
@@ -318,11 +333,7 @@ class CheckedPrepareData:
         shape = tuple(sample.metainfo.get("ori_shape", ()))[:2]
         listed = (info.get("height"), info.get("width"))
         if shape and None not in listed:
-            orientation = sample.label_orientation
-            size = listed[::-1] if ORIENTATIONS[orientation][0] else listed
-            if shape != size:
-                about = dict(ori_shape=shape, label_orientation=orientation, img_path=info["img_path"])
-                raise another_size("annotations", info["img_path"], size, about)
+            check_listed_size(info["img_path"], listed, shape, sample.label_orientation)
         if self.classes and "gt_sem_seg" in sample:
             labels = sample.gt_sem_seg.data
             wrong = labels[(labels >= self.classes) & (labels != self.dataset.ignore_index)]

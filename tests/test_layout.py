@@ -82,7 +82,7 @@ ARROWS = {
     },
     "dense/demo": {
         *("dense/cli", "dense/libraries", "dense/runner"),
-        *(f"training/{name}" for name in ("checkpoint", "errors", "files", "folders", "options")),
+        *(f"training/{name}" for name in ("checkpoint", "errors", "folders", "options", "outputs")),
         "utils",
     },
     "main": {

@@ -12,7 +12,7 @@ import numpy as np
 from dense import libraries
 from tools.check_files import Finding, Item, verify
 from training.errors import UserError, library_reason
-from training.images import ORIENTATIONS, opened, orientation_of, turn
+from training.images import turn
 from utils import ROOT, log
 
 
@@ -94,14 +94,13 @@ def loader(reading: tuple):
 
 def look_at_image(path: str, reading: tuple, size: tuple[int, int] | None = None) -> None:
     """Decode an image. size: height and width that annotations give it."""
-    from dense.transforms import another_size
+    from dense.transforms import check_listed_size
 
-    verify(path, loader(reading).reader.max_pixels)
-    image, _ = loader(reading).reader.read(path)
-    orientation, shape = loader(reading).label_orientation(path), image.size[::-1]
-    if size and (size[::-1] if ORIENTATIONS[orientation][0] else size) != shape:
-        about = dict(ori_shape=shape, label_orientation=orientation, img_path=path)
-        raise another_size("annotations", path, size, about)
+    load = loader(reading)
+    verify(path, load.reader.max_pixels)
+    image, _ = load.reader.read(path)
+    if size:
+        check_listed_size(path, size, image.size[::-1], load.label_orientation(path))
 
 
 def look_at_labels(path: str, image: str, meaning, reading: tuple) -> None:
@@ -109,22 +108,15 @@ def look_at_labels(path: str, image: str, meaning, reading: tuple) -> None:
     from dense.data_checks import ranges
     from dense.transforms import another_size, read_labels
 
-    labels = read_labels(path)
-    orientation = loader(reading).label_orientation(image)
-    with opened(image, max_pixels=loader(reading).reader.max_pixels) as file:
-        size, stored = file.size[::-1], file.format != "TIFF"
-        shown = stored and ORIENTATIONS[orientation_of(file)][0] and loader(reading).reader.exif == "apply"
-    shape = size[::-1] if shown else size
-    if turn(labels, orientation).shape != shape:
+    load = loader(reading)
+    orientation, shape = load.label_orientation(image), load.shape(image)
+    labels = turn(read_labels(path), orientation)
+    if labels.shape != shape:
         about = dict(ori_shape=shape, label_orientation=orientation, img_path=image)
-        raise another_size("labels", path, turn(labels, orientation).shape, about)
+        raise another_size("labels", path, labels.shape, about)
     values = np.unique(labels)
-    classes = meaning.classes_of[values]
-    wrong = values[(classes >= len(meaning.classes)) & (classes != meaning.ignored)]
-    if len(wrong):
-        first = int(meaning.reduced)
-        known = f"{len(meaning.classes)} classes have values {first} to {len(meaning.classes) - 1 + first}"
-        raise UserError(f"labels of no class ({path}): values {ranges(wrong)}, but {known}")
+    if len(wrong := values[meaning.wrong[values]]):
+        raise UserError(f"labels of no class ({path}): values {ranges(wrong)}, but {meaning.known}")
 
 
 # ---------------------------------------------------------------- detection

@@ -134,6 +134,8 @@ def opened(path: str, what: str = "an image", *, max_pixels: int = MAX_PIXELS) -
         with Image.open(path, formats=formats()) as file:
             if file.width * file.height > max_pixels:
                 raise too_large(path, f"{file.width} x {file.height}")
+            if file.format == "TIFF":
+                file.filename = ""  # Pillow mixes up the sides of a turned gray TIFF that it maps into memory
             yield file
     except UserError:
         raise

@@ -198,6 +198,18 @@ def test_settings_reach_all_pipelines():
     assert str(cfg).count("'exif': 'ignore'") == 3
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_shape_is_known_without_decoding(orientation, exif, name, tmp_path):
+    tag = Image.Exif()
+    tag[274] = orientation
+    Image.fromarray(np.zeros(SHOWN, np.uint8)).save(tmp_path / name, exif=tag)
+    load = TwinsLoadImage(exif=exif)
+    image = load.transform(dict(img_path=str(tmp_path / name)))["img"]
+    assert load.shape(str(tmp_path / name)) == image.shape[:2]
+
+
 # ---------------------------------------------------------------- one reader
 
 

@@ -235,6 +235,17 @@ def test_all_orientations_under_both_readings(orientation, name, tmp_path, capsy
     assert ("EXIF orientation other than 1, ignored" in lines_of(reader, capsys)) == (orientation != 1)
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_gray_tiff_that_is_not_compressed(orientation, tmp_path):
+    """Pillow 12 and 13 alone mix up its sides where it is turned on its side."""
+    shown = np.random.default_rng(0).integers(0, 256, (6, 8)).astype(np.uint8)
+    stored, exif = np.ascontiguousarray(turn(shown, inverse(orientation))), Image.Exif()
+    exif[274] = orientation
+    path = saved(tmp_path, Image.fromarray(stored), "x.tif", exif=exif)
+    assert np.array_equal(read(path, exif="apply")[0][..., 0], shown)
+    assert np.array_equal(read(path)[0][..., 0], stored)
+
+
 def test_turning_is_what_pillow_does():
     from PIL import ImageOps
 
