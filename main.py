@@ -46,7 +46,7 @@ import gvt
 import utils
 from losses import build_criterion, build_mixup
 from training import processes, reports, resume
-from training.checkpoint import Checkpoint, finetune, load_into
+from training.checkpoint import Checkpoint, finetune, load_into, number_of_classes
 from training.errors import NonFiniteError, Preempted, UserError, print_error, short_reason
 from training.options import Options
 from training.processes import StopSignals
@@ -167,17 +167,14 @@ def evaluate(args: Options, device: torch.device) -> None:
         stored.pop("model", None)
     for line in (f"evaluating {file.source}", *options.take_stored(args, stored)):
         log(line)
-    head = state.get("head.weight")
-    if head is None or head.ndim != 2:
-        raise UserError(f"no classifier in the weights ({file.source}): expected head.weight, --finetune can add one")
-    classes = file.class_names
+    number, classes = number_of_classes(state, file.source), file.class_names
     if args.data_set == "IMNET":
-        classes = datasets.match_classes(datasets.class_folders(Path(args.data_path) / "val"), classes, len(head))
+        classes = datasets.match_classes(datasets.class_folders(Path(args.data_path) / "val"), classes, number)
     val_set = datasets.build_val_set(args, classes)
-    if len(val_set.classes) != len(head):
-        counts = f"{len(val_set.classes)}, the classifier has {len(head)}"
+    if len(val_set.classes) != number:
+        counts = f"{len(val_set.classes)}, the classifier has {number}"
         raise UserError(f"other classes than the weights' ({args.data_path}): {counts}")
-    model = build_model(args, len(head))
+    model = build_model(args, number)
     load_into(model, state, source=file.source, report=args.report)
     model = compile_model(prepare_model(model, args, device), args)
     loader = datasets.build_val_loader(args, val_set, device)

@@ -259,10 +259,10 @@ def mask_findings(content: dict, path: str, *, most: int | None = None, scored: 
         kind = "error" if missing or scored else "warning"
         yield Finding(kind, path, f"{what}; fix or remove the annotation")
     good = [each for each in looked if each["id"] not in problems]
-    unfit = [each for each in good if not fits_box(decoded_box(each["segmentation"]), each["bbox"])]
-    if unfit:
-        what = f"masks that do not fit their boxes ({path}): {len(unfit)} of {len(looked)}, {as_ids(unfit)}"
-        kind = "error" if 2 * len(unfit) > len(looked) else "warning"
+    misfits = [each for each in good if not fits_box(decoded_box(each["segmentation"]), each["bbox"])]
+    if misfits:
+        what = f"masks that do not fit their boxes ({path}): {len(misfits)} of {len(looked)}, {as_ids(misfits)}"
+        kind = "error" if 2 * len(misfits) > len(looked) else "warning"
         yield Finding(kind, path, f"{what}; check which of them is on the object")
 
 

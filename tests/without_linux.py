@@ -1,4 +1,4 @@
-"""Run main.py as if the system were not Linux: python tests/without_linux.py main.py's options, or -m MODULE options."""
+"""Run main.py as if the system were not Linux: python tests/without_linux.py OPTIONS, or -m MODULE OPTIONS."""
 
 import multiprocessing
 import os

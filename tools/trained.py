@@ -15,7 +15,7 @@ from gvt_ops import accelerate
 from gvt_ops.loading import class_names, size_and_crop
 from gvt_ops.transforms import SMALL, eval_transform
 from training import formats
-from training.checkpoint import Checkpoint, load_into
+from training.checkpoint import Checkpoint, load_into, number_of_classes
 from training.errors import UserError
 from utils import log
 
@@ -55,23 +55,19 @@ def load(weights: str, model: str | None = None, device: torch.device | str = "c
     """
     file = Checkpoint.open(weights)
     state, stored = file.weights(), file.options
-    head = state.get("head.weight")
-    if head is None or head.ndim != 2:
-        raise UserError(
-            f"no classifier in the weights ({file.source}): expected head.weight, give a trained classifier"
-        )
+    number = number_of_classes(state, file.source)
     name = model_name(model or stored.get("model"), state, file.source, given=model is not None)
     try:
         size, crop = size_and_crop(stored, file.source)
     except ValueError as error:
         raise UserError(f"{error}: use another checkpoint") from None
-    classes = class_names(file.class_names, len(head))
+    classes = class_names(file.class_names, number)
     if classes is None:
-        classes = [f"class {number}" for number in range(len(head))]
-        log(f"no class names in the weights ({file.source}): its {len(head)} classes are numbered from 0")
-    if len(classes) != len(head):
-        raise UserError(f"{len(classes)} class names for {len(head)} outputs ({file.source}): use another checkpoint")
-    network = timm.create_model(name, num_classes=len(head))
+        classes = [f"class {index}" for index in range(number)]
+        log(f"no class names in the weights ({file.source}): its {number} classes are numbered from 0")
+    if len(classes) != number:
+        raise UserError(f"{len(classes)} class names for {number} outputs ({file.source}): use another checkpoint")
+    network = timm.create_model(name, num_classes=number)
     load_into(network, state, source=file.source, lists_all="TWINS_DEBUG=1")
     network = accelerate(network) if fast and isinstance(network, gvt.Twins) else network
     normal = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -282,6 +282,15 @@ def all_finite(value: Tensor) -> bool:
 # ---------------------------------------------------------------- weights
 
 
+def number_of_classes(state: Mapping[str, Tensor], source: str) -> int:
+    """Return the number of a classifier's outputs; raise UserError for weights without a classifier."""
+    head = state.get("head.weight")
+    if head is None or head.ndim != 2:
+        what = f"no classifier in the weights ({source}): expected head.weight"
+        raise UserError(f"{what}, main.py --finetune can add one")
+    return len(head)
+
+
 class Checkpoint:
     """What a file holds, and the file's name for messages. Its weights have their official names, whatever the file
     calls and wraps them; of a segmentor or detector, they are the backbone's.

@@ -1,4 +1,6 @@
-"""What people's label images and annotations are: the right score, or a line that names what is wrong before the run."""
+"""What people's label images and annotations are: the right score, or a line that names what is wrong before the
+run.
+"""
 
 import copy
 import json
@@ -76,14 +78,14 @@ def test_a_line_counts_values_and_pixels():
 @pytest.mark.parametrize(
     ("values", "about", "says"),
     [
-        ([[0, 255], [0], [255]], meaning(2), "masks of 0 and 255 (data/labels): 255 means no class, 2 classes have values 0 to 1; write class indices in place of 255"),
+        ([[0, 255], [0], [255]], meaning(2), "masks of 0 and 255 (data/labels): 255 means no class, 2 classes have values 0 to 1; " "write class indices in place of 255"),
         ([[0, 255]], meaning(2, reduced=True), "masks of 0 and 255 (data/labels): 255 means no class, 2 classes have values 1 to 2;"),
-        ([[0, 1], [1, 0]], meaning(2, reduced=True), "reduce_zero_label=True removes a class (data/labels): values 0 to 1 are as many as the classes, value 2 of 'bee' is missing; set reduce_zero_label=False"),
+        ([[0, 1], [1, 0]], meaning(2, reduced=True), "reduce_zero_label=True removes a class (data/labels): values 0 to 1 are as many as the " "classes, value 2 of 'bee' is missing; set reduce_zero_label=False"),
         ([[0], [0]], meaning(2, reduced=True), "no pixel of any class (data/labels): values 0 mean none"),
         ([[255]], meaning(3), "no pixel of any class (data/labels): values 255 mean none, 3 classes have values 0 to 2"),
-        ([[0, 1], [0, 7, 128], [9]], meaning(3), "labels of no class (data/labels): values 7, 9, 128 in 2 of 3 files, but 3 classes have values 0 to 2"),
-        ([[0, 1], [2, 3]], meaning(3), "labels of no class (data/labels): values 3 in 1 of 2 files, but 3 classes have values 0 to 2; set reduce_zero_label=True if"),
-        ([[0, 1], [4]], meaning(3, reduced=True), "labels of no class (data/labels): values 4 in 1 of 2 files, but 3 classes have values 1 to 3"),
+        ([[0, 1], [0, 7, 128], [9]], meaning(3), "labels of no class (data/labels): values 7, 9, 128 in 2 of 3 files, but 3 classes have " "values 0 to 2"),
+        ([[0, 1], [2, 3]], meaning(3), "labels of no class (data/labels): values 3 in 1 of 2 files, but 3 classes have values 0 " "to 2; set reduce_zero_label=True if"),
+        ([[0, 1], [4]], meaning(3, reduced=True), "labels of no class (data/labels): values 4 in 1 of 2 files, but 3 classes have values 1 " "to 3"),
     ],
 )  # fmt: skip
 def test_labels_that_cannot_be_what_the_config_says(values, about, says, lines):
@@ -455,7 +457,7 @@ FINDINGS = {
     "image ids off by one": (
         change("annotations", "image_id", lambda key: key - 1),
         "error",
-        "annotations of no image (a.json): 3 of 18, image_id 0; image_id is off by one: +1 makes each that of a listed image",
+        "annotations of no image (a.json): 3 of 18, image_id 0; image_id is off by one: +1 makes " "each that of a listed image",
     ),
     "few of no image": (
         change("annotations", "image_id", 77, 0, 4),
@@ -480,7 +482,7 @@ FINDINGS = {
     "capitals": (
         change("categories", "name", str.title),
         "error",
-        "classes missing in the annotations (a.json): 3 of 3, 'ant' is 'Ant' there, 'bee' is 'Bee' there, 'cat' is 'Cat' there; set",
+        "classes missing in the annotations (a.json): 3 of 3, 'ant' is 'Ant' there, 'bee' is " "'Bee' there, 'cat' is 'Cat' there; set",
     ),
     "spaces": (
         change("categories", "name", " bee ", 1),
@@ -565,7 +567,7 @@ FINDINGS = {
     "no area": (
         change("annotations", "area", 0, 4),
         "warning",
-        "boxes (a.json): of 18, 0 leave their image by more than 1 pixel, 0 are smaller than a pixel, 1 have no area, ids 5;",
+        "boxes (a.json): of 18, 0 leave their image by more than 1 pixel, 0 are smaller than a " "pixel, 1 have no area, ids 5;",
     ),
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""image_demo.py of both tasks: what is drawn and written is what the model predicts, for any image, without annotations."""
+"""image_demo.py of both tasks: what is drawn and written is what the model predicts, without annotations."""
 
 import sys
 
@@ -41,7 +41,7 @@ def trained(request, tmp_path_factory):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     folder = tmp_path / "images"
     (folder / "more").mkdir(parents=True)
     Image.fromarray(noise(48, 80)).save(folder / "a.jpg")
@@ -61,18 +61,18 @@ def call(library, capsys, *words):
     return code, capsys.readouterr()
 
 
-def test_results_are_the_models(trained, pictures, tmp_path, capsys):
+def test_results_are_the_models(trained, images, tmp_path, capsys):
     library, config, weights = trained
     out = tmp_path / "out"
     more = ["--save-labels"] if library == "mmseg" else ["--save-json", "--score-thr", "0.0", "--max-boxes", "5"]
-    code, printed = call(library, capsys, pictures, config, weights, "--out-dir", out, *more)
+    code, printed = call(library, capsys, images, config, weights, "--out-dir", out, *more)
     assert code == 0 and f"2 of 2 images, results in {out}" in printed.out
     for name, (width, height) in dict(a=(80, 48), a_2=(64, 40)).items():
         drawn = read(out / f"{name}.png")
         assert drawn.shape[1] > width and drawn.shape[0] >= height  # the legend is beside it
     predictor = demo.Predictor(str(config), str(weights), [], library, "cpu")
-    pixels, result = predictor(str(pictures / "a.jpg"))
-    assert np.array_equal(pixels, read(pictures / "a.jpg"))
+    pixels, result = predictor(str(images / "a.jpg"))
+    assert np.array_equal(pixels, read(images / "a.jpg"))
     if library == "mmseg":
         labels = read(out / "a_labels.png")
         assert np.array_equal(labels, result.pred_sem_seg.data[0].numpy() + 1)  # reduce_zero_label
@@ -104,28 +104,28 @@ def test_an_image_is_predicted_as_it_is_shown(trained, tmp_path):
     assert np.array_equal(pixels, np.rot90(noise(48, 80), -1)) and result.ori_shape == (80, 48)
 
 
-def test_unreadable_images_are_a_line_each(trained, pictures, tmp_path, capsys):
+def test_unreadable_images_are_a_line_each(trained, images, tmp_path, capsys):
     library, config, weights = trained
-    (pictures / "broken.jpg").write_bytes(b"%PDF-1.4")
-    (pictures / "notes.txt").write_text("x")
-    code, printed = call(library, capsys, pictures, config, weights, "--out-dir", tmp_path / "out")
+    (images / "broken.jpg").write_bytes(b"%PDF-1.4")
+    (images / "notes.txt").write_text("x")
+    code, printed = call(library, capsys, images, config, weights, "--out-dir", tmp_path / "out")
     assert code == 1 and "2 of 3 images" in printed.out and "1 .txt" in printed.out
-    assert f"cannot read an image ({pictures / 'broken.jpg'}): a PDF file" in printed.out
+    assert f"cannot read an image ({images / 'broken.jpg'}): a PDF file" in printed.out
     assert len(list((tmp_path / "out").iterdir())) == 2
 
 
-def test_errors_are_one_line_and_write_nothing(trained, pictures, tmp_path, capsys):
+def test_errors_are_one_line_and_write_nothing(trained, images, tmp_path, capsys):
     library, config, weights = trained
     out = tmp_path / "out"
     other = "mmdet" if library == "mmseg" else "mmseg"
     (tmp_path / "held").mkdir()
     (tmp_path / "held" / "x").write_text("")
     for words, says in (
-        ([pictures, config], "IMAGES... CONFIG CHECKPOINT"),
+        ([images, config], "IMAGES... CONFIG CHECKPOINT"),
         ([tmp_path / "none.jpg", config, weights], "no such image or folder"),
-        ([pictures, tmp_path / "none.py", weights], "no such config"),
-        ([pictures, config, tmp_path / "none.pth"], "none.pth"),
-        ([pictures, config, weights, "--out-dir", tmp_path / "held"], "the folder holds files"),
+        ([images, tmp_path / "none.py", weights], "no such config"),
+        ([images, config, tmp_path / "none.pth"], "none.pth"),
+        ([images, config, weights, "--out-dir", tmp_path / "held"], "the folder holds files"),
     ):
         words = words if "--out-dir" in words else [*words, "--out-dir", out]
         code, printed = call(library, capsys, *words)
@@ -134,7 +134,7 @@ def test_errors_are_one_line_and_write_nothing(trained, pictures, tmp_path, caps
         exit_code(
             "x",
             lambda argv: demo.run(demo.demo_parser(other).parse_args(argv), other),
-            [str(w) for w in (pictures, config, weights, "--out-dir", out)],
+            [str(w) for w in (images, config, weights, "--out-dir", out)],
         )
         == 2
     )
@@ -142,11 +142,11 @@ def test_errors_are_one_line_and_write_nothing(trained, pictures, tmp_path, caps
 
 
 @pytest.mark.slow
-def test_the_commands(trained, pictures, tmp_path):
+def test_the_commands(trained, images, tmp_path):
     library, config, weights = trained
     folder = ROOT / libraries.TASKS[library]
     done = run(
-        [sys.executable, "image_demo.py", pictures / "a.jpg", config, weights, "--out-dir", tmp_path / "out"], folder
+        [sys.executable, "image_demo.py", images / "a.jpg", config, weights, "--out-dir", tmp_path / "out"], folder
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "a.png").exists()

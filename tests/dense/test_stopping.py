@@ -311,7 +311,8 @@ def test_a_run_that_is_to_train_longer(segmentor):
         train("mmseg", segmentor, "--work-dir", "run", "--resume-from", "run", *words)
     assert str(caught.value) == (
         "other settings than the checkpoint's (run/iter_4.pth): train_cfg.max_iters 4 -> 8, "
-        "param_scheduler.0.end 5 -> 9, optim_wrapper.optimizer.lr 0.0001 -> 0.5; run it as it was, or pass --resume-changed"
+        "param_scheduler.0.end 5 -> 9, optim_wrapper.optimizer.lr 0.0001 -> 0.5; run it as it "
+        "was, or pass --resume-changed"
     )
     train("mmseg", segmentor, "--work-dir", "run", "--resume-from", "run", "--resume-changed", *words)
     expected = {step: (0.5 - 1e-6) * (1 - (step - 1) / 8) + 1e-6 for step in range(5, 9)}

@@ -1,4 +1,4 @@
-"""python -m tools.export: every format, run and compared with PyTorch; wrong files are not kept; errors are one line."""
+"""python -m tools.export: every format, run and compared with PyTorch; wrong files are not kept."""
 
 import json
 import re

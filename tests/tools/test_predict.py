@@ -208,7 +208,7 @@ class Constant(nn.Module):
 
 @pytest.mark.slow
 def test_thousands_of_images_in_constant_memory(classifier, tmp_path, monkeypatch):
-    """The second thousand images needs no more than the first; all would be 1.5 GB as the model sees them, 0.4 GB as bytes."""
+    """The second thousand images needs no more than the first; all would be 1.5 GB as the model sees them."""
     noise(size=(8, 8)).save(tmp_path / "0.png")
     (tmp_path / "in").mkdir()
     for number in range(2000):
