@@ -125,6 +125,8 @@ def words(data: Path, folder: Path, **changes: object) -> list[str]:
     options = {
         **{"model": "alt_gvt_demo", "input-size": 32, "batch-size": 2, "num_workers": 0, "device": "cpu", "epochs": 3},
         **{"data-path": data, "output_dir": folder, "resume": "auto", "checkpoint-interval": 5},
+        # A schedule for so few steps: main.py warns of the default one, and some programs count the lines.
+        **{"warmup-epochs": 0, "min-lr": 1e-7},
     } | changes
     flags = ["--repeated-aug", "--model-ema", "--dist-eval"]
     return flags + [part for name, value in options.items() for part in (f"--{name}", str(value))]
