@@ -205,14 +205,19 @@ def build(gradio: ModuleType, explorer: Explorer, samples: list[str]):
                     type="filepath", image_mode=None, sources=["upload", "clipboard"], label="drop an image", height=160
                 )
                 shown = gradio.Image(
-                    format="png", interactive=False, label="click: what does this position attend to?", elem_id="shown"
+                    format="png",
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    label="click: what does this position attend to?",
+                    elem_id="shown",
                 )
             with gradio.Column():
                 top = gradio.Label(num_top_classes=TOP, label="prediction", elem_id="top")
                 status = gradio.Textbox(label="status", lines=2, interactive=False, elem_id="status")
                 overlays = gradio.HTML(visible=bool(explorer.overlays))
         outputs = [drop, seen, shown, top, overlays, maps := gradio.HTML(elem_id="maps"), status]
-        drop.upload(explorer.upload, drop, outputs, **QUEUE)
+        # Without preprocessing: Gradio's own would open the file with Pillow, and an error there would keep it.
+        drop.upload(lambda file: explorer.upload(file and file.get("path")), drop, outputs, preprocess=False, **QUEUE)
         if samples:
             gallery = gradio.Gallery(
                 samples, label="examples", columns=EXAMPLES, height=120, allow_preview=False, interactive=False
