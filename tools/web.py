@@ -198,60 +198,49 @@ def build(gradio: ModuleType, explorer: Explorer, samples: list[str]):
     with gradio.Blocks(analytics_enabled=False, title="Twins", delete_cache=(CLEANED_EVERY, KEPT)) as page:
         gradio.Markdown("# Twins")
         gradio.Text(about, show_label=False, container=False)
-        seen = gradio.State(None, time_to_live=KEPT)
         with gradio.Row():
             with gradio.Column():
-                drop = gradio.Image(
-                    type="filepath", image_mode=None, sources=["upload", "clipboard"], label="drop an image", height=160
-                )
-                shown = gradio.Image(
-                    format="png",
-                    interactive=False,
-                    buttons=["fullscreen"],
-                    label="click: what does this position attend to?",
-                    elem_id="shown",
-                )
+                kinds = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"])
+                drop = gradio.Image(label="drop an image", height=160, **kinds)
+                kinds = dict(format="png", interactive=False, buttons=["fullscreen"])
+                shown = gradio.Image(label="click: what does this position attend to?", elem_id="shown", **kinds)
             with gradio.Column():
                 top = gradio.Label(num_top_classes=TOP, label="prediction", elem_id="top")
                 status = gradio.Textbox(label="status", lines=2, interactive=False, elem_id="status")
                 overlays = gradio.HTML(visible=bool(explorer.overlays))
-        outputs = [drop, seen, shown, top, overlays, maps := gradio.HTML(elem_id="maps"), status]
-        # Without preprocessing: Gradio's own would open the file with Pillow, and an error there would keep it.
-        drop.upload(lambda file: explorer.upload(file and file.get("path")), drop, outputs, preprocess=False, **QUEUE)
-        if samples:
-            gallery = gradio.Gallery(
-                samples, label="examples", columns=EXAMPLES, height=120, allow_preview=False, interactive=False
-            )
-
-            def choose(event):
-                return explorer.answer(samples[event.index])
-
-            choose.__annotations__["event"] = gradio.SelectData
-            gallery.select(choose, None, outputs, **QUEUE)
-
-        def click(state, event):
-            return explorer.click(state, event.index)
-
-        click.__annotations__["event"] = gradio.SelectData  # by which gradio knows what to pass
-        shown.select(click, seen, [maps, status], **QUEUE)
+        seen, maps = gradio.State(None, time_to_live=KEPT), gradio.HTML(elem_id="maps")
+        connect(gradio, explorer, samples, [drop, seen, shown, top, overlays, maps, status])
     return page
+
+
+def connect(gradio: ModuleType, explorer: Explorer, samples: list[str], outputs: list) -> None:
+    """Let the page answer uploads, clicks and the examples, which it shows. outputs: components as in Answer."""
+    drop, seen, shown, *_, maps, status = outputs
+
+    def click(state, event):
+        return explorer.click(state, event.index)
+
+    def choose(event):
+        return explorer.answer(samples[event.index])
+
+    for each in (click, choose):
+        each.__annotations__["event"] = gradio.SelectData  # by which gradio knows what to pass
+    # Without preprocessing: Gradio's own would open the file with Pillow, and an error there would keep it.
+    drop.upload(lambda file: explorer.upload(file and file.get("path")), drop, outputs, preprocess=False, **QUEUE)
+    shown.select(click, seen, [maps, status], **QUEUE)
+    if samples:
+        settings = dict(columns=EXAMPLES, height=120, allow_preview=False, interactive=False)
+        gradio.Gallery(samples, label="examples", **settings).select(choose, None, outputs, **QUEUE)
 
 
 def serve(gradio: ModuleType, page, host: str, port: int) -> str:
     """Start the page and return its address; raise UserError if it cannot have the port."""
-    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     limits = dict(max_file_size=MAX_BYTES, state_session_capacity=100)
     alone = dict(share=False, ssr_mode=False, mcp_server=False, enable_monitoring=False, footer_links=[])
+    how = dict(prevent_thread_lock=True, quiet=True, theme=theme, **limits, **alone)
     try:
-        return page.launch(
-            server_name=host,
-            server_port=port,
-            prevent_thread_lock=True,
-            quiet=True,
-            theme=gradio.themes.Default(**fonts),
-            **limits,
-            **alone,
-        )[1]
+        return page.launch(server_name=host, server_port=port, **how)[1]
     except OSError as error:
         raise UserError(
             f"cannot serve (--host {host} --port {port}): {short_reason(error, 120)}; try another"

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tools import attention, trained, web
 from training.errors import UserError, exit_code
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
+# Of Gradio, pandas and asyncio, in threads of the page; ours are errors in the tests without a page.
 WARNS = pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning", "default::ResourceWarning")
 
 
@@ -223,6 +225,12 @@ def asked_outside(monkeypatch):
 
 
 @pytest.fixture
+def short_lived(monkeypatch):
+    monkeypatch.setattr(web, "CLEANED_EVERY", 1)
+    monkeypatch.setattr(web, "KEPT", 1)
+
+
+@pytest.fixture
 def address(classifier, uploads, tmp_path, monkeypatch):
     """A page in this process, with examples."""
     gradio = pytest.importorskip("gradio", reason="the page needs its library: make extra")
@@ -233,6 +241,22 @@ def address(classifier, uploads, tmp_path, monkeypatch):
     page = web.build(gradio, web.Explorer(made, {}, uploads), web.examples(str(tmp_path / "examples")))
     yield web.serve(gradio, page, "127.0.0.1", free_port())
     page.close(verbose=False)
+
+
+@WARNS
+@pytest.mark.slow
+@pytest.mark.parametrize("size, code", [(1000, 200), (web.MAX_BYTES + 1, 413)])
+def test_uploads_are_limited_in_bytes_and_abandoned_ones_are_deleted(short_lived, address, uploads, size, code):
+    httpx = pytest.importorskip("httpx", reason="the page needs its library: make extra")
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        answer = client.post("gradio_api/upload", files=dict(files=("x.png", b"x" * size)))
+    assert answer.status_code == code
+    if code == 200:
+        assert Path(answer.json()[0]).is_relative_to(uploads)
+    deadline = time.monotonic() + 20
+    while (left := list(uploads.rglob("x.png"))) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
 
 
 @WARNS
