@@ -23,12 +23,13 @@ define learn
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install dense extra demo demo-dense test test-fast faults bench lint
+.PHONY: help install dense extra demo demo-dense web test test-fast faults bench lint
 .NOTPARALLEL: # one pip at a time
 
 help:
 	@echo "make demo       install, train a small Twins on handwritten digits, evaluate it, draw what it says (about 3 minutes)"
 	@echo "make demo-dense the same for a segmentor and a detector: digits on photographs, scores and images (4 to 7 minutes after make dense and make demo)"
+	@echo "make web        after make demo: a local page that shows what its model sees, and the models of make demo-dense if they are there"
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (5 to 10 minutes, most of them where make dense ran)"
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
@@ -82,6 +83,15 @@ demo-dense: dense
 	@echo "weights              output/segmentor/iter_600.pth, output/detector/iter_300.pth"
 	@echo "truth, predictions   output/segmentor/images, output/detector/images"
 	@echo "next: your own images, with a copy of one of these configs"
+
+# What make demo-dense leaves, if it ran.
+SEGMENTOR = $(wildcard output/segmentor/iter_600.pth)
+DETECTOR = $(wildcard output/detector/iter_300.pth)
+
+web: extra
+	$(RUN) -m tools.web --weights $(DEMO)/checkpoint_best.pth --examples $(DIGITS)/val \
+		$(if $(SEGMENTOR),--segmentor segmentation/configs/small/fpn_alt_gvt_demo_digits.py $(SEGMENTOR)) \
+		$(if $(DETECTOR),--detector detection/configs/small/mask_rcnn_alt_gvt_demo_digits.py $(DETECTOR))
 
 test: dense extra
 	$(RUN) -m pytest

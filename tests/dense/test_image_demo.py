@@ -14,6 +14,7 @@ from PIL import Image
 from toys import CLASSES, DETECTOR, ROOT, SEGMENTOR, noise, run, write
 
 from dense import demo, libraries
+from tools import web
 from training.errors import exit_code
 
 pytestmark = pytest.mark.filterwarnings(
@@ -150,3 +151,11 @@ def test_the_commands(trained, images, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "a.png").exists()
+
+
+def test_the_page_draws_what_image_demo_draws(trained, images, tmp_path, capsys):
+    library, config, weights = trained
+    code, _ = call(library, capsys, images / "a.jpg", config, weights, "--out-dir", tmp_path / "out")
+    drawn, found = web.overlay(library, str(config), str(weights), "cpu")(str(images / "a.jpg"))
+    assert code == 0 and drawn == (tmp_path / "out" / "a.png").read_bytes()
+    assert found == "nothing found" if library == "mmdet" else any(name in found for name in CLASSES)
