@@ -138,15 +138,3 @@ def errors_of(text: str) -> list[str]:
 
 def log_lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-
-
-def pytest_collection_modifyitems(items) -> None:
-    """Skip the slow tests of exported files unless TWINS_TEST_EXPORT=1: a test process that had run OpenVINO ended with
-    a segmentation fault at the next command that it started.
-    """
-    if os.environ.get("TWINS_TEST_EXPORT") == "1":
-        return
-    reason = "OpenVINO may end the test process: TWINS_TEST_EXPORT=1 runs the slow tests of exported files"
-    for item in items:
-        if item.path.name in ("test_export.py", "test_export_dense.py") and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason=reason))

@@ -91,8 +91,9 @@ def write_openvino(program: ExportedProgram, path: Path, info: dict, images: lis
     model = runtimes.to_openvino(program)
     others = {operation.get_type_name() for operation in model.get_ops()} - {"MatMul"}
     ranges = nncf.quantization.range_estimator.RangeEstimatorParametersSet.MINMAX
-    with contextlib.redirect_stdout(sys.stderr):  # progress
-        model = nncf.quantize(
+    with contextlib.redirect_stdout(sys.stderr), runtimes.openvino_thread() as thread:  # what it prints is progress
+        quantized = thread.submit(
+            nncf.quantize,
             model,
             nncf.Dataset([image.numpy() for image in images]),
             preset=nncf.QuantizationPreset.MIXED,  # zero need not be the middle of a range: GELU's outputs are positive
@@ -101,5 +102,5 @@ def write_openvino(program: ExportedProgram, path: Path, info: dict, images: lis
             advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
         )
     with runtimes.writing(path):
-        openvino.save_model(model, path, compress_to_fp16=False)
+        openvino.save_model(quantized.result(), path, compress_to_fp16=False)
         runtimes.write_info(path, info)

@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,9 @@ def to_openvino(program: ExportedProgram, outputs: Sequence[str] = ("logits",)):
     wrongly at all sizes once the first images had given a last map of 1 x 1.
     """
     openvino = need("openvino")
-    model = openvino.convert_model(program)
+    with openvino_thread() as thread:
+        # The mode that the program's tensors were made in is a thread's.
+        model = thread.submit(torch.inference_mode()(openvino.convert_model), program).result()
     model.inputs[0].get_tensor().set_names({"image"})
     for output, name in zip(model.outputs, outputs, strict=True):
         output.get_tensor().set_names({name})
@@ -134,6 +137,15 @@ def to_openvino(program: ExportedProgram, outputs: Sequence[str] = ("logits",)):
     sides = [openvino.Dimension(SMALLEST, -1) if side == -1 else side for side in sides]
     model.reshape(openvino.PartialShape([batch, channels, *sides]))
     return model
+
+
+def openvino_thread() -> ThreadPoolExecutor:
+    """Return a thread to call OpenVINO in.
+
+    OpenVINO gives the thread that calls it an alternate stack for signals, and frees that memory with the model. In the
+    main thread the next signal with a handler, Ctrl-C or the end of a loader's worker, would end the process.
+    """
+    return ThreadPoolExecutor(1, thread_name_prefix="openvino")
 
 
 @contextlib.contextmanager
@@ -221,8 +233,9 @@ def run_onnx(path: Path) -> Callable[[Tensor], Outputs]:
 def run_openvino(path: Path, default_precision: bool) -> Callable[[Tensor], Outputs]:
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
     settings |= {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = need("openvino").compile_model(path, "CPU", settings)
-    return lambda images: tensors(compiled(images.numpy()).values())
+    thread = openvino_thread()
+    compiled = thread.submit(need("openvino").compile_model, path, "CPU", settings).result()
+    return lambda images: tensors(thread.submit(compiled, images.numpy()).result().values())
 
 
 def sizes_to_check(shape: Shape) -> list[tuple[int, int]]:

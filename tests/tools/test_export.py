@@ -3,11 +3,13 @@
 import json
 import re
 import resource
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
-from conftest import golden_weights, run_main
+from conftest import ROOT, golden_weights, run_main
 
 from tools import digits, runtimes
 from tools import export as tool
@@ -199,6 +201,22 @@ def test_int8_loses_at_most_half_a_point_on_digits(trained_on_digits, tmp_path, 
         r"top-1 on 360 val images: (\S+) % in PyTorch \(float32\), (\S+) % of the file", out
     ).groups()
     assert float(before) > 97 and float(before) - float(after) <= 0.5
+
+
+SIGNAL = """
+import gvt, signal, subprocess, sys, torch
+from tools import runtimes
+signal.signal(signal.SIGCHLD, lambda *_: print("handled"))
+runtimes.open_file("openvino", sys.argv[1])(torch.zeros(1, 3, 32, 32))
+subprocess.run(["true"])
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_after_openvino_is_handled(demo, tmp_path):
+    code, path = run(demo[0], tmp_path, "openvino")
+    done = subprocess.run([sys.executable, "-c", SIGNAL, path], capture_output=True, text=True, cwd=ROOT)
+    assert code == done.returncode == 0 and set(done.stdout.split()) == {"handled"}, done.stderr
 
 
 # ---------------------------------------------------------------- the check
