@@ -49,6 +49,7 @@ from training import processes, reports, resume
 from training.checkpoint import Checkpoint, finetune, load_into, number_of_classes
 from training.errors import NonFiniteError, Preempted, UserError, print_error, short_reason
 from training.options import Options
+from training.precision import amp_dtype, autocast_residuals, memory_format, precision_kwargs
 from training.processes import StopSignals
 from training.run_folder import NON_FINITE, RunFolder, record_images
 from training.state import CheckpointManager, TrainingState
@@ -110,18 +111,6 @@ def set_determinism(wanted: bool) -> None:
 # ---------------------------------------------------------------- what all modes share
 
 
-def amp_dtype(args: Options, device: torch.device) -> torch.dtype:
-    return getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
-
-
-def memory_format(args: Options) -> torch.memory_format:
-    return torch.channels_last if args.channels_last else torch.contiguous_format
-
-
-def precision_kwargs(args: Options, device: torch.device) -> dict:
-    return dict(amp_dtype=amp_dtype(args, device), memory_format=memory_format(args))
-
-
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
@@ -143,13 +132,16 @@ def prepare_model(model: nn.Module, args: Options, device: torch.device) -> nn.M
         model.set_grad_checkpointing(part="mlp")
     elif args.grad_checkpointing:
         model.set_grad_checkpointing()
-    return model.to(device, memory_format=memory_format(args))
+    if args.residual_dtype == "autocast":
+        autocast_residuals(model)
+    # Otherwise the format of the weights stays: PEG's are channels-last, as its gradients are.
+    return model.to(device, memory_format=torch.channels_last) if args.channels_last else model.to(device)
 
 
-def compile_model(model: nn.Module, args: Options) -> nn.Module:
-    # dynamic=False: the last, smaller batch compiles once more, which takes much less than one graph for any size.
+def compile_model(model: nn.Module, args: Options, *, inference: bool = False) -> nn.Module:
+    # The last, smaller batch compiles once more, which takes much less than one graph for any size.
     try:
-        return torch.compile(model, backend=args.torchcompile, dynamic=False) if args.torchcompile else model
+        return gvt_ops.compile(model, inference=inference, backend=args.torchcompile) if args.torchcompile else model
     except RuntimeError as error:
         what = f"no such compiler (--torchcompile {args.torchcompile})"
         raise UserError(f"{what}: pass it without a name for inductor") from error
@@ -176,7 +168,7 @@ def evaluate(args: Options, device: torch.device) -> None:
         raise UserError(f"other classes than the weights' ({args.data_path}): {counts}")
     model = build_model(args, number)
     load_into(model, state, source=file.source, report=args.report)
-    model = compile_model(prepare_model(model, args, device), args)
+    model = compile_model(prepare_model(model, args, device), args, inference=True)
     loader = datasets.build_val_loader(args, val_set, device)
     stats = engine.evaluate(loader, model, device, shared=args.dist_eval, observe=record.add, **kwargs)
     log(f"Accuracy of the network on the {len(val_set)} test images: {stats['acc1']:.1f}%")
@@ -190,7 +182,8 @@ def throughput(args: Options, device: torch.device) -> None:
     else:
         log("images: random numbers (no --data-path)")
         images = torch.randn(args.eval_batch_size, 3, args.input_size, args.input_size)
-    model = compile_model(prepare_model(build_model(args, 1000), args, device).eval(), args)
+    model = prepare_model(build_model(args, 1000), args, device).eval()
+    model = compile_model(model, args, inference=True)
     images = images.to(device, memory_format=memory_format(args))
     engine.throughput(model, images, getattr(torch, args.amp_dtype or "float32"))
 
@@ -258,7 +251,7 @@ def build_networks(
     parallel = network
     if utils.get_world_size() > 1:
         ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(network, device_ids=ids)
+        parallel = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
     # After DistributedDataParallel has given all processes the weights of the first.
     average = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     ema = ModelEmaV3(model, **average) if args.model_ema else None

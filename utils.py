@@ -84,7 +84,7 @@ def init_device(name: str, *, given: bool, dist_url: str = "env://", timeout: fl
     if variables is None:
         log("Not using distributed mode")
     else:
-        join_processes(variables, "nccl" if device.type == "cuda" else "gloo", dist_url=dist_url, timeout=timeout)
+        join_processes(variables, device, dist_url=dist_url, timeout=timeout)
     if device.type == "cpu" and not given:
         log("device: cpu (no CUDA device found)")
     if device.type not in TESTED:
@@ -92,12 +92,16 @@ def init_device(name: str, *, given: bool, dist_url: str = "env://", timeout: fl
     return device
 
 
-def join_processes(variables: dict[str, str], backend: str, *, dist_url: str, timeout: float) -> None:
+def join_processes(variables: dict[str, str], device: torch.device, *, dist_url: str, timeout: float) -> None:
+    """Meet the other processes. Tensors on a GPU go through NCCL, all else through gloo, where a lost process is an
+    error of Python.
+    """
     rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     print(f"| distributed init (rank {rank}): {dist_url}", flush=True)
-    where = dict(init_method=dist_url, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
+    how = dict(backend="cpu:gloo,cuda:nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
+    how |= dict(init_method=dist_url, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
     try:
-        dist.init_process_group(backend, **where)
+        dist.init_process_group(**how)
     except (ValueError, RuntimeError) as error:  # no such address, or a process that does not come
         raise UserError(f"the processes did not meet (--dist_url {dist_url}): {short_reason(error, 120)}") from error
 
@@ -143,9 +147,9 @@ def in_main_process(work: Callable[[], object]) -> object:
     return answer[0]
 
 
-def any_process(value: bool, device: torch.device) -> bool:
+def any_process(value: bool) -> bool:
     """Return in every process whether `value` is true in any."""
-    return bool(all_reduce_sum(torch.tensor(float(value), device=device if get_world_size() > 1 else "cpu")) > 0)
+    return bool(all_reduce_sum(torch.tensor(float(value))) > 0)
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:

@@ -71,3 +71,21 @@ def accelerate(model: nn.Module, enable: bool = True) -> nn.Module:
         if hasattr(module, "accelerated"):
             module.accelerated = enable
     return model
+
+
+def describe(model: nn.Module) -> list[str]:
+    """Return how a model computes its linear layers and attention and why, in one line each."""
+    layers = [module for module in model.modules() if type(module) is Linear]
+    told = [module for module in model.modules() if getattr(module, "accelerated", False)]
+    if not (layers or told):
+        return ["operators: PyTorch's own (gvt_ops.accelerate chooses faster ones)"]
+    weight = layers[0].weight
+    gemm = onednn.unsupported_reason(weight.detach(), weight.detach())
+    library = f"PyTorch's ({gemm})" if gemm else f"oneDNN, {onednn.REASON}"
+    lines = [f"{len(layers)} linear layers: {library}"]
+    if weight.device.type == "cuda":
+        kernel = os.environ.get("TWINS_WINDOW_KERNEL") == "1"
+        lsa = "one Triton kernel" if kernel else "copies of windows, TWINS_WINDOW_KERNEL=1 for one Triton kernel"
+        return [*lines, f"{len(told)} attentions: PyTorch's fused kernels; LSA through {lsa}"]
+    half = "bfloat16 without gradients through batched GEMMs" if gemm is None else "no dtype otherwise"
+    return [*lines, f"{len(told)} attentions: PyTorch's fused kernel; {half}"]

@@ -18,7 +18,8 @@ ARROWS = {
     "gvt_ops/attention": {"gvt_ops/onednn"},
     "gvt_ops/window_attention": {"gvt_ops/attention", "gvt_ops/window_kernel"},
     "gvt_ops/modules": {"gvt_ops/onednn", "gvt_ops/torch_private"},
-    "gvt_ops/__init__": {"gvt_ops/modules", "gvt_ops/torchvision_cpu"},
+    "gvt_ops/compiling": {"gvt_ops/modules"},
+    "gvt_ops/__init__": {"gvt_ops/compiling", "gvt_ops/modules", "gvt_ops/torchvision_cpu"},
     "gvt_ops/transforms": {"gvt_ops/torchvision_cpu"},
     "gvt_ops/loading": {"gvt_ops/torchvision_cpu", "gvt_ops/transforms"},
     "gvt": {"gvt_ops/__init__", "gvt_ops/attention", "gvt_ops/loading", "gvt_ops/window_attention"},
@@ -32,6 +33,7 @@ ARROWS = {
     "engine": {"training/errors", "utils"},
     "samplers": set(),
     "losses": {"gvt_ops/__init__", "training/errors", "training/options"},
+    "training/precision": {"gvt", "training/errors", "training/options"},
     "training/processes": {"training/errors", "training/launcher", "utils"},
     "training/augment": set(),  # what a device does to a batch, drawn in training/batches
     "training/images": {"training/errors", "utils"},
@@ -88,7 +90,7 @@ ARROWS = {
     "main": {
         *("gvt", "gvt_ops/__init__", "utils", "losses", "datasets", "engine"),
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
-        *("training/reports", "training/resume", "training/run_folder", "training/state"),
+        *("training/precision", "training/reports", "training/resume", "training/run_folder", "training/state"),
     },
 }
 FOLDERS = ("gvt_ops", "training", "dense")

@@ -596,6 +596,7 @@ def test_the_published_training_command(processes, toy, tmp_path):
         str(rank) for rank in range(processes)
     ]
     assert done.stdout.count("Start training") == 1 and ACCURACY.search(done.stdout)
+    assert "strides" not in done.stderr, "DistributedDataParallel warns of gradients in another memory format"
     assert f"global batch {4 * processes} (4 x {processes} processes x 1 steps)" in done.stdout
     assert len(checkpoint.load(str(tmp_path / "checkpoint.pth"))["random_states"]) == processes
     assert [line["epoch"] for line in log_lines(tmp_path)] == [0]

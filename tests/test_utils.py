@@ -175,3 +175,18 @@ def test_freed_memory_is_kept():
         )
         found[how] = int(done.stdout)
     assert found["kept"] < found["given back"] / 4
+
+
+@pytest.mark.parametrize(
+    ("device", "how"),
+    [
+        ("cpu", dict(backend="gloo")),
+        ("cuda:1", dict(backend="cpu:gloo,cuda:nccl", device_id=torch.device("cuda:1"))),
+    ],
+)
+def test_what_is_on_no_gpu_goes_through_gloo(device, how, monkeypatch):
+    """Gradients through NCCL, small messages not: gloo tells of a lost process in an error, NCCL ends this one."""
+    asked = []
+    monkeypatch.setattr(utils.dist, "init_process_group", lambda **words: asked.append(words))
+    utils.join_processes({"RANK": "1", "WORLD_SIZE": "2"}, torch.device(device), dist_url="env://", timeout=60)
+    assert how.items() <= asked[0].items() and asked[0]["rank"] == 1

@@ -181,6 +181,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--weight-decay", type=amount, default=0.05, metavar="W", help="(%(default)s)")
     amp = ("float16", "bfloat16", "float32")
     add("--amp-dtype", choices=amp, help="precision of the forward pass (CUDA: float16, CPU: float32)")
+    residual = ("float32", "autocast")
+    what = "of the sums x + f(x) behind each PEG; autocast: --amp-dtype, faster on a GPU (%(default)s)"
+    add("--residual-dtype", default="float32", choices=residual, help=what)
 
     add = parser.add_argument_group("learning rate, set after each epoch").add_argument
     add("--sched", default="cosine", metavar="NAME", help="a schedule of timm (%(default)s)")
@@ -311,6 +314,7 @@ def without_effect(args: Options) -> dict[str, str]:
         "model_ema_warmup": not args.model_ema and "--model-ema is not given",
         "momentum": args.opt.lower() in ("adamw", "adam") and f"--opt {args.opt} has betas",
         "world_size": "the launcher sets the number of processes",
+        "residual_dtype": args.amp_dtype == "float32" and "--amp-dtype is float32",
         "remode": not args.reprob and "--reprob is 0",
         "recount": not args.reprob and "--reprob is 0",
         "inat_category": not args.data_set.startswith("INAT") and f"--data-set {args.data_set} has no categories",

@@ -237,7 +237,7 @@ class CheckpointManager:
 
     def stop_if_asked(self) -> None:
         """Stop inside an evaluation, whose beginning is saved."""
-        if any_process(self.signals.poll("eval", self.state), self.state.device):
+        if any_process(self.signals.poll("eval", self.state)):
             raise self.preempted()
 
     def preempted(self) -> Preempted:

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import gvt
-from gvt_ops import accelerate, modules, onednn
+from gvt_ops import accelerate, describe, modules, onednn
 
 NAMES = ["alt_gvt_demo", "pcpvt_small_v0"]
 X = torch.sin(torch.arange(2 * 3 * 64 * 72).float()).reshape(2, 3, 64, 72)
@@ -264,3 +264,12 @@ def test_an_mlp_takes_many_rows_in_parts(dtype, monkeypatch):
     with torch.no_grad():
         mlp(x)
     assert calls == [x.shape]  # a hook sees the whole
+
+
+def test_what_computes_is_described():
+    model = build()
+    assert describe(model) == ["operators: PyTorch's own (gvt_ops.accelerate chooses faster ones)"]
+    linear, attention = describe(accelerate(model))
+    assert linear.startswith("37 linear layers: ") and attention.startswith("8 attentions: ")
+    assert ("oneDNN, timed" in linear) == onednn.AVAILABLE
+    assert "PyTorch's (x and weight are torch.float64" in describe(model.double())[0] or not onednn.AVAILABLE

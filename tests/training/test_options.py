@@ -72,6 +72,7 @@ PUBLISHED = {
 PUBLISHED_FLAGS = ["--no-repeated-aug", "--no-pin-mem"]  # with the 56 above, 58
 OURS = {
     "amp_dtype": None,
+    "residual_dtype": "float32",
     "fast_augment": False,  # off: its images differ from the published ones by rounding
     "grad_accum_steps": 1,
     "torchcompile": None,

@@ -1,0 +1,31 @@
+"""torch.compile with the settings that suit these models."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from gvt_ops.modules import accelerate
+
+
+def compile(model: nn.Module, *, inference: bool = False, backend: str | Callable = "inductor", **options) -> nn.Module:
+    """Return torch.compile(model, dynamic=False), with settings of Inductor that suit (B, H, W, C) maps.
+
+    - Without layout optimization, which makes every 4-D tensor near a convolution channels-last by the number of its
+      dimensions: H of a (B, H, W, C) map would be innermost, and LayerNorm and GEMMs would copy it first.
+    - inference=True, on a CPU: with freezing, which packs weights for the GEMMs in the first call. Call the model
+      without gradients, and compile it again after weights change. An accelerated model is made plain, for packed GEMMs
+      take the place of accelerate's. Freezing is on for whatever the process compiles from then on.
+
+    dynamic=False: one graph for each shape of images. options: of torch._inductor.config, for this model.
+    """
+    if backend != "inductor":
+        return torch.compile(model, backend=backend, dynamic=False)
+    options = {"layout_optimization": False} | options
+    if inference and next(model.parameters()).device.type == "cpu":
+        from torch._inductor import config  # here: it takes its time
+
+        # Of the process, for the tracer reads it there while it compiles.
+        config.freezing = True
+        accelerate(model, enable=False)
+    return torch.compile(model, backend=backend, dynamic=False, options=options)
