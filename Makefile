@@ -23,7 +23,7 @@ define learn
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install dense extra demo demo-dense web test test-fast faults bench lint
+.PHONY: help install dense extra demo demo-dense web test test-fast test-matrix faults bench lint
 .NOTPARALLEL: # one pip at a time
 
 help:
@@ -32,6 +32,7 @@ help:
 	@echo "make web        after make demo: a local page that shows what its model sees, and the models of make demo-dense if they are there"
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (5 to 10 minutes, most of them where make dense ran)"
+	@echo "make test-matrix install other versions of Python and torch that are to be had, run the everyday tests on each (10 minutes each)"
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
 	@echo "make bench      install, check that ours is no slower than timm's model of the same weights (under 3 minutes)"
 	@echo "make dense      install what segmentation and detection need as well (compiles for 5 to 15 minutes)"
@@ -98,6 +99,9 @@ test: dense extra
 
 test-fast: install
 	$(RUN) -m pytest -m "not slow"
+
+test-matrix:
+	tests/matrix.sh
 
 faults: install
 	$(RUN) tests/faults/all.py

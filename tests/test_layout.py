@@ -53,7 +53,7 @@ ARROWS = {
         *("gvt_ops/__init__", "gvt_ops/transforms", "samplers", "training/batches", "training/errors"),
         *("training/folders", "training/images", "training/options", "utils"),
     },
-    "dense/__init__": set(),
+    "dense/__init__": {"training/__init__"},
     "dense/libraries": {"gvt_ops/__init__", "training/errors"},
     "dense/models": {"gvt"},
     "dense/backbone": {"gvt", "gvt_ops/__init__", "training/checkpoint"},

@@ -105,8 +105,20 @@ def pt2_writer(program: ExportedProgram, info: dict, outputs: Sequence[str]) -> 
 
 def onnx_writer(program: ExportedProgram, info: dict, outputs: Sequence[str]) -> Callable[[Path], None]:
     names = dict(input_names=["image"], output_names=list(outputs))
-    made = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names)
-    return lambda path: save_onnx(made.model_proto, path, info)
+    model = torch.onnx.export(program, dynamo=True, external_data=False, verbose=False, **names).model_proto
+    name_sides(model)
+    return lambda path: save_onnx(model, path, info)
+
+
+def name_sides(model) -> None:
+    """Call the sizes of an ONNX model's images that vary batch, height and width, which the tracer has numbered."""
+    graph = model.graph
+    shape = graph.input[0].type.tensor_type.shape.dim
+    named = {size.dim_param: name for size, name in zip(shape, ("batch", "channels", "height", "width"))}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = named.get(size.dim_param, size.dim_param)
 
 
 def save_onnx(model, path: Path, info: dict) -> None:

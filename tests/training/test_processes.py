@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,3 +168,17 @@ def test_training_and_evaluation_without_linux(toy, tmp_path):
 def test_tools_without_linux(name):
     done = without_linux("-m", f"tools.{name}", "--help")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [["main.py", "--eval"], ["-m", "tools.count"], ["segmentation/train.py", "x"]], ids=str
+)
+def test_threads_that_wait_leave_their_core_to_others(words):
+    """As OpenMP itself reads it when torch is loaded. What the user's environment says holds."""
+    for given, policy in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        settings = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+        settings |= {"OMP_DISPLAY_ENV": "true"}
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=settings, cwd=ROOT)
+        # Each copy of OpenMP says it: OpenCV brings one too.
+        assert set(re.findall(r"OMP_WAIT_POLICY = '(\w+)'", done.stderr)) == {policy}
