@@ -276,7 +276,8 @@ def memory_of(case: Case, name: Name, device: torch.device) -> dict[str, float]:
 def operators(step: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Return the share of a step's time that each operator takes, without those that it calls; the largest first."""
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])], acc_events=True) as trace:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities, acc_events=True) as trace:
         for _ in range(3):
             step()
     attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
