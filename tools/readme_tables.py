@@ -214,7 +214,7 @@ def dense_run_row(folder: Path) -> list[str]:
     return [f"[{folder.name}](logs/{folder.name})", *results, machine, short(environment["commit"])]
 
 
-MODES = ("eager", "compiled", "graphs")
+MODES = ("eager", "compiled", "graphs", "freezing", "onnxruntime", "openvino")
 
 
 def record(name: str, logs: Path = LOGS) -> Path:

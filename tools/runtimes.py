@@ -188,14 +188,14 @@ def staged(output: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------- running
 
 
-def open_file(fmt: str, path: Path, *, default_precision: bool = False) -> Callable[[Tensor], Outputs]:
+def open_file(fmt: str, path: Path, *, precision: str | None = "f32") -> Callable[[Tensor], Outputs]:
     """Return images -> outputs, computed by the file alone with as many threads as torch has.
 
-    default_precision: the one that OpenVINO chooses for the processor, in place of float32.
+    precision: that OpenVINO computes in, f32 or bf16; None for the one that it chooses for the processor.
     """
     if fmt == "pt2":
         return run_pt2(path)
-    return run_onnx(path) if fmt == "onnx" else run_openvino(path, default_precision)
+    return run_onnx(path) if fmt == "onnx" else run_openvino(path, precision)
 
 
 def run_pt2(path: Path) -> Callable[[Tensor], Outputs]:
@@ -214,13 +214,15 @@ def run_onnx(path: Path) -> Callable[[Tensor], Outputs]:
     runtime = need("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    # Its threads would take the cores of whatever runs after it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: tensors(session.run(None, {"image": images.numpy()}))
 
 
-def run_openvino(path: Path, default_precision: bool) -> Callable[[Tensor], Outputs]:
+def run_openvino(path: Path, precision: str | None) -> Callable[[Tensor], Outputs]:
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    settings |= {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
+    settings |= {"INFERENCE_PRECISION_HINT": precision} if precision else {}
     compiled = need("openvino").compile_model(path, "CPU", settings)
     return lambda images: tensors(compiled(images.numpy()).values())
 
