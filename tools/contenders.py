@@ -288,7 +288,7 @@ class Reference:
         self.case, self.device = case, device
 
     def save(self, path: Path) -> tuple[float, float]:
-        """Write the outputs in float64; return their root mean square, and plain PyTorch's error in the case's dtype."""
+        """Write the outputs in float64; return their root mean square, and the error of plain PyTorch in the dtype."""
         exact, plain = self.outputs("float64"), self.outputs(self.case.dtype)
         np.save(path, exact.numpy())
         return rms(exact), rms(plain - exact)

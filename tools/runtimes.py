@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,6 +124,8 @@ def to_openvino(program: ExportedProgram, outputs: Sequence[str] = ("logits",)):
     """Return OpenVINO's model, made from the program: made from an ONNX file, one with sides that vary would answer
     wrongly at all sizes once the first images had given a last map of 1 x 1.
     """
+    # Where this is missing, OpenVINO reports no use of it to its makers, for which it would start processes.
+    sys.modules.setdefault("openvino_telemetry", None)
     openvino = need("openvino")
     model = openvino.convert_model(program)
     model.inputs[0].get_tensor().set_names({"image"})

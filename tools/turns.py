@@ -22,7 +22,8 @@ KINDS = {GEMM: Gemm, REFERENCE: Reference}
 FORKSERVER = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if FORKSERVER else "spawn")
 if FORKSERVER:
-    CONTEXT.set_forkserver_preload(["tools.benchmark"])
+    # What tools.benchmark imports, but not itself: a process runs the main module once more.
+    CONTEXT.set_forkserver_preload(["tools.turns", "tools.count", "tools.readme_tables"])
 
 
 def quiet_threads() -> None:
@@ -34,6 +35,10 @@ def quiet_threads() -> None:
 def serve(pipe: Connection, case: Case, name: Name, device: torch.device, threads: int) -> None:
     """Answer (method, arguments) by (True, result) or (False, reason) until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    if os.environ.get("TWINS_DEBUG") != "1":
+        # Compilers, profilers and converters talk there. What matters is answered.
+        for descriptor in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
     torch.set_num_threads(threads)
     contender = None
     with contextlib.suppress(EOFError, OSError):
