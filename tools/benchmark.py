@@ -118,6 +118,7 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
         "rows": [row(name, case, times.get(name), least, start[name].failed) | facts[name] for name in names],
         "ratios": ratios(found),
         "comparisons": comparisons(found, peer),
+        "fastest": {library: name[1] for library in libraries if (name := best(found, library, MODES))},
     }
 
 
