@@ -1,5 +1,6 @@
 """torch.compile with the settings that suit these models."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ def compile(model: nn.Module, *, inference: bool = False, backend: str | Callabl
 
     - Without layout optimization, which makes every 4-D tensor near a convolution channels-last by the number of its
       dimensions: H of a (B, H, W, C) map would be innermost, and LayerNorm and GEMMs would copy it first.
+      TORCHINDUCTOR_LAYOUT_OPTIMIZATION=1 in the environment keeps it.
     - inference=True, on a CPU: with freezing, which packs weights for the GEMMs in the first call. Call the model
       without gradients, and compile it again after weights change. An accelerated model is made plain, for packed GEMMs
       take the place of accelerate's. Freezing is on for whatever the process compiles from then on.
@@ -21,11 +23,20 @@ def compile(model: nn.Module, *, inference: bool = False, backend: str | Callabl
     """
     if backend != "inductor":
         return torch.compile(model, backend=backend, dynamic=False)
-    options = {"layout_optimization": False} | options
-    if inference and next(model.parameters()).device.type == "cpu":
+    freezing = inference and next(model.parameters()).device.type == "cpu"
+    if freezing:
         from torch._inductor import config  # here: it takes its time
 
         # Of the process, for the tracer reads it there while it compiles.
         config.freezing = True
         accelerate(model, enable=False)
+    options = compile_options(freezing) | options
     return torch.compile(model, backend=backend, dynamic=False, options=options)
+
+
+def compile_options(freezing: bool) -> dict[str, bool]:
+    """Return what compile sets of torch._inductor.config."""
+    options = {"freezing": True} if freezing else {}
+    if "TORCHINDUCTOR_LAYOUT_OPTIMIZATION" not in os.environ:
+        options["layout_optimization"] = False
+    return options

@@ -44,7 +44,11 @@ def test_fused_kernels_serve_every_block(name):
 def test_every_lsa_takes_the_window_kernel(size, dtype, monkeypatch):
     monkeypatch.setattr(window_attention, "WANTED", True)
     model = accelerate(timm.create_model("alt_gvt_small")).cuda().eval()
-    with torch.inference_mode(), torch.autocast("cuda", dtype, enabled=dtype != torch.float32), profile() as trace:
+    with (
+        torch.inference_mode(),
+        torch.autocast("cuda", dtype, enabled=dtype != torch.float32),
+        profile(acc_events=True) as trace,
+    ):
         assert model(torch.randn(2, 3, *size, device="cuda")).isfinite().all()
     calls = {event.key: event.count for event in trace.key_averages()}
     assert calls["twins::attend_in_windows"] == 1 + 1 + 5 + 2

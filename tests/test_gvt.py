@@ -248,7 +248,7 @@ def test_fused_and_unfused_agree(name):
 def test_tensors_reach_the_fused_kernel():
     """One call for each block, in the layout that the fused kernel takes."""
     model = build(DEMO).eval()
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as trace:
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], acc_events=True) as trace:
         model(torch.randn(1, 3, 224, 224))
     calls = {event.key: event.count for event in trace.key_averages()}
     assert calls.get("aten::_scaled_dot_product_flash_attention_for_cpu") == sum(VARIANTS[DEMO].depths)

@@ -1,9 +1,11 @@
 """Time Twins beside other implementations and networks: python -m tools.benchmark [--models NAME ...] [--tasks ...].
 
 One run measures in turns, so that whatever else the machine does affects all alike: our model; timm's model of the same
-weights, or mmsegmentation's backbone (--tasks features); other networks (--peers); and a large GEMM, the machine's peak
-rate. Before anything is timed, all that hold the same weights must give the same logits, maps or gradients. A ratio is
-the median of the rounds' ratios, above 1 where ours is faster.
+weights, or mmsegmentation's backbone (--tasks features); other networks (--peers); each in the modes of --modes, which
+tools/contenders.py describes; and a large GEMM, the machine's peak rate. Each has a process of its own, which sleeps
+while another is timed. Before anything is timed, all that hold the same weights must give the same logits, maps or
+gradients. What cannot run is a row that says why. A ratio is the median of the rounds' ratios, above 1 where ours is
+faster.
 
 What is compared with the peak rate is counted, not measured: the operations of convolutions and matrix products,
 attention's included, two per multiply-add; a training step has its backward pass too. python -m tools.figures draws
@@ -11,15 +13,14 @@ from the results.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
-import multiprocessing
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import gvt
 
@@ -27,262 +28,21 @@ import gvt
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.twins import Twins as TimmTwins
-from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
+from torch import nn
 
 from dense import libraries
-from gvt_ops import accelerate, onednn
+from tools.contenders import GEMM, GEMM_SIDE, RECOMPUTED, REFERENCE, RUNTIMES, SAME_WEIGHTS, Case, Name, build_ours
 from tools.count import FlopCounterMode, conv_flop_count, side
-from tools.measurement import columns, environment, progress, quartiles, run_rounds, seconds, text_table, write_record
+from tools.measurement import columns, environment, progress, quartiles, run_rounds, text_table, write_record
 from tools.readme_tables import MODES, percentages, same_mode
-from training import checkpoint, formats
+from tools.turns import Contender
 from training.errors import UserError, exit_code
 from training.options import Parser, above_zero, count, positive
 
 TASKS = ("inference", "training", "features")
 DTYPES = ("float32", "bfloat16", "float16")
-SAME_WEIGHTS = {"inference": "timm", "training": "timm", "features": "mmseg"}
-RECOMPUTED = "MLP recomputed"  # ours, with less memory
-GEMM = "GEMM"
-GEMM_SIDE = {"cpu": 2048, "cuda": 8192}
-REFERENCE_CHUNK = 8  # images of the float64 reference at once
-SMALLEST_SHARE = 0.01  # of an operator in a profile
 TOLERANCE = 2  # times the rounding error of plain PyTorch in the same dtype
-LOSS_SCALE = {"float16": 1024.0}
-
-Name = tuple[str, str]  # a library or network, and a mode
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """What is measured in turns: a model of gvt.MODEL_NAMES, a task, a dtype, a batch of size x size images."""
-
-    model: str
-    task: str
-    dtype: str
-    batch: int
-    size: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def autocast(self) -> bool:
-        return self.task == "training" and self.dtype in ("bfloat16", "float16")
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return torch.float32 if self.autocast else self.torch_dtype
-
-    def __str__(self) -> str:
-        return f"{self.model} {self.task} {self.dtype} {self.batch} x {self.size} x {self.size}"
-
-
-# ---------------------------------------------------------------- networks
-
-
-def build(case: Case, library: str, device: torch.device) -> nn.Module:
-    """Build "ours", RECOMPUTED, "timm", "mmseg", all with the same weights, or another network of timm by its name."""
-    if library in ("ours", RECOMPUTED):
-        model = build_ours(case)
-        if library == RECOMPUTED:
-            model.set_grad_checkpointing(part="mlp")
-    elif library in SAME_WEIGHTS.values():
-        model = build_peer(case, library)
-    else:
-        torch.manual_seed(0)
-        fixed = timm.get_pretrained_cfg(library).fixed_input_size
-        model = timm.create_model(library, **(dict(img_size=case.size) if fixed else {}))
-    return model.to(device, case.weight_dtype).train(case.task == "training")
-
-
-def build_ours(case: Case) -> nn.Module:
-    """Build with seeded weights, and pad windows at a map's edge as the other library does."""
-    torch.manual_seed(0)
-    if case.task == "features":
-        libraries.load("mmseg")
-        from dense.backbone import TwinsBackbone
-
-        model = TwinsBackbone(gvt.MODEL_NAMES[case.model], drop_path_rate=0.0, pad="published")
-    else:
-        model = timm.create_model(case.model, pad="zero")
-    with torch.no_grad():
-        # Biases and norms are neither all 0 nor all 1: each must find its place in the other library.
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter += 0.02 * torch.randn_like(parameter)
-    return accelerate(model)
-
-
-def build_peer(case: Case, library: str) -> nn.Module:
-    """Build timm's or mmsegmentation's network with our weights, and the official eps of each norm."""
-    v = gvt.VARIANTS[gvt.MODEL_NAMES[case.model]]
-    shape = {name: list(getattr(v, name)) for name in ("mlp_ratios", "depths", "sr_ratios")}
-    shape |= dict(embed_dims=list(v.dims), num_heads=list(v.heads))
-    windows = None if v.window is None else [v.window] * len(v.dims)
-    if library == "timm":
-        model = TimmTwins(img_size=case.size, wss=windows, **shape)
-    else:
-        libraries.load("mmseg")
-        from mmseg.models import backbones
-
-        # The option is spelled so there.
-        own = dict(norm_after_stage=False) if windows is None else dict(norm_after_stage=True, windiow_sizes=windows)
-        model = (backbones.PCPVT if windows is None else backbones.SVT)(qkv_bias=True, **own, **shape)
-        for name, module in model.named_modules():
-            if isinstance(module, nn.LayerNorm):
-                module.eps = 1e-5 if "patch_embeds" in name or name.endswith("attn.norm") else 1e-6
-    state, _, _ = formats.from_official(build_ours(case).state_dict(), library, source=case.model)
-    checkpoint.load_into(model, state, source=case.model)
-    return model
-
-
-# ---------------------------------------------------------------- what is run, and what comes out
-
-
-class Runner:
-    """A network on a batch: step() is what is timed, outputs() what must be equal."""
-
-    def __init__(self, case: Case, module: nn.Module, mode: str, device: torch.device):
-        self.case, self.module = case, module
-        torch.manual_seed(1)
-        self.images = torch.randn(case.batch, 3, case.size, case.size).to(device, case.weight_dtype)
-        self.targets = torch.randint(1000, (case.batch,)).to(device)
-        options = dict(fullgraph=True, dynamic=False, mode="reduce-overhead" if mode == "graphs" else None)
-        self.model = module if mode == "eager" else torch.compile(module, **options)
-        if case.task == "training":
-            self.optimizer = torch.optim.AdamW(module.parameters(), lr=1e-6, fused=True)
-            self.scaler = torch.amp.GradScaler(device.type, enabled=case.dtype == "float16")
-
-    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, dtype=self.case.torch_dtype, enabled=self.case.autocast):
-            return F.cross_entropy(self.model(images), targets)
-
-    def step(self) -> None:
-        if self.case.task != "training":
-            with torch.inference_mode():
-                self.model(self.images)
-            return
-        self.scaler.scale(self.loss(self.images, self.targets)).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def outputs(self, chunk: int | None = None) -> Tensor:
-        """Return logits, maps or gradients as one float64 vector. chunk: images at once (all)."""
-        parts = [part.split(chunk or self.case.batch) for part in (self.images, self.targets)]
-        if self.case.task == "training":
-            return self.gradients(zip(*parts))
-        with torch.inference_mode():
-            results = [self.model(images) for images in parts[0]]
-        tensors = [part for result in results for part in ([result] if isinstance(result, Tensor) else result)]
-        return torch.cat([tensor.flatten() for tensor in tensors]).double()
-
-    def gradients(self, batches) -> Tensor:
-        """Return the gradients of the mean loss over all batches, parameters sorted by name."""
-        scale = LOSS_SCALE.get(self.case.dtype, 1.0)
-        for images, targets in batches:
-            (scale * self.loss(images, targets) * len(images) / self.case.batch).backward()
-        parameters = [parameter for _, parameter in sorted(self.module.named_parameters())]
-        gradients = torch.cat([parameter.grad.flatten() for parameter in parameters]).double() / scale
-        self.module.zero_grad(set_to_none=True)
-        return gradients
-
-
-def reference(case: Case, device: torch.device) -> tuple[Tensor, float]:
-    """Return the outputs in float64, and the root mean square error of plain PyTorch in the case's dtype."""
-    outputs = []
-    for each in (dataclasses.replace(case, dtype="float64"), case):
-        runner = Runner(each, build(each, "ours", device), "eager", device)
-        accelerate(runner.module, enable=False).set_fused_attn(False)
-        outputs.append(runner.outputs(REFERENCE_CHUNK))
-    exact, plain = outputs
-    return exact, rms(plain - exact)
-
-
-def rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()
-
-
-def check_outputs(case: Case, runners: dict[Name, Runner], device: torch.device) -> dict:
-    """Return the errors of all that hold our weights; raise UserError if one is above TOLERANCE times plain PyTorch's.
-
-    An error is the root mean square of the differences from the outputs in float64.
-    """
-    exact, plain_error = reference(case, device)
-    same = ("ours", RECOMPUTED, SAME_WEIGHTS[case.task])
-    errors = {" ".join(name): rms(runner.outputs() - exact) for name, runner in runners.items() if name[0] in same}
-    for name, error in errors.items():
-        # Not `>`: the error of NaN is NaN.
-        if not error <= TOLERANCE * plain_error:
-            off = f"off by {error:.3g}, expected at most {TOLERANCE} x {plain_error:.3g}, the error of the dtype itself"
-            raise UserError(f"outputs differ ({name}, {case}): {off}; nothing was timed")
-    return {"rms_of_outputs": rms(exact), "rms_error_of_dtype": plain_error, "rms_error": errors}
-
-
-# ---------------------------------------------------------------- time and memory
-
-
-def peak_steps(dtype: torch.dtype, device: torch.device) -> dict[Name, Callable[[], object]]:
-    """Return what the machine's peak rate is measured with: GEMMs of both CPU libraries."""
-    a, b, out = (torch.randn(2 * [GEMM_SIDE[device.type]], device=device).to(dtype) for _ in range(3))
-    steps = {(GEMM, "mm"): lambda: torch.mm(a, b, out=out)}
-    if onednn.unsupported_reason(a, b) is None:
-        steps[GEMM, "oneDNN"] = lambda: onednn.linear(a, b)
-    return steps
-
-
-def resident_mb(key: str) -> float:
-    """Return VmRSS (now) or VmHWM (peak) of this process, on Linux."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
-
-
-def peak_memory(case: Case, name: Name, device: torch.device, threads: int) -> dict[str, float]:
-    """Return the MB at the peak of two steps (peak_mb) and before them (rest_mb: network, batch, optimizer).
-
-    For a process of its own. CUDA: of torch's allocator. Linux: resident memory of the whole process, Python and
-    libraries included. Elsewhere nothing is returned.
-    """
-    torch.set_num_threads(threads)
-    library, mode = name
-    runner = Runner(case, build(case, library, device), mode, device)
-    for _ in range(2):
-        seconds(runner.step, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        rest = torch.cuda.memory_allocated() / 2**20
-    elif sys.platform == "linux":
-        # Resets the peak.
-        Path("/proc/self/clear_refs").write_text("5")
-        rest = resident_mb("VmRSS")
-    else:
-        return {}
-    for _ in range(2):
-        seconds(runner.step, device)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else resident_mb("VmHWM")
-    # The kernel updates a peak late, and in steps of many pages.
-    return {"peak_mb": max(peak, rest), "rest_mb": rest}
-
-
-def memory_of(case: Case, name: Name, device: torch.device) -> dict[str, float]:
-    progress(f"  memory of {' '.join(name)}")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(peak_memory, case, name, device, torch.get_num_threads()).result()
-
-
-def operators(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Return the share of a step's time that each operator takes, without those that it calls; the largest first."""
-    cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as trace:
-        for _ in range(3):
-            step()
-    attribute = "self_device_time_total" if cuda else "self_cpu_time_total"
-    spent = {event.key: getattr(event, attribute) for event in trace.key_averages()}
-    shares = {name: spent[name] / sum(spent.values()) for name in sorted(spent, key=spent.get, reverse=True)}
-    return {name: share for name, share in shares.items() if share >= SMALLEST_SHARE}
+STEPS = {"cpu": 1, "cuda": 5}  # of a round
 
 
 # ---------------------------------------------------------------- counted operations
@@ -327,42 +87,85 @@ def convolution_backward_operations(grad, x, weight, *others, out_shape) -> int:
 
 def measure(case: Case, args: argparse.Namespace) -> dict:
     """Return the record of a case: peak rate, counts, a row for each network and mode, ratios."""
-    device = torch.device(args.device)
-    torch.compiler.reset()
-    progress("  building")
-    names = ["ours", SAME_WEIGHTS[case.task], *(args.peers if case.task != "features" else ())]
+    device, peer = torch.device(args.device), SAME_WEIGHTS[case.task]
+    libraries = ["ours", peer, *(args.peers if case.task != "features" else ())]
     if args.recompute and case.task == "training":
-        names.append(RECOMPUTED)
-    modules = {library: build(case, library, device) for library in names}
-    runners = {(each, mode): Runner(case, modules[each], mode, device) for mode in args.modes for each in names}
-    progress("  compiling, comparing outputs" if set(args.modes) - {"eager"} else "  comparing outputs")
-    agreement = check_outputs(case, runners, device)
-    steps = {name: runner.step for name, runner in runners.items()} | peak_steps(case.torch_dtype, device)
-    timed = {name: lambda _, step=step: seconds(step, device) for name, step in steps.items()}
-    times = run_rounds(timed, repeats=args.repeats, warmup=args.warmup)
-    rates = {by: 2 * GEMM_SIDE[device.type] ** 3 / median(times[GEMM, by]) for what, by in steps if what == GEMM}
+        libraries.append(RECOMPUTED)
+    names = [(library, mode) for mode in args.modes for library in libraries]
+    with contextlib.ExitStack() as stack:
+        start = {
+            name: stack.enter_context(Contender(case, name, device))
+            for name in [*names, (GEMM, "mm"), (GEMM, "oneDNN"), (REFERENCE, "float64")]
+        }
+        agreement = check_outputs(case, start)
+        timed = {name: lambda _, each=each: each.ask("time", args.steps) for name, each in start.items()}
+        times = run_rounds(timed, repeats=args.repeats, warmup=args.warmup)
+        times = {name: spent for name, spent in times.items() if start[name].failed is None}
+        facts = {}
+        for name in names:
+            progress(f"  facts of {' '.join(name)}")
+            facts[name] = start[name].ask("facts", memory=args.memory, profiled=args.profile) or {}
+    rates = {by: 2 * GEMM_SIDE[device.type] ** 3 / median(spent) for (what, by), spent in times.items() if what == GEMM}
+    if not rates:
+        raise UserError(f"no peak rate ({case}): {start[GEMM, 'mm'].failed}")
     counts, peak = count_step(case), max(rates.values())
     least = counts["operations"] / peak
-    rows = [row(name, case, times[name], least) for name in runners]
-    for found, (name, runner) in zip(rows, runners.items()):
-        if args.profile:
-            found["operators"] = operators(runner.step, device)
-        if args.memory:
-            found |= memory_of(case, name, device)
+    found = {name: times[name] for name in names if name in times}
     return dataclasses.asdict(case) | {
         "limits": {"operations_per_s": peak, "operations_per_s_by": rates},
         "floor": counts | {"operations_s": least},
         "outputs": agreement,
-        "rows": rows,
-        "ratios": ratios({name: times[name] for name in runners}),
+        "rows": [row(name, case, times.get(name), least, start[name].failed) | facts[name] for name in names],
+        "ratios": ratios(found),
+        "comparisons": comparisons(found, peer),
+        "fastest": {library: name[1] for library in libraries if (name := best(found, library, MODES))},
     }
 
 
-def row(name: Name, case: Case, times: list[float], least: float) -> dict:
-    """least: seconds of the counted operations at the peak rate."""
+def check_outputs(case: Case, contenders: dict[Name, Contender]) -> dict:
+    """Have all run once; return the errors of those that hold our weights. The reference ends.
+
+    An error is the root mean square of the differences from the outputs in float64. Beyond TOLERANCE times plain
+    PyTorch's, another runtime has failed, and PyTorch's modes raise UserError.
+    """
+    reference, same, errors = contenders.pop((REFERENCE, "float64")), ("ours", RECOMPUTED, SAME_WEIGHTS[case.task]), {}
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "reference.npy"
+        progress("  reference in float64")
+        size, plain_error = reference.ask("save", path) or (None, None)
+        if size is None:
+            raise UserError(f"no reference ({case}): {reference.failed}")
+        reference.close()
+        for name, contender in contenders.items():
+            if name[0] == GEMM:
+                continue
+            progress(f"  {' '.join(name)}")
+            error = contender.ask("error", path if name[0] in same else None)
+            if contender.failed is not None:
+                progress(f"  {' '.join(name)} failed: {contender.failed}")
+            elif name[0] in same:
+                errors[" ".join(name)] = error
+                # Not `>`: the error of NaN is NaN.
+                if not error <= TOLERANCE * plain_error:
+                    refuse(case, contender, f"off by {error:.3g}, expected at most {TOLERANCE} x {plain_error:.3g}")
+    return {"rms_of_outputs": size, "rms_error_of_dtype": plain_error, "rms_error": errors}
+
+
+def refuse(case: Case, contender: Contender, off: str) -> None:
+    off += ", the error of the dtype itself"
+    if contender.name[1] not in RUNTIMES:
+        raise UserError(f"outputs differ ({' '.join(contender.name)}, {case}): {off}; nothing was timed")
+    contender.fail(f"outputs differ: {off}")
+    progress(f"  {' '.join(contender.name)} failed: {contender.failed}")
+
+
+def row(name: Name, case: Case, times: list[float] | None, least: float, failed: str | None) -> dict:
+    """times: of the rounds, None if it failed. least: seconds of the counted operations at the peak rate."""
     library, mode = name
-    found = {"library": library, "mode": mode, "seconds": quartiles(times)}
-    found["pictures_per_s"] = case.batch / median(times)
+    found = {"library": library, "mode": mode}
+    if times is None:
+        return found | {"failed": failed}
+    found |= {"seconds": quartiles(times), "pictures_per_s": case.batch / median(times)}
     # The counts are those of our network.
     if library in ("ours", RECOMPUTED, *SAME_WEIGHTS.values()):
         found["share_of_product_rate"] = least / median(times)
@@ -371,14 +174,36 @@ def row(name: Name, case: Case, times: list[float], least: float) -> dict:
 
 def ratios(times: dict[Name, list[float]]) -> list[dict]:
     """Compare ours with each other network, mode for mode, and in its fastest mode with the other's eager."""
-    ours = {mode: spent for (library, mode), spent in times.items() if library == "ours"}
+    ours = [name for name in times if name[0] == "ours"]
     others = [name for name in times if name[0] != "ours"]
-    fastest = min(ours, key=lambda mode: median(ours[mode]))
-    pairs = [(mode, (library, mode)) for library, mode in others]
-    pairs += [(fastest, (library, mode)) for library, mode in others if mode == "eager" != fastest]
-    names = [{"ours": mine, "library": library, "mode": mode} for mine, (library, mode) in pairs]
-    rounds = [[b / a for a, b in zip(ours[mine], times[other])] for mine, other in pairs]
-    return [name | quartiles(values) for name, values in zip(names, rounds)]
+    fastest = best(times, "ours", MODES)
+    pairs = [(("ours", mode), (library, mode)) for library, mode in others if ("ours", mode) in ours]
+    pairs += [(fastest, other) for other in others if other[1] == "eager" and ours and fastest[1] != "eager"]
+    return [compare(times, *pair) for pair in pairs]
+
+
+def comparisons(times: dict[Name, list[float]], peer: str) -> list[dict]:
+    """Compare the best of ours with the best of the library of the same weights: where several modes of PyTorch ran in
+    those ("PyTorch"), and all of ours with OpenVINO on its model ("all").
+    """
+    pytorch = [mode for mode in MODES if mode not in RUNTIMES]
+    several = len({mode for _, mode in times} & set(pytorch)) > 1
+    found = []
+    if several and (mine := best(times, "ours", pytorch)) and (other := best(times, peer, pytorch)):
+        found.append({"of": "PyTorch"} | compare(times, mine, other))
+    if (peer, "openvino") in times and (mine := best(times, "ours", MODES)):
+        found.append({"of": "all"} | compare(times, mine, (peer, "openvino")))
+    return found
+
+
+def best(times: dict[Name, list[float]], library: str, modes: tuple[str, ...] | list[str]) -> Name | None:
+    names = [name for name in times if name[0] == library and name[1] in modes]
+    return min(names, key=lambda name: median(times[name]), default=None)
+
+
+def compare(times: dict[Name, list[float]], mine: Name, other: Name) -> dict:
+    rounds = [b / a for a, b in zip(times[mine], times[other])]
+    return {"ours": mine[1], "library": other[0], "mode": other[1]} | quartiles(rounds)
 
 
 FIGURES = ("pictures_per_s", "ours_faster", "share_of_product_rate", "peak_mb", "rest_mb")
@@ -394,7 +219,8 @@ def flat(results: dict) -> list[dict[str, str]]:
             names |= {key: found[key] for key in ("library", "mode")}
             figures = found | {"ours_faster": faster.get((found["library"], found["mode"]))}
             texts = {key: "" if figures.get(key) is None else f"{figures[key]:.4g}" for key in FIGURES}
-            rows.append(names | columns("ms", found["seconds"], 1000) | texts)
+            texts["failed"] = found.get("failed", "")
+            rows.append(names | columns("ms", found.get("seconds"), 1000) | texts)
     return rows
 
 
@@ -403,10 +229,11 @@ def as_text(case: dict) -> str:
     rows = flat({"cases": [case]})
     table = [{"": f"{row['library']} {row['mode']}"} | {key: row[key] for key in shown} for row in rows]
     lines = [text_table(table)]
-    for each in case["ratios"]:
-        if each["ours"] != each["mode"]:
-            spread = f"{each['median']:.3f} ({each['q1']:.3f} - {each['q3']:.3f})"
-            lines.append(f"ours {each['ours']} against {each['library']} {each['mode']}: {spread}")
+    lines += [f"{row['library']} {row['mode']} failed: {row['failed']}" for row in rows if row["failed"]]
+    for each in [*(ratio for ratio in case["ratios"] if ratio["ours"] != ratio["mode"]), *case["comparisons"]]:
+        spread = f"{each['median']:.3f} ({each['q1']:.3f} - {each['q3']:.3f})"
+        of = {"PyTorch": "best of PyTorch: ", "all": "best of all: "}.get(each.get("of"), "")
+        lines.append(f"{of}ours {each['ours']} against {each['library']} {each['mode']}: {spread}")
     for found in case["rows"]:
         if "operators" in found:
             shares = {name.rsplit("::")[-1]: share for name, share in found["operators"].items()}
@@ -428,7 +255,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--models", nargs="+", choices=names, default=paper, metavar="NAME", help="(the six of the paper)")
     add("--peers", nargs="+", default=[], metavar="NAME", help="other networks, by timm's names")
     add("--tasks", nargs="+", choices=TASKS, default=["inference"], help="features: four maps (inference)")
-    add("--modes", nargs="+", choices=MODES, default=["eager", "compiled"], help="graphs: CUDA's (eager compiled)")
+    add(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=["eager", "compiled"],
+        help=f"of {', '.join(MODES)} (eager compiled)",
+    )
     add("--dtype", nargs="+", choices=DTYPES, default=["float32"], help="training: of autocast (float32)")
     add("--batch-size", nargs="+", type=positive, default=[8], metavar="N", help="(8)")
     add("--size", nargs="+", type=side, default=[224], metavar="PIXELS", help="side of an image (224)")
@@ -437,13 +270,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     add("--threads", type=positive, metavar="N", help="on a CPU (torch's default)")
     add("--repeats", type=positive, default=30, metavar="N", help="timed rounds (%(default)s)")
     add("--warmup", type=count, default=3, metavar="N", help="rounds before them (%(default)s)")
+    add("--steps", type=positive, metavar="N", help="of a round, of which the mean is taken (1, on a GPU 5)")
     add("--recompute", action="store_true", help="training: ours with recomputed MLPs too")
-    add("--no-memory", dest="memory", action="store_false", help="no peak memory, which takes a process for each")
+    add("--no-memory", dest="memory", action="store_false", help="no peak memory")
     add("--profile", action="store_true", help="record and print what each network's time goes to")
     add("--least", type=above_zero, default=0.0, metavar="RATIO", help="exit with 1 if a ratio is lower")
     add("--output", type=Path, metavar="FOLDER", help="write results.json and results.csv there")
     add("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args(argv)
+    args.steps = args.steps or STEPS[args.device]
     check_args(args)
     return args
 
@@ -461,6 +296,13 @@ def check_args(args: argparse.Namespace) -> None:
     old = args.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     if old and "bfloat16" in args.dtype:
         raise UserError(f"no bfloat16 (--dtype bfloat16, {torch.cuda.get_device_name()}): use float16")
+    for mode in args.modes:
+        if mode in RUNTIMES and args.tasks != ["inference"]:
+            raise UserError(f"for inference only (--modes {mode}): pass --tasks inference")
+        if mode in RUNTIMES and args.device == "cuda":
+            raise UserError(f"for CPUs here (--modes {mode} --device cuda): pass --device cpu, or omit it")
+        if mode == "freezing" and "training" in args.tasks:
+            raise UserError("weights that are constants do not train (--modes freezing): omit --tasks training")
     if args.recompute and "training" not in args.tasks:
         raise UserError("nothing to recompute without a backward pass (--recompute): add --tasks training, or omit it")
     if "features" in args.tasks:
@@ -469,12 +311,26 @@ def check_args(args: argparse.Namespace) -> None:
         libraries.load("mmseg")
 
 
+def too_slow(cases: list[dict], least: float) -> list[str]:
+    """Return a text for each mode in which ours is below the bound, or failed where there is one."""
+    found = []
+    for case in cases:
+        name = f"{case['model']} {case['task']} {case['dtype']}"
+        for (library, mode), ratio in same_mode(case).items():
+            if library in SAME_WEIGHTS.values() and ratio < least:
+                found.append(f"{name} {mode}: {ratio:.3f} x {library}")
+        failed = [row["mode"] for row in case["rows"] if row["library"] == "ours" and "failed" in row]
+        found += [f"{name} {mode}: failed" for mode in failed if least]
+    return found
+
+
 def main(argv: list[str]) -> int:
     args = parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    settings = {"repeats": args.repeats, "warmup": args.warmup, "matrices": GEMM_SIDE[device.type]}
+    settings = {"repeats": args.repeats, "warmup": args.warmup, "steps": args.steps}
+    settings["matrices"] = GEMM_SIDE[device.type]
     results = {"environment": environment(device), "settings": settings, "cases": []}
     cases = [Case(*each) for each in itertools.product(args.models, args.tasks, args.dtype, args.batch_size, args.size)]
     for number, case in enumerate(cases, start=1):
@@ -486,12 +342,7 @@ def main(argv: list[str]) -> int:
             print(f"{case}\n{as_text(results['cases'][-1])}\n", flush=True)
     if args.json:
         print(json.dumps(results, indent=1))
-    slow = [
-        f"{case['model']} {case['task']} {case['dtype']} {mode}: {ratio:.3f} x {library}"
-        for case in results["cases"]
-        for (library, mode), ratio in same_mode(case).items()
-        if library in SAME_WEIGHTS.values() and ratio < args.least
-    ]
+    slow = too_slow(results["cases"], args.least)
     if slow:
         print(f"benchmark.py: too slow (--least {args.least:g}): {'; '.join(slow)}", file=sys.stderr)
     return 1 if slow else 0

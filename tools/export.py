@@ -115,7 +115,7 @@ def check(trained: Trained, plan: Plan, path: Path) -> None:
     """Compare the file with PyTorch and time both; raise CheckFailed if they differ too much."""
     runs = {"PyTorch": accelerate(copy.deepcopy(trained.model)), "file": open_written(trained, plan, path)}
     if plan.fmt == "openvino":
-        runs["file at default precision"] = runtimes.open_file(plan.fmt, path, default_precision=True)
+        runs["file at default precision"] = runtimes.open_file(plan.fmt, path, precision=None)
     compare(trained.model, runs, images_to_check(plan), plan)
 
 

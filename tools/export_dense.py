@@ -127,7 +127,7 @@ def check(network: nn.Module, plan: Plan, path: Path) -> None:
     run, labels = runtimes.open_file(plan.fmt, path), getattr(network, "labels", False)
     runs = {"PyTorch": accelerate(copy.deepcopy(network)), "file": run}
     if plan.fmt == "openvino":
-        runs["file at default precision"] = runtimes.open_file(plan.fmt, path, default_precision=True)
+        runs["file at default precision"] = runtimes.open_file(plan.fmt, path, precision=None)
     reference = Segmentor(network.model, plan.shape.sides, labels=False) if labels else network
     measure, unit = (label_difference, "|logit|") if labels else (difference, "|output|")
     compare(reference, runs, images_to_check(plan), plan, measure, unit)

@@ -93,7 +93,8 @@ def rates(name: str, dtype: str) -> tuple[dict[tuple[str, str], float], str]:
     """Return eager images/s by (model, library), and the machine, of a record."""
     found, machine = cases(name)
     rows = [(case["model"], row) for case in found if case["dtype"] == dtype for row in case["rows"]]
-    return {(model, row["library"]): row["pictures_per_s"] for model, row in rows if row["mode"] == "eager"}, machine
+    rows = [(model, row) for model, row in rows if row["mode"] == "eager" and "failed" not in row]
+    return {(model, row["library"]): row["pictures_per_s"] for model, row in rows}, machine
 
 
 def draw_accuracy(axis: Axes, dtype: str = "bfloat16") -> None:

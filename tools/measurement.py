@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import random
 import statistics
 import sys
@@ -15,6 +16,9 @@ import torch
 import utils
 from training import files
 from training.errors import UserError
+
+PROCESSOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
 def progress(text: str) -> None:
@@ -62,18 +66,28 @@ def columns(name: str, values: dict[str, float] | None, scale: float = 1.0) -> d
 
 
 def environment(device: torch.device) -> dict:
-    """Return the command, commit and versions, as a training run records them, and the name of the processor."""
-    return utils.environment(device, 0) | {"hardware": hardware(device)}
+    """Return the command, commit and versions, as a training run records them, the processor, and what tells its
+    threads how to wait.
+    """
+    found = utils.environment(device, 0) | {"hardware": hardware(device), "processor": processor()}
+    found["thread_policy"] = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    if device.type == "cuda":
+        found["cudnn"] = torch.backends.cudnn.version()
+    return found
 
 
 def hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()["name"]
+
+
+def processor() -> dict:
+    """Return the name, and of PROCESSOR_FLAGS those that it has. Only Linux tells flags."""
+    info, found = Path("/proc/cpuinfo"), {}
     for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return utils.platform.machine()
+        key, _, value = line.partition(":")
+        found.setdefault(key.strip(), value.strip())
+    flags = [flag for flag in PROCESSOR_FLAGS if flag in found.get("flags", "").split()]
+    return {"name": found.get("model name") or utils.platform.machine(), "flags": flags}
 
 
 def text_table(rows: Sequence[Mapping[str, object]]) -> str:

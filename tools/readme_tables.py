@@ -214,7 +214,7 @@ def dense_run_row(folder: Path) -> list[str]:
     return [f"[{folder.name}](logs/{folder.name})", *results, machine, short(environment["commit"])]
 
 
-MODES = ("eager", "compiled", "graphs")
+MODES = ("eager", "compiled", "graphs", "freezing", "onnxruntime", "openvino")
 
 
 def record(name: str, logs: Path = LOGS) -> Path:
@@ -231,7 +231,9 @@ def speed(*names: str, logs: Path = LOGS) -> list[str]:
         where = found["environment"]
         versions = f"torch {where['torch']}, timm {where['timm']}"
         when = f"{where['started'][:10]}, {found['settings']['repeats']} rounds"
-        what = f"{where['hardware']}, {where['threads']} threads, {versions}, {when}"
+        flags = [flag.upper().replace("_", "-") for flag in where.get("processor", {}).get("flags", ())]
+        hardware = where["hardware"] + (f" ({', '.join(flags)})" if flags else "")
+        what = f"{hardware}, {where['threads']} threads, {versions}, {when}"
         lines += ["", f"{what}. `{where['command']}`", "", *speeds(found["cases"])]
     return [*lines, ""] if lines else ["none yet"]
 
@@ -246,29 +248,57 @@ def percentages(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {100 * share:.0f} %" for name, share in shares.items())
 
 
+# Which modes are compared, and the title of the column.
+BEST = {"PyTorch": "best of ours / best of {}, PyTorch", "all": "best of all of ours / OpenVINO on {}'s model"}
+
+
 def speeds(cases: list[dict]) -> list[str]:
     """Return images per second of ours / each other network, with the ratio, and the % of peak GEMM throughput.
 
-    If the cases differ in image size, attention's shares of the operations too.
+    If the cases differ in image size, attention's shares of the operations too. If several modes were compared, the
+    best of each library and the GEMM rate too.
     """
     sizes = len({case["size"] for case in cases}) > 1
+    pairs = dict.fromkeys((row["library"], row["mode"]) for case in cases for row in case["rows"])
     # Sorting is stable: the order of the libraries stays.
-    pairs = sorted(dict.fromkeys(pair for case in cases for pair in same_mode(case)), key=lambda p: MODES.index(p[1]))
+    pairs = sorted((pair for pair in pairs if pair[0] != "ours"), key=lambda pair: MODES.index(pair[1]))
+    bests = dict.fromkeys((each["of"], each["library"]) for case in cases for each in case.get("comparisons", ()))
+    bests = sorted(bests, key=lambda best: list(BEST).index(best[0]))
     rows = []
     for case in cases:
-        rates = {(row["library"], row["mode"]): row["pictures_per_s"] for row in case["rows"]}
-        ratios = same_mode(case)
-        best = max((row for row in case["rows"] if row["library"] == "ours"), key=lambda row: row["pictures_per_s"])
+        rates = {(row["library"], row["mode"]): row.get("pictures_per_s") for row in case["rows"]}
         row = [f"`{case['model']}`", case["task"], case["dtype"], f"{case['batch']} x {case['size']}"]
-        for pair in pairs:
-            both = f"{rates['ours', pair[1]]:.3g} / {rates[pair]:.3g} = {ratios[pair]:.2f}" if pair in ratios else ""
-            row.append(both)
-        row.append(f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})")
+        row += [both_rates(rates, ("ours", mode), (library, mode), same_mode(case)) for library, mode in pairs]
+        row += [best_rates(rates, case, *best) for best in bests]
+        if bests:
+            row.append(f"{case['limits']['operations_per_s'] / 1e9:,.0f}")
+        ours = [row for row in case["rows"] if row["library"] == "ours" and "failed" not in row]
+        best = max(ours, key=lambda row: row["pictures_per_s"], default=None)
+        row.append(f"{100 * best['share_of_product_rate']:.0f} % ({best['mode']})" if best else "")
         if sizes:
             row.append(percentages(case["floor"]["shares_of_operations"]))
         rows.append(row)
     columns = ["Model", "Task", "dtype", "Batch", *(f"ours / {library}, {mode}" for library, mode in pairs)]
+    columns += [BEST[of].format(library) for of, library in bests] + ["GEMM, GFLOP/s"] * bool(bests)
     return markdown([*columns, "% of peak GEMM throughput", *["Operations"] * sizes], rows)
+
+
+def both_rates(rates: dict, mine: tuple[str, str], other: tuple[str, str], ratios: dict) -> str:
+    """Return "ours / other = ratio"; "failed" for one that has no rate, and nothing if neither was run."""
+    if mine not in rates or other not in rates:
+        return ""
+    texts = ["failed" if rates[name] is None else f"{rates[name]:.3g}" for name in (mine, other)]
+    return " / ".join(texts) + (f" = {ratios[other]:.2f}" if other in ratios else "")
+
+
+def best_rates(rates: dict, case: dict, of: str, library: str) -> str:
+    """Return "ours / other = ratio (modes)" of the comparison of the best modes."""
+    for each in case.get("comparisons", ()):
+        if (each["of"], each["library"]) == (of, library):
+            other = library, each["mode"]
+            text = both_rates(rates, ("ours", each["ours"]), other, {other: each["median"]})
+            return f"{text} ({each['ours']}{f' / {other[1]}' if of == 'PyTorch' else ''})"
+    return ""
 
 
 TABLES = {table.__name__: table for table in (classification, recipes, settings, segmentation, detection)}

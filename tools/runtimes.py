@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -136,6 +137,8 @@ def to_openvino(program: ExportedProgram, outputs: Sequence[str] = ("logits",)):
     """Return OpenVINO's model, made from the program: made from an ONNX file, one with sides that vary would answer
     wrongly at all sizes once the first images had given a last map of 1 x 1.
     """
+    # Where this is missing, OpenVINO reports no use of it to its makers, for which it would start processes.
+    sys.modules.setdefault("openvino_telemetry", None)
     openvino = need("openvino")
     with openvino_thread() as thread:
         # The mode that the program's tensors were made in is a thread's.
@@ -212,14 +215,14 @@ def staged(output: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------- running
 
 
-def open_file(fmt: str, path: Path, *, default_precision: bool = False) -> Callable[[Tensor], Outputs]:
+def open_file(fmt: str, path: Path, *, precision: str | None = "f32") -> Callable[[Tensor], Outputs]:
     """Return images -> outputs, computed by the file alone with as many threads as torch has.
 
-    default_precision: the one that OpenVINO chooses for the processor, in place of float32.
+    precision: that OpenVINO computes in, f32 or bf16; None for the one that it chooses for the processor.
     """
     if fmt == "pt2":
         return run_pt2(path)
-    return run_onnx(path) if fmt == "onnx" else run_openvino(path, default_precision)
+    return run_onnx(path) if fmt == "onnx" else run_openvino(path, precision)
 
 
 def run_pt2(path: Path) -> Callable[[Tensor], Outputs]:
@@ -238,13 +241,15 @@ def run_onnx(path: Path) -> Callable[[Tensor], Outputs]:
     runtime = need("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    # Its threads would take the cores of whatever runs after it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: tensors(session.run(None, {"image": images.numpy()}))
 
 
-def run_openvino(path: Path, default_precision: bool) -> Callable[[Tensor], Outputs]:
+def run_openvino(path: Path, precision: str | None) -> Callable[[Tensor], Outputs]:
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    settings |= {} if default_precision else {"INFERENCE_PRECISION_HINT": "f32"}
+    settings |= {"INFERENCE_PRECISION_HINT": precision} if precision else {}
     thread = openvino_thread()
     compiled = thread.submit(need("openvino").compile_model, path, "CPU", settings).result()
     return lambda images: tensors(thread.submit(compiled, images.numpy()).result().values())

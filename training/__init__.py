@@ -2,6 +2,6 @@
 
 import os
 
-# Before torch is imported. Its threads would otherwise spin while they wait for each other, and one busy neighbor on the
-# machine's cores made a forward pass take 1.6 times as long.
+# Before torch is imported. Its threads would otherwise spin while they wait for each other, and a forward pass took 1.6
+# times as long beside one busy process on two cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

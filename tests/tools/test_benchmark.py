@@ -10,12 +10,14 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from tools import benchmark as tool
+from tools import contenders, readme_tables, turns
 from tools.count import count as count_of
 from tools.measurement import run_rounds
 from training.errors import exit_code
@@ -28,7 +30,7 @@ TINY = [
     "--batch-size",
     "2",
     "--size",
-    "64",
+    "32",
     "--repeats",
     "3",
     "--warmup",
@@ -38,7 +40,7 @@ TINY = [
 ]
 EAGER = [*TINY, "--modes", "eager", "--no-memory"]
 COLUMNS = ["model", "task", "dtype", "batch", "size", "library", "mode", "ms", "ms_q1", "ms_q3", "pictures_per_s"]
-COLUMNS += ["ours_faster", "share_of_product_rate", "peak_mb", "rest_mb"]
+COLUMNS += ["ours_faster", "share_of_product_rate", "peak_mb", "rest_mb", "failed"]
 run = functools.partial(exit_code, "benchmark.py", tool.main)
 
 
@@ -46,11 +48,14 @@ def case(task="inference", dtype="float32", *, model="alt_gvt_demo", batch=2, si
     return tool.Case(model, task, dtype, batch, size)
 
 
-def runners(which: tool.Case) -> dict:
-    libraries = ("ours", tool.SAME_WEIGHTS[which.task])
-    return {
-        (library, "eager"): tool.Runner(which, tool.build(which, library, CPU), "eager", CPU) for library in libraries
-    }
+def run_case(words, capsys) -> dict:
+    assert run([*TINY, "--no-memory", "--json", *words]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["cases"]
+    return found
+
+
+def modes(found: dict) -> list[tuple[str, str]]:
+    return [(row["library"], row["mode"]) for row in found["rows"]]
 
 
 # ---------------------------------------------------------------- equal outputs
@@ -59,48 +64,73 @@ def runners(which: tool.Case) -> dict:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("task", ["inference", "training"])
 @pytest.mark.parametrize("size", [64, 96])  # at 96 the windows have padding
-def test_outputs_agree(task, dtype, size):
-    which = case(task, dtype, size=size)
-    found = tool.check_outputs(which, runners(which), CPU)
-    assert set(found["rms_error"]) == {"ours eager", "timm eager"}
-    assert 0 < found["rms_error_of_dtype"] < (1e-5 if dtype == "float32" else 0.05) * found["rms_of_outputs"]
+def test_outputs_agree(task, dtype, size, tmp_path):
+    which, path = case(task, dtype, size=size), tmp_path / "reference.npy"
+    of_outputs, of_dtype = contenders.Reference(which, ("reference", ""), CPU).save(path)
+    assert 0 < of_dtype < (1e-5 if dtype == "float32" else 0.05) * of_outputs
+    for library in ("ours", "timm"):
+        assert 0 < contenders.Runner(which, (library, "eager"), CPU).error(path) <= tool.TOLERANCE * of_dtype
 
 
 @pytest.mark.parametrize("task", ["inference", "training"])
-@pytest.mark.parametrize("library", ["ours", "timm"])
-def test_other_outputs_are_refused_before_anything_is_timed(task, library, monkeypatch, capsys):
-    def changed(case, which, device, build=tool.build):
-        model = build(case, which, device)
-        if which == library and case.dtype == "float32" and not made.append(which) and len(made) == 1:
-            with torch.no_grad():
-                model.blocks[2][0].mlp.fc1.bias[3] += 0.01
-        return model
+def test_other_weights_are_an_error_of_the_outputs(task, tmp_path):
+    which, path = case(task), tmp_path / "reference.npy"
+    _, of_dtype = contenders.Reference(which, ("reference", ""), CPU).save(path)
+    runner = contenders.Runner(which, ("timm", "eager"), CPU)
+    with torch.no_grad():
+        runner.module.blocks[2][0].mlp.fc1.bias[3] += 0.01
+    assert runner.error(path) > 10 * tool.TOLERANCE * of_dtype
 
-    made = []
-    monkeypatch.setattr(tool, "build", changed)
-    monkeypatch.setattr(tool, "run_rounds", lambda *args, **kwargs: pytest.fail("timed"))
-    assert run([*EAGER, "--tasks", task]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(
-        f"benchmark.py: error: outputs differ ({library} eager, alt_gvt_demo {task} float32 2 x 64 x 64): off by "
-    )
-    assert error.endswith("nothing was timed")
+
+class Fake:
+    """A contender that answers by a table."""
+
+    def __init__(self, name, **answers):
+        self.name, self.answers, self.failed = name, answers, None
+
+    def ask(self, method, *args):
+        return self.answers[method]
+
+    def fail(self, reason):
+        self.failed = reason
+
+    def close(self):
+        pass
+
+
+def fakes(mode, error):
+    names = (("reference", "float64"), ("ours", "eager"), ("timm", mode), ("pvt_v2_b0", "eager"))
+    answers = ({"save": (1.0, 1e-7)}, {"error": 1e-7}, {"error": error}, {"error": None})
+    return {name: Fake(name, **each) for name, each in zip(names, answers)}
+
+
+@pytest.mark.parametrize("error", [1e-6, float("nan"), float("inf")])
+def test_other_outputs_are_refused_before_anything_is_timed(error):
+    start = r"outputs differ \(timm eager, alt_gvt_demo inference float32 2 x 64 x 64\): off by "
+    with pytest.raises(tool.UserError, match=start + ".*; nothing was timed$"):
+        tool.check_outputs(case(), fakes("eager", error))
+
+
+def test_other_outputs_of_another_runtime_are_its_failure():
+    good, wrong = fakes("openvino", 1e-7), fakes("openvino", 1e-6)
+    assert tool.check_outputs(case(), good)["rms_error"] == {"ours eager": 1e-7, "timm openvino": 1e-7}
+    tool.check_outputs(case(), wrong)
+    assert good["timm", "openvino"].failed is None
+    assert wrong["timm", "openvino"].failed.startswith("outputs differ: off by 1e-06, expected at most 2 x 1e-07")
 
 
 def test_the_reference_of_a_large_batch_is_made_in_parts(monkeypatch):
-    monkeypatch.setattr(tool, "REFERENCE_CHUNK", 2)
     for task in ("inference", "training"):
-        which = case(task, batch=3)
-        exact, _ = tool.reference(which, CPU)
-        monkeypatch.setattr(tool, "REFERENCE_CHUNK", 8)
-        whole, _ = tool.reference(which, CPU)
-        assert exact.dtype == torch.float64 and (exact - whole).abs().max() < 1e-12
-        monkeypatch.setattr(tool, "REFERENCE_CHUNK", 2)
+        reference, found = contenders.Reference(case(task, batch=3), ("reference", ""), CPU), []
+        for chunk in (2, 8):
+            monkeypatch.setattr(contenders, "REFERENCE_CHUNK", chunk)
+            found.append(reference.outputs("float64"))
+        assert found[0].dtype == torch.float64 and (found[0] - found[1]).abs().max() < 1e-12
 
 
 def test_a_training_step_trains():
     which = case("training")
-    runner = tool.Runner(which, tool.build(which, "ours", CPU), "eager", CPU)
+    runner = contenders.Runner(which, ("ours", "eager"), CPU)
     before = runner.module.head.weight.clone()
     runner.step()
     assert not torch.equal(runner.module.head.weight, before) and runner.module.head.weight.grad is None
@@ -173,19 +203,17 @@ def test_the_floor_of_training():
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def small_limits(monkeypatch):
-    monkeypatch.setitem(tool.GEMM_SIDE, "cpu", 64)
-
-
 @pytest.mark.slow
-def test_results(tmp_path, capsys, small_limits):
+def test_results(tmp_path, capsys):
     words = ["--tasks", "inference", "training", "--peers", "pvt_v2_b0", "--output", str(tmp_path / "out")]
+    words += ["--size", "64"]
     assert run([*EAGER, *words, "--batch-size", "1", "2"]) == 0
     out, error = capsys.readouterr()
     assert "case 4 of 4: alt_gvt_demo training float32 2 x 64 x 64" in error and "round 3 of 3" in error
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {"command", "commit", "torch", "timm", "threads", "hardware", "started"} <= set(results["environment"])
+    assert set(results["environment"]["processor"]) == {"name", "flags"}
+    assert results["environment"]["thread_policy"]["OMP_WAIT_POLICY"] == os.environ["OMP_WAIT_POLICY"]
     assert results["settings"]["repeats"] == 3
     assert [(each["task"], each["batch"]) for each in results["cases"]] == [
         ("inference", 1),
@@ -211,17 +239,18 @@ def test_results(tmp_path, capsys, small_limits):
     assert out.count("timm eager") == 4
 
 
-def test_json_and_a_bound(capsys, small_limits):
+def test_json_and_a_bound(capsys):
     assert run([*EAGER, "--json", "--least", "1000"]) == 1
     out, error = capsys.readouterr()
-    assert json.loads(out)["cases"][0]["model"] == "alt_gvt_demo"
+    cases = json.loads(out)["cases"]
+    assert cases[0]["model"] == "alt_gvt_demo"
     assert error.splitlines()[-1].startswith(
         "benchmark.py: too slow (--least 1000): alt_gvt_demo inference float32 eager: "
     )
-    assert run([*EAGER, "--json", "--least", "0.001"]) == 0
+    assert tool.too_slow(cases, 0.001) == []
 
 
-def test_a_profile(capsys, small_limits):
+def test_a_profile(capsys):
     assert run([*EAGER, "--profile"]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("timm eager: ")]
     shares = dict(part.rsplit(" ", 2)[:2] for part in line.removeprefix("timm eager: ").split(", "))
@@ -229,7 +258,8 @@ def test_a_profile(capsys, small_limits):
     assert 50 < sum(map(int, shares.values())) <= 105
 
 
-def test_recomputing_is_measured_beside_ours(capsys, small_limits):
+@pytest.mark.slow
+def test_recomputing_is_measured_beside_ours(capsys):
     assert run([*EAGER, "--tasks", "training", "--recompute", "--batch-size", "1", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["cases"]
     assert [each["library"] for each in found["rows"]] == ["ours", "timm", "MLP recomputed"]
@@ -239,7 +269,7 @@ def test_recomputing_is_measured_beside_ours(capsys, small_limits):
 
 
 @pytest.mark.slow
-def test_a_dense_backbone(capsys, small_limits):
+def test_a_dense_backbone(capsys):
     pytest.importorskip("mmcv", reason="segmentation and detection need their libraries: make dense")
     words = [
         "--models",
@@ -260,19 +290,106 @@ def test_a_dense_backbone(capsys, small_limits):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler's own
-def test_compiled(capsys, small_limits):
-    assert run([*TINY, "--no-memory", "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)["cases"]
-    names = [(row["library"], row["mode"]) for row in found["rows"]]
-    assert names == [(library, mode) for mode in ("eager", "compiled") for library in ("ours", "timm")]
-    assert {("eager", "eager"), ("compiled", "compiled")} <= {
+def test_modes_of_pytorch(capsys):
+    found = run_case(["--modes", "eager", "compiled", "freezing"], capsys)
+    names = [(library, mode) for mode in ("eager", "compiled", "freezing") for library in ("ours", "timm")]
+    assert modes(found) == names and set(found["outputs"]["rms_error"]) == {" ".join(name) for name in names}
+    assert {("eager", "eager"), ("compiled", "compiled"), ("freezing", "freezing")} <= {
         (ratio["ours"], ratio["mode"]) for ratio in found["ratios"]
     }
+    options = [row.get("compile_options") for row in found["rows"]]
+    assert options[2:] == [
+        {"layout_optimization": False},
+        {},
+        {"freezing": True, "layout_optimization": False},
+        {"freezing": True},
+    ]
+    assert all(row["attention"] for row in found["rows"])
+    (best,) = found["comparisons"]
+    assert best["of"] == "PyTorch" and (best["ours"], best["mode"]) == tuple(found["fastest"].values())
 
 
 @pytest.mark.slow
-def test_memory(capsys, small_limits):
+@pytest.mark.parametrize(
+    ("mode", "dtype"), [("onnxruntime", "float32"), ("openvino", "float32"), ("openvino", "bfloat16")]
+)
+def test_other_runtimes(mode, dtype, capsys):
+    pytest.importorskip(mode, reason="make extra installs it")
+    found = run_case(["--modes", "eager", mode, "--dtype", dtype, "--size", "64"], capsys)
+    assert modes(found)[2:] == [("ours", mode), ("timm", mode)]
+    assert not any("failed" in row for row in found["rows"])
+    assert len(found["outputs"]["rms_error"]) == 4  # of outputs that were compared
+    assert [each["of"] for each in found["comparisons"]] == (["all"] if mode == "openvino" else [])
+
+
+def test_what_cannot_run_is_a_row(capsys, tmp_path):
+    words = ["--modes", "eager", "onnxruntime", "--dtype", "bfloat16", "--output", str(tmp_path)]
+    assert run([*TINY, "--no-memory", *words, "--least", "0.001"]) == 1
+    out, error = capsys.readouterr()
+    assert "\ntimm onnxruntime failed: " in out
+    assert error.splitlines()[-1].endswith("alt_gvt_demo inference bfloat16 onnxruntime: failed")
+    (found,) = json.loads((tmp_path / "results.json").read_text())["cases"]
+    assert modes(found) == [(library, mode) for mode in ("eager", "onnxruntime") for library in ("ours", "timm")]
+    assert ["failed" in row for row in found["rows"]] == [False, False, True, True]
+    assert [ratio["mode"] for ratio in found["ratios"]] == ["eager"]
+    cells = readme_tables.speeds([found])[-1].split(" | ")
+    assert "failed / failed" in cells and cells[2] == "bfloat16"
+
+
+def test_a_mode_that_was_faster_wins():
+    times = {
+        ("ours", "eager"): [2.0, 2.0],
+        ("ours", "freezing"): [1.0, 1.0],
+        ("ours", "openvino"): [0.5, 0.5],
+        ("timm", "compiled"): [3.0, 4.0],
+        ("timm", "openvino"): [2.0, 2.0],
+    }
+    found = [(each["of"], each["ours"], each["mode"], each["median"]) for each in tool.comparisons(times, "timm")]
+    assert found == [("PyTorch", "freezing", "compiled", 3.5), ("all", "openvino", "openvino", 4.0)]
+    assert tool.comparisons({name: times[name] for name in [("ours", "eager"), ("timm", "openvino")]}, "timm") == [
+        {"of": "all", "ours": "eager", "library": "timm", "mode": "openvino", "median": 1.0, "q1": 1.0, "q3": 1.0}
+    ]
+    assert tool.comparisons({("timm", "eager"): [1.0]}, "timm") == tool.ratios({("timm", "eager"): [1.0]}) == []
+
+
+# ---------------------------------------------------------------- processes
+
+
+def cpu_seconds(process: int) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_a_contender_sleeps_while_another_is_timed():
+    names = ("ours", "eager"), ("timm", "eager")
+    with turns.Contender(case(), names[0], CPU) as ours, turns.Contender(case(), names[1], CPU) as timm:
+        assert ours.ask("time", 2) > 0 and timm.ask("time", 2) > 0
+        before = [cpu_seconds(each.process.pid) for each in (ours, timm)]
+        started, steps = time.monotonic(), 0
+        while time.monotonic() < started + 1 or steps < 5:
+            timm.ask("time", 1)
+            steps += 1
+        spent = [cpu_seconds(each.process.pid) - start for each, start in zip((ours, timm), before)]
+        assert spent[0] <= 0.02 and spent[1] > 0.1
+    assert not ours.process.is_alive() and not timm.process.is_alive()
+
+
+def test_a_contender_without_enough_memory_says_so_and_ends():
+    with turns.Contender(case(batch=10**9), ("ours", "eager"), CPU) as contender:
+        assert contender.ask("time", 1) is None and "memory" in contender.failed
+        assert not contender.process.is_alive() and contender.ask("time", 1) is None
+
+
+def test_a_contender_that_is_killed_says_so():
+    with turns.Contender(case(), ("ours", "eager"), CPU) as contender:
+        contender.process.kill()
+        assert contender.ask("time", 1) is None
+    assert contender.failed == "its process ended with exit code -9 (out of memory?)"
+
+
+@pytest.mark.slow
+def test_memory(capsys):
     assert run([*TINY, "--modes", "eager", "--tasks", "training", "--json"]) == 0
     for row in json.loads(capsys.readouterr().out)["cases"][0]["rows"]:
         assert 100 < row["rest_mb"] <= row["peak_mb"] < 10_000
@@ -295,6 +412,11 @@ WRONG = {
     ),
     "nothing to recompute": (["--recompute"], "nothing to recompute without a backward pass (--recompute)"),
     "graphs on a CPU": (["--device", "cpu", "--modes", "graphs"], "CUDA graphs without CUDA"),
+    "training with constants": (
+        ["--modes", "freezing", "--tasks", "training"],
+        "weights that are constants do not train",
+    ),
+    "training elsewhere": (["--modes", "openvino", "--tasks", "training"], "for inference only (--modes openvino)"),
     "small": (["--size", "31"], "31 is below 32"),
     "no repeats": (["--repeats", "0"], "'0' is not a number from 1 up"),
     "not in mmsegmentation": (["--models", "alt_gvt_demo", "--tasks", "features"], "not in mmsegmentation"),
@@ -334,14 +456,14 @@ def test_without_mmsegmentation_features_are_refused(monkeypatch, capsys):
     )
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys, small_limits):
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert run([*EAGER, "--output", str(tmp_path / "file" / "out")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("benchmark.py: error: cannot write (--output ")
 
 
 def test_the_networks_of_others_take_other_sizes():
-    model = tool.build(case(size=64), "deit_tiny_patch16_224", CPU)
+    model = contenders.build(case(size=64), "deit_tiny_patch16_224", CPU)
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
 
 

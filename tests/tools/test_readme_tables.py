@@ -253,6 +253,41 @@ def test_speed(tmp_path):
     ]
 
 
+def test_the_best_modes_the_gemm_rate_and_failures():
+    rates = {("ours", "eager"): 20, ("ours", "freezing"): 40, ("timm", "eager"): 10, ("timm", "compiled"): 32}
+    rates[("timm", "openvino")] = 25
+    rows = [dict(library=name, mode=mode, pictures_per_s=rate) for (name, mode), rate in rates.items()]
+    rows += [dict(library="ours", mode="compiled", failed="no compiler")]
+    for row in rows:
+        row["share_of_product_rate"] = 0.5
+    case = dict(model="m", task="inference", dtype="float32", batch=8, size=224, rows=rows)
+    case["ratios"] = [dict(ours="eager", library="timm", mode="eager", median=2.0)]
+    case["limits"] = dict(operations_per_s=215.4e9)
+    case["comparisons"] = [
+        dict(of="PyTorch", ours="freezing", library="timm", mode="compiled", median=1.25),
+        dict(of="all", ours="freezing", library="timm", mode="openvino", median=1.6),
+    ]
+    table = readme_tables.speeds([case])
+    assert table[0].split(" | ")[4:] == [
+        "ours / timm, eager",
+        "ours / timm, compiled",
+        "ours / timm, openvino",
+        "best of ours / best of timm, PyTorch",
+        "best of all of ours / OpenVINO on timm's model",
+        "GEMM, GFLOP/s",
+        "% of peak GEMM throughput |",
+    ]
+    assert cells(table)[0][4:] == [
+        "20 / 10 = 2.00",
+        "failed / 32",
+        "",
+        "40 / 32 = 1.25 (freezing / compiled)",
+        "40 / 25 = 1.60 (freezing)",
+        "215",
+        "50 % (freezing)",
+    ]
+
+
 def test_the_newest_record_by_the_end_of_its_name(tmp_path):
     for name in ("2026-01-02_cpu_inference", "2026-01-10_other_cpu_inference", "2026-01-11_cpu_training"):
         (tmp_path / "benchmarks" / name).mkdir(parents=True)
