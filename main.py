@@ -135,7 +135,10 @@ def prepare_model(model: nn.Module, args: Options, device: torch.device) -> nn.M
     if args.residual_dtype == "autocast":
         autocast_residuals(model)
     # Otherwise the format of the weights stays: PEG's are channels-last, as its gradients are.
-    return model.to(device, memory_format=torch.channels_last) if args.channels_last else model.to(device)
+    model = model.to(device, memory_format=torch.channels_last) if args.channels_last else model.to(device)
+    for line in gvt_ops.describe(model):
+        log(line)
+    return model
 
 
 def compile_model(model: nn.Module, args: Options, *, inference: bool = False) -> nn.Module:
