@@ -2,8 +2,10 @@
 
 Images per second that one core reads and augments, step by step, in the ways that lead to the same batches: the
 official pipeline, in float32 in the loading process, and ours, in uint8 until the device, with RandAugment in the
-loading process or on the device (--fast-augment, where torch resizes too). All are measured in turns in one run. Before
-anything is timed, they must give the same bits, or with --fast-augment few different values.
+loading process or on the device (--fast-augment, where torch resizes too). Beside them, with random numbers of their
+own: timm's prefetching loader, also in uint8, and torchvision's v2 transforms with its own RandAugment. All are
+measured in turns in one run. Before anything is timed, ours and the official one must give the same bits, or with
+--fast-augment few different values.
 
 All times are of the CPU, as other programs may use the same core. A ratio is the median of the rounds' ratios, above 1
 where ours is faster. --loop measures instead what main.py's training loop adds to forward, backward and optimizer.
@@ -29,7 +31,11 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data.loader import fast_collate
 from torch import nn
+from torchvision.datasets.folder import pil_loader
+from torchvision.transforms import v2
 
 import engine
 from datasets import build_transform
@@ -44,6 +50,7 @@ from training.options import Parser, above_zero, count, positive
 from utils import keep_freed_memory
 
 OFFICIAL, UINT8, FAST = "float32, official", "uint8 until the device", "--fast-augment"
+TIMM, V2 = "timm's prefetching loader", "torchvision v2"
 MOST_DIFFERENT = 0.04  # share of the values that may differ with --fast-augment
 SEED = EPOCH = 0
 SUFFIXES = {".jpeg", ".jpg", ".png", ".webp"}
@@ -69,14 +76,28 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def build_ways(size: int) -> dict[str, Callable]:
+    """Return ours and the official one, which give the same images."""
     pipeline = build_transform(True, options.parse_args(["--input-size", str(size)]))
     return {OFFICIAL: pipeline, UINT8: Uint8Transform(pipeline), FAST: Uint8Transform(pipeline, fast_augment=True)}
 
 
-def steps_of(transform: Callable) -> dict[str, Callable]:
+def build_peers(size: int) -> dict[str, Callable]:
+    """Return other programs' pipelines of the same recipe. timm erases and normalizes on the device."""
+    args = options.parse_args([])
+    kwargs = dict(color_jitter=args.color_jitter, auto_augment=args.aa, interpolation=args.train_interpolation)
+    crop = v2.RandomResizedCrop(size, interpolation=v2.InterpolationMode.BICUBIC)
+    steps = [crop, v2.RandomHorizontalFlip(args.hflip), v2.RandAugment(2, 9), v2.PILToTensor()]
+    steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    return {
+        TIMM: create_transform(size, is_training=True, hflip=args.hflip, use_prefetcher=True, **kwargs),
+        V2: v2.Compose([*steps, v2.RandomErasing(args.reprob)]),
+    }
+
+
+def steps_of(transform: Callable, decode: Callable) -> dict[str, Callable]:
     """Return the steps from a file's name to what the loading process collates, by name."""
     uint8 = isinstance(transform, Uint8Transform)
-    steps = {"decode": ImageReader()}
+    steps = {"decode": decode}
     for step in transform.steps if uint8 else transform.transforms:
         steps[type(step).__name__] = step
     if uint8:
@@ -110,8 +131,10 @@ def timed(work: Callable, *args: object) -> tuple[object, float]:
     return value, 1000 * (time.thread_time() - start)
 
 
-def walk(paths: Sequence[Path], steps: dict[str, Callable], batch_size: int, number: int) -> dict[str, float]:
-    """Take the images of a round through all steps, and make a batch of them. Return ms per image and step."""
+def walk(
+    paths: Sequence[Path], steps: dict[str, Callable], join: Callable, batch_size: int, number: int
+) -> dict[str, float]:
+    """Take the images of a round through all steps, and join them to a batch. Return ms per image and step."""
     spent, items, first = Counter(), [], number * batch_size
 
     def step(name: str, work: Callable, *args: object) -> object:
@@ -125,7 +148,7 @@ def walk(paths: Sequence[Path], steps: dict[str, Callable], batch_size: int, num
         for name, work in steps.items():
             value = step(name, work, value)
         items.append((value, 0))
-    images, _ = step("batch", collate, items)
+    images, _ = step("batch", join, items)
     total = spent.total()
     step(ON_DEVICE, lambda: images.to(CPU, memory_format=torch.contiguous_format))
     return {**spent, LOADING: total}
@@ -137,7 +160,10 @@ def measure(paths: Sequence[Path], args: argparse.Namespace) -> dict:
     case["median_width"], case["median_height"] = map(median, zip(*map(size_of, paths)))
     case["different_with_fast_augment"] = check_equal(paths[: args.batch_size], ways)
     case |= {"rows": [], "ratios": [], "cores": []}
-    walks = {way: partial(walk, paths, steps_of(transform), args.batch_size) for way, transform in ways.items()}
+    joins, walks = {TIMM: fast_collate}, {}
+    for way, transform in (ways | build_peers(args.size)).items():
+        steps = steps_of(transform, ImageReader() if way in ways else pil_loader)
+        walks[way] = partial(walk, paths, steps, joins.get(way, collate), args.batch_size)
     results = run_rounds(walks, repeats=args.repeats, warmup=args.warmup)
     for way, rounds in results.items():
         spent = {step: quartiles([each[step] for each in rounds]) for step in rounds[0]}
@@ -147,7 +173,11 @@ def measure(paths: Sequence[Path], args: argparse.Namespace) -> dict:
         case["cores"].append({"way": way, "images_per_s_and_core": rate} | need)
         if way != OFFICIAL:
             ratios = [official[LOADING] / ours[LOADING] for official, ours in zip(results[OFFICIAL], rounds)]
-            case["ratios"].append({"way": way} | quartiles(ratios))
+            case["ratios"].append({"way": way, "than": OFFICIAL} | quartiles(ratios))
+        if way in (TIMM, V2):
+            for ours in (UINT8, FAST):
+                ratios = [theirs[LOADING] / each[LOADING] for theirs, each in zip(rounds, results[ours])]
+                case["ratios"].append({"way": ours, "than": way} | quartiles(ratios))
     return case
 
 
@@ -201,7 +231,8 @@ def flat(results: dict) -> list[dict[str, str]]:
     if "loop" in results:
         return [{"kind": row["kind"]} | columns("cpu_ms", row["cpu_ms"]) for row in results["loop"]["rows"]]
     loading, rows = results["loading"], []
-    faster = {(each["way"], LOADING): f"{each['median']:.3f}" for each in loading["ratios"]}
+    official = [each for each in loading["ratios"] if each["than"] == OFFICIAL]
+    faster = {(each["way"], LOADING): f"{each['median']:.3f}" for each in official}
     for row in loading["rows"]:
         way, step = row["way"], row["step"]
         times = columns("cpu_ms", row["cpu_ms"])
@@ -221,6 +252,9 @@ def as_text(results: dict) -> str:
         loading = results["loading"]
         size = f"median {loading['median_width']:g} x {loading['median_height']:g}, cut to {loading['size']}"
         lines.append(f"{loading['number']} images, {size}; ms per image")
+        for each in loading["ratios"]:
+            spread = f"{each['median']:.2f} ({each['q1']:.2f} - {each['q3']:.2f})"
+            lines.append(f"{each['way']}: {spread} times as fast as {each['than']}")
         for each in loading["cores"]:
             rate = f"{each['images_per_s_and_core']:.0f} images/s and core"
             gpu = f"a GPU that trains at {each['gpu_rate']:g} images/s (given, not measured here)"

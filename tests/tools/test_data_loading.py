@@ -36,7 +36,14 @@ def test_a_run(toy, tmp_path, capsys):
     assert results["environment"]["timm"]
     case = results["loading"]
     totals = {row["way"]: row["cpu_ms"]["median"] for row in case["rows"] if row["step"] == tool.LOADING}
-    assert list(totals) == [tool.OFFICIAL, tool.UINT8, tool.FAST] == [each["way"] for each in case["cores"]]
+    ways = [tool.OFFICIAL, tool.UINT8, tool.FAST, tool.TIMM, tool.V2]
+    assert list(totals) == ways == [each["way"] for each in case["cores"]]
+    assert [(each["way"], each["than"]) for each in case["ratios"]] == [
+        *((way, tool.OFFICIAL) for way in ways[1:4]),
+        *((way, tool.TIMM) for way in ways[1:3]),
+        (tool.V2, tool.OFFICIAL),
+        *((way, tool.V2) for way in ways[1:3]),
+    ]
     for each in case["cores"]:
         assert each["cores_per_gpu"] == pytest.approx(500 * totals[each["way"]] / 1000)
     rows = (tmp_path / "data_loading.csv").read_text().splitlines()
