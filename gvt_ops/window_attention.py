@@ -177,6 +177,8 @@ def unsupported_reason(x: Tensor, *, heads: int, window: int, dropout: float) ->
         return f"a window has {tokens} tokens, the kernel takes {MAX_TOKENS}"
     if channels > MAX_CHANNELS:
         return f"a head has {channels} channels, the kernel takes {MAX_CHANNELS}"
+    if window * x.shape[2] * 3 * x.shape[-1] >= 2**31:
+        return f"a row of windows is too large ({x.shape[2]} tokens wide): the kernel counts inside it in 32 bits"
     memory = shared_memory(x.device.index)
     if not memory:
         return "the kernel is made for NVIDIA's devices of compute capability 8.0 and above"

@@ -9,97 +9,119 @@ Shapes: maps of H x W tokens. qkv and its gradient hold q, k and v of every head
 its gradient [heads, D].
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2_E = tl.constexpr(math.log2(math.e))
+
 
 @triton.jit
-def tokens(first, COUNT: tl.constexpr, H, W, heads, WINDOW: tl.constexpr):
-    """Tokens first to first + COUNT of this program's window, row by row -> their places in (B * H * W), and which of
-    them the map has.
+def window_at(H, W, heads, WINDOW: tl.constexpr):
+    """The first token of this program's window, its place in (B * H * W) -> with the rows and columns from it to the
+    map's edges.
 
-    In 64 bits, for a batch of maps may hold more than 2^31 numbers.
+    In 64 bits, for a batch of maps may hold more than 2^31 numbers; places inside a window are counted from it in 32.
     """
     window, columns = tl.program_id(0) // heads, tl.cdiv(W, WINDOW)
     windows = tl.cdiv(H, WINDOW) * columns
+    row, column = window % windows // columns * WINDOW, window % columns * WINDOW
+    return ((window // windows).to(tl.int64) * H + row) * W + column, H - row, W - column
+
+
+@triton.jit
+def tokens(first, COUNT: tl.constexpr, rows, columns, W, WINDOW: tl.constexpr):
+    """Tokens first to first + COUNT of a window, row by row -> their places from its first, and which the map has."""
     index = first + tl.arange(0, COUNT)
-    row = window % windows // columns * WINDOW + index // WINDOW
-    column = window % columns * WINDOW + index % WINDOW
-    real = (index < WINDOW * WINDOW) & (row < H) & (column < W)
-    return ((window // windows).to(tl.int64) * H + row) * W + column, real
+    row, column = index // WINDOW, index % WINDOW
+    return row * W + column, (index < WINDOW * WINDOW) & (row < rows) & (column < columns)
 
 
 @triton.jit
-def places(token, real, part, parts, heads, D: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where (B * H * W, parts, heads, D) holds this program's head of `part` for each token -> offsets and mask,
-    (tokens, CHANNELS).
-    """
+def head_at(x, start, part, parts: tl.constexpr, heads, D: tl.constexpr):
+    """Where (B * H * W, parts, heads, D) holds this program's head of `part` for the window's first token."""
+    return x + start * (parts * heads * D) + (part * heads + tl.program_id(0) % heads) * D
+
+
+@triton.jit
+def places(token, real, parts: tl.constexpr, heads, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Offsets from head_at and mask, (tokens, CHANNELS)."""
     channel = tl.arange(0, CHANNELS)
-    start = token * (parts * heads * D) + (part * heads + tl.program_id(0) % heads) * D
-    return start[:, None] + channel[None, :], real[:, None] & (channel < D)[None, :]
+    return token[:, None] * (parts * heads * D) + channel[None, :], real[:, None] & (channel < D)[None, :]
 
 
 @triton.jit
-def read(x, token, real, part, parts, heads, D: tl.constexpr, CHANNELS: tl.constexpr):
-    offsets, mask = places(token, real, part, parts, heads, D, CHANNELS)
-    return tl.load(x + offsets, mask=mask, other=0.0)
+def read(x, start, token, real, part, parts: tl.constexpr, heads, D: tl.constexpr, CHANNELS: tl.constexpr):
+    offsets, mask = places(token, real, parts, heads, D, CHANNELS)
+    return tl.load(head_at(x, start, part, parts, heads, D) + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def write(x, value, token, real, part, parts, heads, D: tl.constexpr, CHANNELS: tl.constexpr):
-    offsets, mask = places(token, real, part, parts, heads, D, CHANNELS)
-    tl.store(x + offsets, value.to(x.dtype.element_ty), mask=mask)
+def write(x, value, start, token, real, part, parts: tl.constexpr, heads, D: tl.constexpr, CHANNELS: tl.constexpr):
+    offsets, mask = places(token, real, parts, heads, D, CHANNELS)
+    tl.store(head_at(x, start, part, parts, heads, D) + offsets, value.to(x.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def softmax(q, k, seen, scale, PRECISION: tl.constexpr):
-    """softmax(scale * q k^T) over the keys that may be seen, of which each window has one at least. In float32."""
-    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-    scores = tl.where(seen[None, :], scores, float("-inf"))
-    weights = tl.exp(scores - tl.max(scores, 1)[:, None])
-    return weights / tl.sum(weights, 1)[:, None]
+def exponentials(q, k, seen, scale, PRECISION: tl.constexpr):
+    """softmax(scale * q k^T) over the keys that may be seen, of which each window has one at least, times the sums that
+    are returned beside it. In float32.
+
+    Whoever divides by the sums does so where there are fewer numbers.
+    """
+    scores = tl.where(seen[None, :], tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
+    scale *= LOG2_E
+    weights = tl.exp2(scores * scale - (tl.max(scores, 1) * scale)[:, None])
+    return weights, tl.sum(weights, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "heads"])
 def forward(
     qkv, out, H, W, heads, scale, WINDOW: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr,
     QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    key, seen = tokens(0, KEYS, H, W, heads, WINDOW)
-    k = read(qkv, key, seen, 1, 3, heads, D, CHANNELS)
-    v = read(qkv, key, seen, 2, 3, heads, D, CHANNELS)
+    start, rows, columns = window_at(H, W, heads, WINDOW)
+    key, seen = tokens(0, KEYS, rows, columns, W, WINDOW)
+    k = read(qkv, start, key, seen, 1, 3, heads, D, CHANNELS)
+    v = read(qkv, start, key, seen, 2, 3, heads, D, CHANNELS)
     for first in range(0, WINDOW * WINDOW, QUERIES):
-        query, real = tokens(first, QUERIES, H, W, heads, WINDOW)
-        q = read(qkv, query, real, 0, 3, heads, D, CHANNELS)
-        weights = softmax(q, k, seen, scale, PRECISION).to(v.dtype)
-        write(out, tl.dot(weights, v, input_precision=PRECISION), query, real, 0, 1, heads, D, CHANNELS)
+        query, real = tokens(first, QUERIES, rows, columns, W, WINDOW)
+        q = read(qkv, start, query, real, 0, 3, heads, D, CHANNELS)
+        weights, sums = exponentials(q, k, seen, scale, PRECISION)
+        value = tl.dot(weights.to(v.dtype), v, input_precision=PRECISION) * (1 / sums)[:, None]
+        write(out, value, start, query, real, 0, 1, heads, D, CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "heads"])
 def backward(
     grad, qkv, grad_qkv, H, W, heads, scale, WINDOW: tl.constexpr, KEYS: tl.constexpr, D: tl.constexpr,
     CHANNELS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    key, seen = tokens(0, KEYS, H, W, heads, WINDOW)
-    k = read(qkv, key, seen, 1, 3, heads, D, CHANNELS)
-    v = read(qkv, key, seen, 2, 3, heads, D, CHANNELS)
+    start, rows, columns = window_at(H, W, heads, WINDOW)
+    key, seen = tokens(0, KEYS, rows, columns, W, WINDOW)
+    k = read(qkv, start, key, seen, 1, 3, heads, D, CHANNELS)
+    v = read(qkv, start, key, seen, 2, 3, heads, D, CHANNELS)
     grad_k = tl.zeros((KEYS, CHANNELS), tl.float32)
     grad_v = tl.zeros((KEYS, CHANNELS), tl.float32)
     for first in range(0, WINDOW * WINDOW, QUERIES):
-        query, real = tokens(first, QUERIES, H, W, heads, WINDOW)
-        q = read(qkv, query, real, 0, 3, heads, D, CHANNELS)
-        g = read(grad, query, real, 0, 1, heads, D, CHANNELS)
-        weights = softmax(q, k, seen, scale, PRECISION)
+        query, real = tokens(first, QUERIES, rows, columns, W, WINDOW)
+        q = read(qkv, start, query, real, 0, 3, heads, D, CHANNELS)
+        g = read(grad, start, query, real, 0, 1, heads, D, CHANNELS)
+        weights, sums = exponentials(q, k, seen, scale, PRECISION)
+        # The scale with the sums: scores' gradients then need neither.
+        g = (g * (scale / sums)[:, None]).to(g.dtype)
         grad_v += tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision=PRECISION)
         grad_weights = tl.dot(g, tl.trans(v), input_precision=PRECISION)
-        mean = tl.sum(weights * grad_weights, 1)
-        grad_scores = (weights * (grad_weights - mean[:, None]) * scale).to(q.dtype)
-        write(grad_qkv, tl.dot(grad_scores, k, input_precision=PRECISION), query, real, 0, 3, heads, D, CHANNELS)
+        mean = tl.sum(weights * grad_weights, 1) / sums
+        grad_scores = (weights * (grad_weights - mean[:, None])).to(q.dtype)
+        grad_q = tl.dot(grad_scores, k, input_precision=PRECISION)
+        write(grad_qkv, grad_q, start, query, real, 0, 3, heads, D, CHANNELS)
         grad_k += tl.dot(tl.trans(grad_scores), q, input_precision=PRECISION)
-    write(grad_qkv, grad_k, key, seen, 1, 3, heads, D, CHANNELS)
-    write(grad_qkv, grad_v, key, seen, 2, 3, heads, D, CHANNELS)
+    write(grad_qkv, grad_k, start, key, seen, 1, 3, heads, D, CHANNELS)
+    write(grad_qkv, grad_v * (1 / scale), start, key, seen, 2, 3, heads, D, CHANNELS)
 
 
 # For windows of up to 64 tokens, and for larger ones: how many warps a program may get. The first choice serves where
@@ -107,7 +129,7 @@ def backward(
 # memory.
 CONFIGS = {
     large: [triton.Config({}, num_warps=n, num_stages=1) for n in warps]
-    for large, warps in ((False, (8, 4)), (True, (8, 16)))
+    for large, warps in ((False, (4, 2, 1, 8)), (True, (8, 16)))
 }
 TUNED = {
     (kernel, large): triton.autotune(configs, key=["KEYS", "CHANNELS"])(kernel)

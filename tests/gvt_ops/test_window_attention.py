@@ -17,6 +17,7 @@ from torch.export import Dim
 import gvt
 from gvt_ops import accelerate, window_attention
 from gvt_ops.window_attention import attend_in_windows, unsupported_reason
+from tools.kernel_report import compile_kernel
 
 
 @pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
@@ -148,24 +149,11 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(case, pass_, tmp_path, m
     """The interpreter is more lenient than the compiler; and each program has to fit into the memory that
     unsupported_reason counts on.
     """
-    triton = pytest.importorskip("triton")
-    from gvt_ops import window_kernel
-
+    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (capability, dtype, window, D), kernel = case, getattr(window_kernel, pass_)
-    sizes = window_kernel.sizes(heads=2, window=window, channels=3 * 2 * D)
-    config = window_kernel.CONFIGS[sizes["KEYS"] > 64][0]
-    kinds = dict(H="i32", W="i32", heads="i32", scale="fp32") | dict.fromkeys(sizes, "constexpr")
-    source = triton.compiler.ASTSource(
-        kernel,
-        {name: kinds.get(name, f"*{dtype}") for name in kernel.arg_names},
-        constexprs={(kernel.arg_names.index(name),): value for name, value in sizes.items()},
-    )
-    target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
-    program = triton.compile(
-        source, target=target, options=dict(num_warps=config.num_warps, num_stages=config.num_stages)
-    )
-    largest = window**2 > 128 and D > 32
+    capability, dtype, window, channels = case
+    program = compile_kernel(pass_, capability=capability, dtype=dtype, window=window, channels=channels)
+    largest = window**2 > 128 and channels > 32
     assert program.metadata.shared <= (
         window_attention.MAX_MEMORY if largest else RTX4090.shared_memory_per_block_optin
     )
