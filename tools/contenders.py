@@ -173,8 +173,7 @@ class Timed:
     def time(self, steps: int) -> float:
         """Return the seconds of a step, the mean of several.
 
-        On a GPU a first step is not timed, in which the host gets ahead, and unused memory goes back to the other
-        processes.
+        On a GPU a first step is not timed, in which the host gets ahead.
         """
         if self.device.type != "cuda":
             return seconds(lambda: [self.step() for _ in range(steps)], self.device) / steps
@@ -185,7 +184,6 @@ class Timed:
             self.step()
         end.record()
         end.synchronize()
-        torch.cuda.empty_cache()
         return start.elapsed_time(end) / 1000 / steps
 
 
@@ -217,8 +215,10 @@ class Runner(Timed):
         elif mode == "eager":
             self.model = self.module
         else:
-            # Dynamo looks at the setting itself too, not only at the options.
-            torch._inductor.config.freezing = mode == "freezing"
+            from torch._inductor import config
+
+            # The tracer makes constants of weights by this setting alone: it does not see the options.
+            config.freezing = mode == "freezing"
             self.model = torch.compile(self.module, fullgraph=True, dynamic=False, options=self.options)
         torch.manual_seed(1)
         self.images = torch.randn(case.batch, 3, case.size, case.size).to(device, self.dtype)
