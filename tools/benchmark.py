@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 from statistics import median
@@ -43,6 +44,13 @@ TASKS = ("inference", "training", "features")
 DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = 2  # times the rounding error of plain PyTorch in the same dtype
 STEPS = {"cpu": 1, "cuda": 5}  # of a round
+# Variables of the environment that change what is measured.
+SWITCHES = (
+    "TWINS_ACCELERATE",
+    "TWINS_WINDOW_KERNEL",
+    "TORCHINDUCTOR_LAYOUT_OPTIMIZATION",
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED",
+)
 
 
 # ---------------------------------------------------------------- counted operations
@@ -331,6 +339,7 @@ def main(argv: list[str]) -> int:
     device = torch.device(args.device)
     settings = {"repeats": args.repeats, "warmup": args.warmup, "steps": args.steps}
     settings["matrices"] = GEMM_SIDE[device.type]
+    settings["switches"] = {name: os.environ[name] for name in SWITCHES if name in os.environ}
     results = {"environment": environment(device), "settings": settings, "cases": []}
     cases = [Case(*each) for each in itertools.product(args.models, args.tasks, args.dtype, args.batch_size, args.size)]
     for number, case in enumerate(cases, start=1):

@@ -177,8 +177,7 @@ class Timed:
     def time(self, steps: int) -> float:
         """Return the seconds of a step, the mean of several.
 
-        On a GPU a first step is not timed, in which the host gets ahead, and unused memory goes back to the other
-        processes.
+        On a GPU a first step is not timed, in which the host gets ahead.
         """
         if self.device.type != "cuda":
             return seconds(lambda: [self.step() for _ in range(steps)], self.device) / steps
@@ -189,7 +188,6 @@ class Timed:
             self.step()
         end.record()
         end.synchronize()
-        torch.cuda.empty_cache()
         return start.elapsed_time(end) / 1000 / steps
 
 

@@ -44,6 +44,8 @@ def serve(pipe: Connection, case: Case, name: Name, device: torch.device, thread
                 answer = False, short_reason(error)
             except Exception as error:
                 answer = False, library_reason(error)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # for the others
             pipe.send(answer)
 
 

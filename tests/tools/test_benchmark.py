@@ -239,9 +239,11 @@ def test_results(tmp_path, capsys):
     assert out.count("timm eager") == 4
 
 
-def test_json_and_a_bound(capsys):
+def test_json_and_a_bound(capsys, monkeypatch):
+    monkeypatch.setenv("TWINS_WINDOW_KERNEL", "0")
     assert run([*EAGER, "--json", "--least", "1000"]) == 1
     out, error = capsys.readouterr()
+    assert json.loads(out)["settings"]["switches"] == {"TWINS_WINDOW_KERNEL": "0"}
     cases = json.loads(out)["cases"]
     assert cases[0]["model"] == "alt_gvt_demo"
     assert error.splitlines()[-1].startswith(
