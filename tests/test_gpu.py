@@ -21,6 +21,16 @@ from training import checkpoint, options
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+@pytest.fixture(autouse=True)
+def _restored_settings():
+    """--deterministic and the like must not decide which path the next test takes."""
+    deterministic, cudnn = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn
+    benchmark, cudnn_deterministic = cudnn.benchmark, cudnn.deterministic
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    cudnn.benchmark, cudnn.deterministic = benchmark, cudnn_deterministic
+
+
 @pytest.mark.parametrize("name", ["alt_gvt_small", "pcpvt_small_v0"])
 @pytest.mark.parametrize("size", [(224, 224), (200, 168)])
 def test_logits_equal_the_cpus(name, size):
@@ -80,6 +90,18 @@ def test_the_window_kernel_in_a_cuda_graph():
     qkv.copy_(qkv.flip(0))
     graph.replay()
     assert torch.equal(out, expected.flip(0))
+
+
+@pytest.mark.parametrize("window", [7, 14])
+def test_autotuned_launches_equal_deterministic_ones(window):
+    """Up to rounding: another number of warps adds in another order."""
+    qkv = torch.randn(2, 17, 16, 192, device="cuda", requires_grad=True)
+    results = []
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        out = attend_in_windows(qkv, 2, window)
+        results.append([out, *torch.autograd.grad(out.square().sum(), qkv)])
+    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(*results))
 
 
 def test_the_window_kernel_beyond_32_bits():
