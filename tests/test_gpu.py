@@ -6,17 +6,20 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import log_lines
+from conftest import log_lines, run_main
+from PIL import Image
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 
+import datasets
 import engine
 import main
 from gvt_ops import accelerate, window_attention
 from gvt_ops.window_attention import attend_in_windows
 from tools.checkpoint_hash import digest
 from training import checkpoint, options
+from training.batches import Uint8Transform, collate, seed_by
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -182,3 +185,81 @@ def test_a_stopped_run_ends_with_the_same_bits(words, toy, tmp_path, monkeypatch
     assert main.run(options.parse_args([*run, str(tmp_path / "c"), "--resume", "auto"])) == 0
     found = [digest(checkpoint.load(tmp_path / name / "checkpoint.pth")) for name in "abc"]
     assert found[0] == found[1] == found[2]
+
+
+# ---------------------------------------------------------------- what a batch and a step do on the device
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("fast_augment", [False, True])
+def test_a_batch_has_the_cpus_bits(fast_augment):
+    """Augmented, normalized and erased: each operation is one that both devices compute alike."""
+    args = options.parse_args(["--input-size", "64", "--reprob", "1"])
+    transform = Uint8Transform(datasets.build_transform(True, args), fast_augment=fast_augment)
+    items = []
+    for position in range(16):
+        seed_by((0, position))
+        pixels = torch.randint(256, (80, 96, 3), dtype=torch.uint8).numpy()
+        items.append((transform(Image.fromarray(pixels)), 0))
+    # Augmentation writes into its pixels: each device gets a batch of its own.
+    batches = [collate(items)[0].to(device).cpu() for device in (CPU, CUDA)]
+    assert torch.equal(*batches) and batches[0].std() > 0.1
+
+
+def test_an_evaluation_counts_as_on_the_cpu():
+    torch.manual_seed(0)
+    model = timm.create_model("alt_gvt_demo", num_classes=4).eval()
+    batches = [(torch.randn(5, 3, 64, 64), torch.tensor([0, 1, 2, 3, 0])) for _ in range(3)]
+    stats = [engine.evaluate(batches, model.to(device), device, amp_dtype=torch.float32) for device in (CPU, CUDA)]
+    assert stats[0]["acc1"] == stats[1]["acc1"] and stats[0]["loss"] == pytest.approx(stats[1]["loss"], abs=1e-4)
+
+
+def test_late_values_come_in_order_and_all():
+    seen = []
+    late = engine.LateValues(lambda step, values: seen.append((step, *values)))
+    for step in range(5):
+        late.put(step, torch.full((1,), float(step), device=CUDA))
+        assert len(seen) == step  # each is read when the next is there
+    late.flush()
+    late.flush()
+    assert seen == [(step, float(step)) for step in range(5)]
+
+
+def test_an_overflow_in_float16_skips_the_step_and_halves_the_scale():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).cuda()
+    optimizer, before = torch.optim.AdamW(model.parameters(), fused=True), model[1].weight.detach().clone()
+    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
+    settings = dict(amp_dtype=torch.float16, clip_grad=5.0)
+    batches = [(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 0]))]
+    engine.train_one_epoch(model, F.cross_entropy, batches, optimizer, CUDA, 0, scaler, **settings)
+    assert torch.equal(model[1].weight, before) and scaler.get_scale() == 2.0**39
+
+
+@pytest.mark.parametrize("words", [[], ["--channels-last"], ["--residual-dtype", "autocast"]], ids=str)
+def test_a_prepared_model_trains_in_bfloat16(words):
+    args = options.parse_args(["--model", "alt_gvt_demo", "--amp-dtype", "bfloat16", *words])
+    model = main.prepare_model(main.build_model(args, 3), args, CUDA)
+    weight = model.pos_block[0].proj[0].weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = F.cross_entropy(model(torch.randn(2, 3, 64, 64, device=CUDA)), torch.tensor([0, 1], device=CUDA))
+    loss.backward()
+    assert loss.isfinite() and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert weight.grad.stride() == weight.stride()
+
+
+def test_what_attention_takes_by_itself_is_fused():
+    """Whichever kernel PyTorch prefers: flash, memory-efficient or cuDNN, but not products and softmax of its own."""
+    model = timm.create_model("alt_gvt_small").cuda().bfloat16().eval()
+    with torch.inference_mode(), profile(acc_events=True) as trace:
+        model(torch.randn(2, 3, 224, 224, device="cuda", dtype=torch.bfloat16))
+    taken = {event.key for event in trace.key_averages() if "_scaled_dot_product_" in event.key}
+    assert taken and not [name for name in taken if "math" in name], taken
+
+
+def test_one_process_of_torchrun(toy, tmp_path):
+    words = ["--model", "alt_gvt_demo", "--input-size", 32, "--batch-size", 8, "--epochs", 1, "--data-path", toy]
+    done = run_main(*words, "--output_dir", tmp_path, launcher=("-m", "torch.distributed.run", "--nproc_per_node=1"))
+    assert done.returncode == 0 and "Training time" in done.stdout, done.stderr
+    assert "Guessing device ID" not in done.stderr and "destroy_process_group" not in done.stderr
