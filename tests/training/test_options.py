@@ -87,6 +87,11 @@ OURS = {
     "alpha": "white",
     "exif": "ignore",
     "max_pixels": 178_956_970,
+    "train_split": "train",
+    "val_split": "val",
+    "val_fraction": 0.0,
+    "val_labels": "",
+    "class_map": "",
     "overwrite": False,
     "resume_changed": False,
     "checkpoint_interval": 0,
@@ -117,8 +122,9 @@ def test_dashes_and_underscores_are_alike():
     for name in PUBLISHED.keys() | OURS.keys():
         action = next(a for a in options.get_parser()._actions if a.dest == name)
         several = action.nargs == 2 or name == "cutmix_minmax"
+        text = "0.5" if name == "val_fraction" else "1"
         value = (
-            [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else ["1"] * (2 if several else 1)
+            [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else [text] * (2 if several else 1)
         )
         if name in options.REFUSED:
             continue
@@ -207,7 +213,7 @@ def python_start() -> float:
 # ---------------------------------------------------------------- hints, warnings, and what --eval takes
 
 
-@pytest.mark.parametrize("word", ["--val-split", "--predict", "--split", "--patience", "--mcloader", "--cooldown"])
+@pytest.mark.parametrize("word", ["--val-spli", "--predict", "--split", "--patience", "--mcloader", "--cooldown"])
 def test_a_hint_is_never_an_option_that_does_nothing(word, capsys):
     """Three of them were answered with --resplit, --patience-epochs and --use-mcloader."""
     with pytest.raises(SystemExit):
