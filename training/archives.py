@@ -110,9 +110,10 @@ class Bounded:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= self.most:
-            raise ValueError(f"a header of {size} bytes")
-        return self.file.read(size)
+        data = self.file.read(size if 0 <= size <= self.most else self.most + 1)
+        if len(data) > self.most:
+            raise ValueError(f"a header of more than {self.most} bytes")
+        return data
 
 
 def tar_members(path: Path) -> Iterator[Member]:

@@ -69,10 +69,13 @@ def class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         layout = "ImageNet's layout, train/CLASS/* and val/CLASS/*"
         raise UserError(f"no such data folder ({root}): expected {layout}, in --data-path")
-    folders = [entry for entry in root.iterdir() if entry.is_dir()]
+    entries = list(root.iterdir())
+    folders = [entry for entry in entries if entry.is_dir()]
     found = sorted(entry.name for entry in folders if not entry.name.startswith(".") and not is_ignored(entry.name))
     if not found:
-        raise UserError(f"no images ({root}): expected a folder for each class in it")
+        flat = any(entry.suffix.lower() in suffixes() for entry in entries)
+        advice = ", or --val-labels FILE for a val folder without them" if flat else ""
+        raise UserError(f"no images ({root}): expected a folder for each class in it{advice}")
     return found
 
 
