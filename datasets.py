@@ -252,10 +252,12 @@ def build_datasets(args: Options) -> tuple[Dataset, Dataset]:
     divided = args.data_set == "IMNET" and args.val_fraction
     train_images, val_images = sources.held_out(args) if divided else (None, None)
     train_set = build_dataset("train", args, transform=transform, images=train_images)
-    val_set = build_val_set(args, list(train_set.classes), images=val_images)
+    return train_set, build_val_set(args, list(train_set.classes), images=val_images)
+
+
+def check_sizes(train_set: Dataset, val_set: Dataset) -> None:
     if len(val_set) > len(train_set):
         warn(f"val has more images than train ({len(val_set)}, {len(train_set)}): are the two swapped?")
-    return train_set, val_set
 
 
 def records(args: Options, train_set: Dataset, val_set: Dataset) -> dict[str, str]:

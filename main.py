@@ -215,6 +215,7 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     )
     with signals, folder.open(lambda: state.records() | datasets.records(args, train_set, val_set)):
         log_run(state, train_loader, folder)
+        datasets.check_sizes(train_set, val_set)
         if not state.evaluated:
             log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
             evaluate_epoch(state, saver, val_loader, network)

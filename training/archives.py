@@ -235,6 +235,9 @@ class Members:
         archive, *row = self.rows[number].tolist()
         return Place(self.archives[archive], *row)
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def take(self, numbers: np.ndarray) -> "Members":
         part = copy.copy(self)
         part.rows = self.rows[numbers]

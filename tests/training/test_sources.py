@@ -544,7 +544,7 @@ def test_a_run_scores_what_it_held_out(train_only, tmp_path, capsys):
 def test_more_val_than_train_is_a_warning(images, tmp_path, capsys):
     shutil.copytree(images / "train", tmp_path / "val")
     shutil.copytree(images / "val", tmp_path / "train")
-    datasets.build_datasets(arguments(tmp_path))
+    datasets.check_sizes(*datasets.build_datasets(arguments(tmp_path)))
     assert "val has more images than train (80, 40): are the two swapped?" in capsys.readouterr().err
-    datasets.build_datasets(arguments(images))
+    datasets.check_sizes(*datasets.build_datasets(arguments(images)))
     assert not capsys.readouterr().err
