@@ -4,16 +4,21 @@ import csv
 import io
 import json
 import multiprocessing
+import re
 import shutil
+import subprocess
+import sys
 import tarfile
+import types
 import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, log_lines, make_images
+from conftest import ROOT, SMALL_RUN, log_lines, make_images
 from torch.utils.data import DataLoader
 
 import datasets
@@ -548,3 +553,44 @@ def test_more_val_than_train_is_a_warning(images, tmp_path, capsys):
     assert "val has more images than train (80, 40): are the two swapped?" in capsys.readouterr().err
     datasets.check_sizes(*datasets.build_datasets(arguments(images)))
     assert not capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the page about it
+
+
+def test_the_export_of_the_page_makes_a_zip_that_is_read(images, tmp_path, monkeypatch):
+    """With a stand-in for Hugging Face's package, whose rows hold the bytes of files."""
+
+    class Rows(list):
+        features = {"label": SimpleNamespace(names=["ant/x", *CLASSES[1:]])}
+
+    class Splits(dict):
+        def cast_column(self, column, kind):
+            assert (column, kind) == ("img", {"decode": False})
+            return self
+
+    def rows(split):
+        return Rows(
+            {"img": {"bytes": path.read_bytes(), "path": None}, "label": CLASSES.index(path.parent.name)}
+            for path in shuffled(files(images, split))
+        )
+
+    stand_in = types.ModuleType("datasets")
+    stand_in.Image, stand_in.load_dataset = dict, lambda name: Splits(train=rows("train"), test=rows("val"))
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "data.md").read_text(), re.S)
+    (code,) = (block for block in blocks if "load_dataset" in block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", stand_in)
+    exec(code, {})
+    monkeypatch.undo()
+    for split in SPLITS:
+        found = build(tmp_path / "data.zip", split=split)
+        assert found.classes == ["ant_x", *CLASSES[1:]]
+        assert sorted(contents(found)) == sorted(contents(build(images, split=split)))
+
+
+@pytest.mark.parametrize("code", ["from datasets import load_dataset", "import datasets; datasets.load_dataset"])
+def test_how_our_module_hides_the_package_of_that_name(code):
+    done = subprocess.run([sys.executable, "-c", f"import gvt; {code}"], capture_output=True, text=True, cwd=ROOT)
+    line = done.stderr.splitlines()[-1].split("(")[0].split(". Did")[0].strip()
+    assert line in (ROOT / "docs" / "data.md").read_text()
