@@ -112,8 +112,9 @@ class Folder(ImageFiles):
         index = {name: number for number, name in enumerate(self.classes)}
         for name in images.classes:
             if name not in index:
-                what = f"a class that training does not know ({images.at(name)})"
-                raise UserError(f"{what}: remove it, or add it to {'train' if classes else 'the class map'}")
+                advice = f"remove it, or add it to {'train' if classes else 'the class map'}"
+                advice += ", or name the numbers with --class-map" if name.isdecimal() and not images.names else ""
+                raise UserError(f"a class that training does not know ({images.at(name)}): {advice}")
         self.samples = [(path, index[name]) for path, name in images.samples]
         if not self.samples:
             advice = f"expected {Path(images.where).name}/CLASS/* with images in JPEG, PNG, WebP, TIFF"
@@ -171,7 +172,9 @@ def build_dataset(
     reader = ImageReader(split, alpha=args.alpha, exif=args.exif, max_pixels=args.max_pixels)
     if args.data_set == "IMNET":
         images = images or sources.images(split, args)
-        if head is not None:
+        if head is not None and classes is None and images.names and len(images.names) == head:
+            classes = images.names  # in their order, which is that of the outputs
+        elif head is not None:
             classes = match_classes(images.names or images.classes, classes, head)
         if classes is None and os.path.isdir(images.where):
             check_levels(Path(images.where))

@@ -44,7 +44,7 @@ ARROWS = {
     "training/run_folder": {"training/errors", "training/files", "training/processes", "utils"},
     "training/outputs": {"training/errors", "training/files"},
     "training/sources": {
-        *(f"training/{name}" for name in ("archives", "errors", "folders", "options", "outputs")),
+        *(f"training/{name}" for name in ("archives", "errors", "files", "folders", "options", "outputs")),
         "utils",
     },
     "training/reports": {"samplers", "training/errors", "training/options", "training/outputs", "utils"},

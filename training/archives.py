@@ -5,6 +5,7 @@ are only names, and an index that does not belong to the archive is made again.
 """
 
 import copy
+import functools
 import json
 import os
 import stat
@@ -68,9 +69,9 @@ def index(path: Path) -> tuple[Archive, list[Member]]:
     archive, cached = Archive(str(path), status.st_size, status.st_mtime_ns), path.with_name(f".{path.name}.index")
     if (members := read_index(cached, archive)) is not None:
         return archive, members
-    log(f"indexing {path}")
+    log_indexing(path.parent)
     try:
-        members = checked(zip_members(path) if path.suffix == ".zip" else tar_members(path), archive)
+        members = checked(zip_members(path) if path.suffix.lower() == ".zip" else tar_members(path), archive)
     except (UserError, MemoryError):
         raise
     except Exception as error:  # of damaged archives, the standard library raises anything
@@ -78,6 +79,11 @@ def index(path: Path) -> tuple[Archive, list[Member]]:
         raise UserError(f"cannot read an archive ({path}): {advice} [{short_reason(error, 80)}]") from error
     write_index(cached, archive, members)
     return archive, members
+
+
+@functools.cache
+def log_indexing(folder: Path) -> None:
+    log(f"indexing the archives in {folder}")
 
 
 def checked(members: Iterable[Member], archive: Archive) -> list[Member]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from training import archives
+from training import archives, files
 from training.archives import Archive, Member, Members, Place
 from training.errors import UserError
 from training.folders import class_folders, log_unread, suffixes, walk
@@ -367,7 +367,9 @@ def split_file(args: Options) -> Path | None:
     if not args.resume:
         return None
     path = args.run_folder if args.resume == "auto" else Path(args.resume)
-    return (path if args.resume == "auto" or path.is_dir() else path.parent) / SPLIT
+    if args.resume == "auto" or path.is_dir():
+        return path / SPLIT if files.candidates(path) else None
+    return path.parent / SPLIT
 
 
 def read_split(path: Path, whole: Images, root: Path) -> np.ndarray:

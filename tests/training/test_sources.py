@@ -408,6 +408,19 @@ def test_a_class_map_orders_the_folders(images, tmp_path):
     assert "add it to the class map" in refused(images, "--class-map", names, split="train")
 
 
+def test_a_class_map_gives_the_order_of_a_classifiers_outputs(paths, tmp_path):
+    """Of one without names: 0 is the first output, whatever its name."""
+    data = shutil.copytree(paths["shards"], tmp_path / "data")
+    (data / "classes.txt").write_text("z\ny\nx\nw\n")
+    named = build(data, split="val", head=4)
+    assert named.classes == ["z", "y", "x", "w"]
+    (data / "classes.txt").unlink()
+    numbered = build(data, split="val", head=4)
+    assert numbered.classes == ["0", "1", "2", "3"] and numbered.samples == named.samples
+    assert "or name the numbers with --class-map" in refused(data, classes=["w", "x", "y", "z"])
+    assert "val has 4 classes, the weights 9" in refused(data, head=9)
+
+
 def test_a_class_of_val_that_training_does_not_know(paths):
     for kind in KINDS:
         assert "a class that training does not know" in refused(paths[kind], classes=["ant", "bee", "cat"])
