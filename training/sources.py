@@ -3,7 +3,9 @@
 Which of these a data folder has is found by looking.
 """
 
+import contextlib
 import csv
+import gc
 import glob
 import os
 import re
@@ -88,6 +90,19 @@ def exists(root: Path, split: str) -> bool:
     return bool(kinds(root, split))
 
 
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Keep Python from looking for garbage among millions of new tuples, which takes as long as to make them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@without_collection()
 def find(root: Path, split: str, *, class_map: str = "", labels: str = "") -> Images:
     """Return the images of a split of a data set. class_map: a file of class names. labels: a file for a flat folder.
 
