@@ -117,8 +117,8 @@ class Bounded:
         self.seek, self.tell = file.seek, file.tell
 
     def read(self, size: int = -1) -> bytes:
-        data = self.file.read(size if 0 <= size <= self.most else self.most + 1)
-        if len(data) > self.most:
+        data = b"" if size > self.most else self.file.read(size if size >= 0 else self.most + 1)
+        if max(size, len(data)) > self.most:
             raise ValueError(f"a header of more than {self.most} bytes")
         return data
 

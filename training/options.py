@@ -82,7 +82,8 @@ def path(text: str) -> str:
 
 def is_name(text: object) -> bool:
     """Return True for what can name a part of a data set, inside the folder of the data."""
-    return isinstance(text, str) and text not in ("", ".", "..") and not {"/", "\0"} & set(text)
+    valid = isinstance(text, str) and text not in ("", ".", "..") and not {"/", "\0"} & set(text)
+    return valid and len(text) <= 60  # with the suffix of a file it is still a name
 
 
 def split(text: str) -> str:

@@ -143,7 +143,7 @@ def missing(root: Path, split: str) -> UserError:
 def of(where: str, found: list[Found], names: list[str] | None, *, numbers: bool = False) -> Images:
     """Return images in order. numbers: labels that are all numbers are class numbers, of `names` if there are any."""
     labels = {each.label for each in found}
-    if numbers and all(label.isascii() and label.isdecimal() for label in labels):
+    if numbers and all(label.isascii() and label.isdecimal() and len(label) < 19 for label in labels):
         spelled = {label: str(int(label)) for label in labels}
         order = sorted(set(spelled.values()), key=int)
         if names is not None:

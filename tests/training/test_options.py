@@ -157,6 +157,8 @@ def test_throughput_is_an_alias():
         (["--resplit"], "cannot be used (--resplit): "),
         (["--model"], "expected one argument"),
         (["--eval-crop-ratio", "0"], "'0' is not above 0 and up to 1"),
+        (["--val-fraction", "1"], "'1' is not above 0 and below 1"),
+        (["--train-split", "../train"], "'../train' is not a name"),
         (["--train-interpolation", "cubic"], "invalid choice"),
         (["--scale", "1", "0.5"], "argument --scale: expected two numbers above 0, the smaller first"),
         (["--cutmix-minmax", "0.2"], "argument --cutmix-minmax: expected two numbers"),
@@ -184,6 +186,7 @@ def test_wrong_options_are_one_line_and_exit_2(words, says, capsys):
         (["--model-ema-decay", "0.9"], ["--model-ema-decay", "0.9", "--model-ema"]),
         (["--finetune", "a", "--eval", "--resume", "b"], ["--finetune", "a"]),
         (["--resume", "a", "--throughput"], ["--resume", "a"]),
+        (["--val-fraction", "0.1", "--data-set", "CIFAR"], ["--val-fraction", "0.1"]),
     ],
 )
 def test_options_without_effect_are_named_once(words, silent):
@@ -247,6 +250,15 @@ def test_what_is_stored_is_taken_unless_given():
     ]
     assert (args.model, args.input_size, args.eval_crop_ratio, args.lr) == ("alt_gvt_demo", 32, 0.9, 5e-4)
     assert args.alpha == "white" and options.take_stored(args, {}) == []
+
+
+def test_which_images_were_held_out_is_taken_and_usual_names_are_not_mentioned():
+    args = parse()
+    stored = {"val_fraction": 0.25, "train_split": "all", "val_split": "val"}
+    assert options.take_stored(args, stored) == ["from the checkpoint: --train-split all, --val-fraction 0.25"]
+    assert (args.train_split, args.val_split, args.val_fraction) == ("all", "val", 0.25)
+    for bad in ({"val_fraction": 0.0}, {"val_fraction": 2.0}, {"val_split": "../x"}, {"train_split": 3}):
+        assert options.take_stored(parse(), bad) == []
 
 
 @pytest.mark.parametrize("size", [None, True, [3, 224, 224], 0, 10**9, "224"])

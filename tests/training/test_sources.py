@@ -274,7 +274,7 @@ def test_other_names_of_the_splits(images, paths, tmp_path):
     assert contents(build(tmp_path, *words)) == contents(build(images))
     assert contents(build(tmp_path, *words, split="val")) == contents(build(images, split="val"))
     assert "no such data folder" in refused(tmp_path)
-    for name in ("../x", "", ".", "a/b"):
+    for name in ("../x", "", ".", "a/b", "x" * 61):
         with pytest.raises(SystemExit):
             arguments(tmp_path, "--val-split", name)
 
