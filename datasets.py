@@ -8,7 +8,7 @@ import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a
 # isort: split
 import hashlib
 import json
-from collections import Counter
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +22,15 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from gvt_ops.transforms import SMALL, FitSquare, eval_transform
 from samplers import RASampler, ShuffleSampler, eval_indices
+from training import archives, sources
+from training.archives import Members
 from training.batches import SeededDataset, Uint8Transform, build_loader
 from training.errors import UserError
-from training.folders import is_ignored, log_unread, walk
+from training.folders import check_levels
 from training.images import ImageReader
 from training.options import Options
-from utils import get_rank, get_world_size, log
+from training.sources import Images
+from utils import get_rank, get_world_size, log, warn
 
 # ---------------------------------------------------------------- transforms
 
@@ -85,6 +88,7 @@ class ImageFiles(Dataset):
 
     samples: list[tuple[str, int]]
     classes: list[str]
+    members: Members | None = None  # where the bytes of each are, if they are in archives
 
     def __init__(self, transform: Callable, reader: ImageReader):
         self.transform, self.reader = transform, reader
@@ -94,26 +98,27 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(self.reader(path)), label
+        data = archives.read(self.members[index], path) if self.members else None
+        return self.transform(self.reader(path, data)), label
 
 
 class Folder(ImageFiles):
-    """root/CLASS/image. With `classes`, their order gives the indices, and a folder of another name is refused."""
+    """Images of a class each. With `classes`, their order gives the indices, and a class of another name is refused."""
 
-    def __init__(self, root: Path, transform: Callable, reader: ImageReader, classes: list[str] | None = None):
+    def __init__(self, images: Images, transform: Callable, reader: ImageReader, classes: list[str] | None = None):
         super().__init__(transform, reader)
-        self.samples, unread = [], Counter()
-        found = class_folders(root)
-        self.classes = found if classes is None else classes
+        self.members = images.members
+        self.classes = classes if classes is not None else images.names or images.classes
         index = {name: number for number, name in enumerate(self.classes)}
-        for name in found:
+        for name in images.classes:
             if name not in index:
-                raise UserError(f"a class that training does not know ({root / name}): remove it, or add it to train")
-            self.samples += [(path, index[name]) for path in walk(root / name, unread)]
-        log_unread(unread, root)
+                advice = f"remove it, or add it to {'train' if classes else 'the class map'}"
+                advice += ", or name the numbers with --class-map" if name.isdecimal() and not images.names else ""
+                raise UserError(f"a class that training does not know ({images.at(name)}): {advice}")
+        self.samples = [(path, index[name]) for path, name in images.samples]
         if not self.samples:
-            advice = f"expected {root.name}/CLASS/* with images in JPEG, PNG, WebP, TIFF or another format of Pillow"
-            raise UserError(f"no images ({root}): {advice}")
+            advice = f"expected {Path(images.where).name}/CLASS/* with images in JPEG, PNG, WebP, TIFF"
+            raise UserError(f"no images ({images.where}): {advice} or another format of Pillow")
 
 
 class INat(ImageFiles):
@@ -150,42 +155,36 @@ def read_json(path: Path):
         raise UserError(f"not JSON ({path}): {error}") from None
 
 
-def class_folders(root: Path) -> list[str]:
-    """Return the names of the class folders in root, sorted."""
-    if not root.is_dir():
-        layout = "ImageNet's layout, train/CLASS/* and val/CLASS/*"
-        raise UserError(f"no such data folder ({root}): expected {layout}, in --data-path")
-    folders = [entry for entry in root.iterdir() if entry.is_dir()]
-    found = sorted(entry.name for entry in folders if not entry.name.startswith(".") and not is_ignored(entry.name))
-    if not found:
-        raise UserError(f"no images ({root}): expected a folder for each class in it")
-    return found
+def build_dataset(
+    split: str,
+    args: Options,
+    *,
+    transform: Callable,
+    classes: list[str] | None = None,
+    head: int | None = None,
+    images: Images | None = None,
+) -> Dataset:
+    """Return the "train" or "val" part of --data-set. classes: those of training, beyond which val must not go.
 
-
-def check_levels(root: Path) -> None:
-    """Raise UserError if a class folder holds only folders."""
-    for name in class_folders(root):
-        entries = [entry for entry in sorted((root / name).iterdir()) if not is_ignored(entry.name)]
-        if entries and all(entry.is_dir() for entry in entries):
-            inside = ", ".join(entry.name for entry in entries[:3])
-            what = f"a class folder that holds only folders ({root / name}: {inside})"
-            raise UserError(f"{what}: one level too many, move them up into {root}")
-
-
-def build_dataset(split: str, args: Options, *, transform: Callable, classes: list[str] | None = None) -> Dataset:
-    """Return the "train" or "val" part of --data-set. classes: those of training, beyond which val must not go."""
+    head: the outputs of a classifier whose classes are those, or unknown. images: if they are found already.
+    """
     root = Path(args.data_path)
     reader = ImageReader(split, alpha=args.alpha, exif=args.exif, max_pixels=args.max_pixels)
     if args.data_set == "IMNET":
-        if classes is None:
-            check_levels(root / split)
-        dataset = Folder(root / split, transform, reader, classes)
+        images = images or sources.images(split, args)
+        if head is not None and classes is None and images.names and len(images.names) == head:
+            classes = images.names  # in their order, which is that of the outputs
+        elif head is not None:
+            classes = match_classes(images.names or images.classes, classes, head)
+        if classes is None and os.path.isdir(images.where):
+            check_levels(Path(images.where))
+        dataset = Folder(images, transform, reader, classes)
         counts = np.bincount([label for _, label in dataset.samples], minlength=len(dataset.classes))
         empty = [name for name, number in zip(dataset.classes, counts) if not number]
         if empty and classes is None:
-            raise UserError(f"a class without images ({root / split / empty[0]}): remove the folder, or fill it")
+            raise UserError(f"a class without images ({images.at(empty[0])}): remove it, or fill it")
         if len(dataset.classes) == 1:
-            where = root / split / dataset.classes[0]
+            where = images.at(dataset.classes[0])
             raise UserError(f"only one class ({where}): expected a folder for each of two or more classes")
         dataset.missing = empty
         return dataset
@@ -243,16 +242,32 @@ def match_classes(found: list[str], stored: list[str] | None, head: int) -> list
 # ---------------------------------------------------------------- what a run uses
 
 
-def build_val_set(args: Options, classes: list[str] | None = None) -> Dataset:
+def build_val_set(args: Options, classes: list[str] | None = None, **settings) -> Dataset:
+    """Return the validation set. settings: see build_dataset."""
     pipeline = build_transform(False, args)
-    return build_dataset("val", args, transform=Uint8Transform(pipeline), classes=classes)
+    return build_dataset("val", args, transform=Uint8Transform(pipeline), classes=classes, **settings)
 
 
 def build_datasets(args: Options) -> tuple[Dataset, Dataset]:
     """Return the training and validation sets of --data-path, with the classes of the former."""
     pipeline = build_transform(True, args)
-    train_set = build_dataset("train", args, transform=Uint8Transform(pipeline, fast_augment=args.fast_augment))
-    return train_set, build_val_set(args, list(train_set.classes))
+    transform = Uint8Transform(pipeline, fast_augment=args.fast_augment)
+    divided = args.data_set == "IMNET" and args.val_fraction
+    train_images, val_images = sources.held_out(args) if divided else (None, None)
+    train_set = build_dataset("train", args, transform=transform, images=train_images)
+    return train_set, build_val_set(args, list(train_set.classes), images=val_images)
+
+
+def check_sizes(train_set: Dataset, val_set: Dataset) -> None:
+    if len(val_set) > len(train_set):
+        warn(f"val has more images than train ({len(val_set)}, {len(train_set)}): are the two swapped?")
+
+
+def records(args: Options, train_set: Dataset, val_set: Dataset) -> dict[str, str]:
+    """Return what a run's folder keeps about its images, by file name: those that --val-fraction held out."""
+    if args.data_set != "IMNET" or not args.val_fraction:
+        return {}
+    return {sources.SPLIT: sources.split_text(args.data_path, train=train_set.samples, val=val_set.samples)}
 
 
 def loader_kwargs(args: Options, device: torch.device) -> dict:

@@ -30,7 +30,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import timm
 import torch
@@ -163,9 +162,7 @@ def evaluate(args: Options, device: torch.device) -> None:
     for line in (f"evaluating {file.source}", *options.take_stored(args, stored)):
         log(line)
     number, classes = number_of_classes(state, file.source), file.class_names
-    if args.data_set == "IMNET":
-        classes = datasets.match_classes(datasets.class_folders(Path(args.data_path) / "val"), classes, number)
-    val_set = datasets.build_val_set(args, classes)
+    val_set = datasets.build_val_set(args, classes, head=number)
     if len(val_set.classes) != number:
         counts = f"{len(val_set.classes)}, the classifier has {number}"
         raise UserError(f"other classes than the weights' ({args.data_path}): {counts}")
@@ -212,8 +209,9 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     settings = engine.StepSettings(
         clip_grad=args.clip_grad, accum_steps=args.grad_accum_steps, mixup=mixup, **precision_kwargs(args, device)
     )
-    with signals, folder.open(state.records):
+    with signals, folder.open(lambda: state.records() | datasets.records(args, train_set, val_set)):
         log_run(state, train_loader, folder)
+        datasets.check_sizes(train_set, val_set)
         if not state.evaluated:
             log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
             evaluate_epoch(state, saver, val_loader, network)

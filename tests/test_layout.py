@@ -38,12 +38,17 @@ ARROWS = {
     "training/augment": set(),  # what a device does to a batch, drawn in training/batches
     "training/images": {"training/errors", "utils"},
     "training/folders": {"training/errors", "training/images", "utils"},
+    "training/archives": {"training/errors", "training/files", "training/folders", "utils"},
     "training/batches": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes"},
     "training/formats": {"gvt", "training/errors"},
     "training/checkpoint": {"gvt_ops/loading", "training/errors", "training/files", "training/formats", "utils"},
     "training/resume": {"training/checkpoint", "training/errors"},
     "training/run_folder": {"training/errors", "training/files", "training/processes", "utils"},
     "training/outputs": {"training/errors", "training/files"},
+    "training/sources": {
+        *(f"training/{name}" for name in ("archives", "errors", "files", "folders", "options", "outputs")),
+        "utils",
+    },
     "training/reports": {"samplers", "training/errors", "training/options", "training/outputs", "utils"},
     "training/state": {
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "options", "processes", "resume")),
@@ -51,7 +56,7 @@ ARROWS = {
     },
     "datasets": {
         *("gvt_ops/__init__", "gvt_ops/transforms", "samplers", "training/batches", "training/errors"),
-        *("training/folders", "training/images", "training/options", "utils"),
+        *("training/archives", "training/folders", "training/images", "training/options", "training/sources", "utils"),
     },
     "dense/__init__": {"training/__init__"},
     "dense/libraries": {"gvt_ops/__init__", "training/errors"},

@@ -1,8 +1,9 @@
 """Check all files of a data set before a training run: python -m tools.check_data --data-path FOLDER | CONFIG.
 
-FOLDER holds train/CLASS/* and val/CLASS/*; CONFIG is one of segmentation or detection. Every image and label file is
-decoded. Reported are files that cannot be read, classes and annotations that cannot be right, files that are both in
-train and val, and files in two classes. Exit code 1 if there is a finding, 0 if there is none.
+FOLDER holds train/CLASS/* and val/CLASS/*, or archives or lists as for main.py (docs/data.md); CONFIG is one of
+segmentation or detection. Every image and label file is decoded. Reported are files that cannot be read, classes and
+annotations that cannot be right, files that are both in train and val, and files in two classes. Exit code 1 if there
+is a finding, 0 if there is none.
 """
 
 import gvt  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
@@ -10,19 +11,20 @@ import gvt  # noqa: F401  before timm: lets torchvision be imported beside a CPU
 # isort: split
 import argparse
 import functools
+import itertools
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import datasets
 from tools.check_files import Finding, Item, decode_image, look_at_all
+from training import sources
 from training.errors import UserError, exit_code
-from training.folders import log_unread, walk
+from training.folders import check_levels, class_folders, log_unread, walk
 from training.images import MAX_PIXELS
-from training.options import Parser, count, path, positive
+from training.options import Parser, count, path, positive, split
 from training.outputs import check_new, write_rows
 from utils import log
 
@@ -32,33 +34,42 @@ SHOWN = 30  # findings on the terminal; --csv has all
 # ---------------------------------------------------------------- classification
 
 
-def classification(root: Path, max_pixels: int, findings: list[Finding]) -> list[Item]:
+def classification(root: Path, args: argparse.Namespace, findings: list[Finding]) -> list[Item]:
     """Return the images of train and val; append what is wrong with the folders."""
-    items, trained, decode = [], None, functools.partial(decode_image, max_pixels=max_pixels)
-    for split in ("train", "val"):
-        unread, classes = Counter(), datasets.class_folders(root / split)
-        trained = trained or classes
-        if split == "train":
-            findings += problems_of_classes(root / split, classes)
-        for name in classes:
-            folder = root / split / name
-            if name not in trained:
-                findings.append(
-                    Finding(str(folder), "a class that training does not know: remove it, or add it to train")
-                )
-            errors: list[UserError] = []
-            files = walk(folder, unread, on_error=errors.append)
-            findings += (Finding(str(folder), str(error)) for error in errors)
-            items += (Item(file, decode, split, name) for file in files)
-            if not files and split == "train":
-                findings.append(Finding(str(folder), "a class without images: remove the folder, or fill it"))
-        log_unread(unread, root / split)
+    items, trained, decode = [], None, functools.partial(decode_image, max_pixels=args.max_pixels)
+    for part, name, labels in (("train", args.train_split, ""), ("val", args.val_split, args.val_labels)):
+        if not labels and list(sources.kinds(root, name)) == ["folder"]:
+            classes, found = in_folders(root / name, part, decode, findings)
+        else:
+            images = sources.find(root, name, class_map=args.class_map, labels=labels)
+            classes, places = images.classes, images.members or itertools.repeat(None)
+            found = [Item(path, decode, part, label, place) for (path, label), place in zip(images.samples, places)]
+        items, trained = items + found, trained or classes
+        for label in (label for label in classes if label not in trained):
+            what = "a class that training does not know: remove it, or add it to train"
+            findings.append(Finding(str(root / name / label), what))
     return items
+
+
+def in_folders(root: Path, part: str, decode: Callable, findings: list[Finding]) -> tuple[list[str], list[Item]]:
+    """Return the class folders of a part of the data set, and their images."""
+    unread, items, classes = Counter(), [], class_folders(root)
+    if part == "train":
+        findings += problems_of_classes(root, classes)
+    for name in classes:
+        errors: list[UserError] = []
+        files = walk(root / name, unread, on_error=errors.append)
+        findings += (Finding(str(root / name), str(error)) for error in errors)
+        items += (Item(file, decode, part, name) for file in files)
+        if not files and part == "train":
+            findings.append(Finding(str(root / name), "a class without images: remove the folder, or fill it"))
+    log_unread(unread, root)
+    return classes, items
 
 
 def problems_of_classes(root: Path, classes: list[str]) -> Iterator[Finding]:
     try:
-        datasets.check_levels(root)
+        check_levels(root)
     except UserError as error:
         yield Finding(str(root), str(error))
     if len(classes) == 1:
@@ -73,6 +84,10 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("config", nargs="?", type=path, metavar="CONFIG", help="of segmentation or detection")
     add("--data-path", type=path, metavar="FOLDER", help="of train/CLASS/* and val/CLASS/*")
+    add("--train-split", type=split, default="train", metavar="NAME", help="of the training images (%(default)s)")
+    add("--val-split", type=split, default="val", metavar="NAME", help="of the validation images (%(default)s)")
+    add("--val-labels", type=path, default="", metavar="FILE", help="classes of a flat val folder, as for main.py")
+    add("--class-map", type=path, default="", metavar="FILE", help="class names, as for main.py")
     add("--csv", type=Path, metavar="FILE", help="write all findings: path, problem")
     add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse larger images (%(default)s)")
     add("--workers", type=count, default=os.cpu_count(), metavar="N", help="processes, 0: none but this (%(default)s)")
@@ -88,7 +103,7 @@ def main(argv: list[str]) -> int:
 
         items = dense(args.config, args.max_pixels, findings)
     else:
-        items = classification(Path(args.data_path), args.max_pixels, findings)
+        items = classification(Path(args.data_path), args, findings)
     findings += look_at_all(items, args.workers)
     if out:
         write_rows(out, "--csv", ("path", "problem"), map(asdict, findings))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from training import archives
 from training.errors import UserError
 from training.images import ImageReader, opened
 
@@ -25,13 +26,14 @@ class Finding:
 @dataclass(frozen=True)
 class Item:
     """A file to decode by `read`, which raises UserError. split: of an image, which must be in no other. label: that
-    all images of the same bytes must have.
+    all images of the same bytes must have. place: of the bytes that `read` takes too, if they are in an archive.
     """
 
     path: str
-    read: Callable[[str], object]
+    read: Callable[..., object]
     split: str = ""
     label: str = ""
+    place: archives.Place | None = None
 
 
 # ---------------------------------------------------------------- every file
@@ -42,20 +44,24 @@ def reader(max_pixels: int) -> ImageReader:
     return ImageReader(max_pixels=max_pixels)
 
 
-def decode_image(path: str, max_pixels: int) -> None:
-    verify(path, max_pixels)
-    reader(max_pixels)(path)
+def decode_image(path: str, data: bytes | None = None, *, max_pixels: int) -> None:
+    verify(path, max_pixels, data)
+    reader(max_pixels)(path, data)
 
 
-def verify(path: str, max_pixels: int) -> None:
+def verify(path: str, max_pixels: int, data: bytes | None = None) -> None:
     """Look at checksums, which decoding a PNG does not do."""
-    with opened(path, max_pixels=max_pixels) as file:
+    with opened(path, data=data, max_pixels=max_pixels) as file:
         file.verify()
 
 
 def look(item: Item) -> tuple[Item, str, str]:
     """Return an item, a hash of its file, and its problem; each may be empty."""
     try:
+        if item.place:
+            data = archives.read(item.place, item.path)
+            item.read(item.path, data)
+            return item, hashlib.blake2b(data).hexdigest(), ""
         item.read(item.path)
         with open(item.path, "rb") as file:
             return item, hashlib.file_digest(file, "blake2b").hexdigest(), ""

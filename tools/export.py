@@ -31,6 +31,7 @@ from gvt_ops import accelerate
 from tools import measurement, quantize, runtimes
 from tools.runtimes import CheckFailed, Outputs, Shape
 from tools.trained import Trained, load
+from training import sources
 from training.checkpoint import Checkpoint, save_safetensors
 from training.errors import UserError, exit_code
 from training.images import ImageReader
@@ -181,10 +182,10 @@ def images_per_s(runs: dict[str, Run], images: Tensor) -> dict[str, float]:
 
 def val_set(data_path: Path, trained: Trained) -> datasets.Folder:
     """Return the val images of a data set, with the indices of the classifier's classes."""
-    found = datasets.class_folders(data_path / "val")
-    stored = trained.classes if set(found) <= set(trained.classes) else None
-    classes = datasets.match_classes(found, stored, len(trained.classes))
-    return datasets.Folder(data_path / "val", trained.transform, ImageReader("val", alpha=trained.alpha), classes)
+    images = sources.find(data_path, "val")
+    stored = trained.classes if set(images.classes) <= set(trained.classes) else None
+    classes = datasets.match_classes(images.classes, stored, len(trained.classes))
+    return datasets.Folder(images, trained.transform, ImageReader("val", alpha=trained.alpha), classes)
 
 
 def check_on_val(trained: Trained, plan: Plan, path: Path, images: datasets.Folder) -> None:

@@ -3,7 +3,6 @@
 python -m tools.plot_run RUN_FOLDER --data-path FOLDER [--output RUN_FOLDER/run.png]
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from gvt_ops import accelerate
 from tools.plot_logs import plot, read_log, tidy
 from training.checkpoint import Checkpoint
 from training.errors import exit_code
-from training.options import Parser
+from training.options import Parser, parse_args
 
 COLUMNS = 6
 
@@ -29,7 +28,8 @@ COLUMNS = 6
 def predict(folder: Path, data_path: str, images: int) -> list[tuple[np.ndarray, str, str]]:
     """Return (image, label, prediction) of val images spread evenly over the set, by the run's best weights."""
     file = Checkpoint.open(folder / "checkpoint_best.pth")
-    args = argparse.Namespace(**file.payload["args"] | {"data_path": data_path})
+    args = parse_args([])  # whose options an older run lacks
+    vars(args).update(file.payload["args"], data_path=data_path, eval=True, resume=str(folder))
     classes = file.class_names
     model = accelerate(timm.create_model(args.model, num_classes=len(classes))).eval()
     file.load_into(model)

@@ -93,7 +93,8 @@ def _keep(path: Path, name: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    atomic_write(path, lambda file: file.write(text.encode()))
+    content = text.encode(errors="surrogateescape")  # names of files may be any bytes
+    atomic_write(path, lambda file: file.write(content))
 
 
 def remove_unfinished(folder: Path) -> None:

@@ -64,6 +64,31 @@ def walk(
     return files if above else sorted(files, key=os.path.split)
 
 
+def class_folders(root: Path) -> list[str]:
+    """Return the names of the class folders in root, sorted."""
+    if not root.is_dir():
+        layout = "ImageNet's layout, train/CLASS/* and val/CLASS/*"
+        raise UserError(f"no such data folder ({root}): expected {layout}, in --data-path")
+    entries = list(root.iterdir())
+    folders = [entry for entry in entries if entry.is_dir()]
+    found = sorted(entry.name for entry in folders if not entry.name.startswith(".") and not is_ignored(entry.name))
+    if not found:
+        flat = any(entry.suffix.lower() in suffixes() for entry in entries)
+        advice = ", or --val-labels FILE for a val folder without them" if flat else ""
+        raise UserError(f"no images ({root}): expected a folder for each class in it{advice}")
+    return found
+
+
+def check_levels(root: Path) -> None:
+    """Raise UserError if a class folder holds only folders."""
+    for name in class_folders(root):
+        entries = [entry for entry in sorted((root / name).iterdir()) if not is_ignored(entry.name)]
+        if entries and all(entry.is_dir() for entry in entries):
+            inside = ", ".join(entry.name for entry in entries[:3])
+            what = f"a class folder that holds only folders ({root / name}: {inside})"
+            raise UserError(f"{what}: one level too many, move them up into {root}")
+
+
 def log_unread(unread: Counter, where: str | Path, write: Callable[[str], None] = log) -> None:
     """Log how many files are not read, by suffix."""
     if unread:

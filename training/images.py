@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import re
 import stat
@@ -96,10 +97,8 @@ def orientation_of(file: Image.Image) -> int:
 # ---------------------------------------------------------------- one file
 
 
-def mistaken_for_image(path: str) -> str:
+def mistaken_for_image(start: bytes) -> str:
     """Return what a file is that is no image, with what to do, from its first bytes; empty if unknown."""
-    with open(path, "rb") as file:
-        start = file.read(64)
     if not start:
         return "an empty file, replace or remove it"
     if not start.strip(b"\0"):
@@ -125,13 +124,18 @@ def formats() -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def opened(path: str, what: str = "an image", *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """Open an image file without decoding it. What goes wrong, in the body too, is a UserError that names the file."""
+def opened(
+    path: str, what: str = "an image", *, data: bytes | None = None, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """Open an image file without decoding it. What goes wrong, in the body too, is a UserError that names the file.
+
+    data: the file's bytes, if they come from an archive, where `path` is only a name.
+    """
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        if data is None and not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             raise UserError(f"not a regular file ({path}): replace or remove it")
-        with Image.open(path, formats=formats()) as file:
+        with Image.open(path if data is None else io.BytesIO(data), formats=formats()) as file:
             if file.width * file.height > max_pixels:
                 raise too_large(path, f"{file.width} x {file.height}")
             if file.format == "TIFF":
@@ -145,14 +149,20 @@ def opened(path: str, what: str = "an image", *, max_pixels: int = MAX_PIXELS) -
     except OSError as error:
         if os.path.islink(path) and not os.path.exists(path):
             raise dangling(path) from None
-        raise cannot_read(path, what, error) from error
+        raise cannot_read(path, what, error, data) from error
     except Exception as error:  # decoders raise anything
-        raise cannot_read(path, what, error) from error
+        raise cannot_read(path, what, error, data) from error
 
 
-def cannot_read(path: str, what: str, error: Exception) -> UserError:
-    nature = mistaken_for_image(path) if os.path.isfile(path) else ""
+def cannot_read(path: str, what: str, error: Exception, data: bytes | None) -> UserError:
+    nature = ""
+    if data is not None:
+        nature = mistaken_for_image(data[:64])
+    elif os.path.isfile(path):
+        with open(path, "rb") as file:
+            nature = mistaken_for_image(file.read(64))
     reason = getattr(error, "strerror", None) or short_reason(error).replace(f" {str(path)!r}", "")
+    reason = re.sub(r" <_io.BytesIO object at \w+>", "", reason)
     return UserError(f"cannot read {what} ({path}): {nature or f'replace or remove it [{reason}]'}")
 
 
@@ -181,15 +191,15 @@ class ImageReader:
         self.range = torch.tensor([[2**16, -1]] * self.ROWS).share_memory_()  # of 16-bit values
         self.reported: set[str] = set()
 
-    def __call__(self, path: str) -> Image.Image:
-        return self.read(path)[0]
+    def __call__(self, path: str, data: bytes | None = None) -> Image.Image:
+        return self.read(path, data)[0]
 
-    def read(self, path: str) -> tuple[Image.Image, int]:
+    def read(self, path: str, data: bytes | None = None) -> tuple[Image.Image, int]:
         """Return an image and the orientation that was applied to the stored pixels, 1 for none.
 
-        Raises UserError with its path if it cannot be read; it is never replaced by another.
+        data: see `opened`. Raises UserError with its path if it cannot be read; it is never replaced by another.
         """
-        with opened(path, max_pixels=self.max_pixels) as file:
+        with opened(path, data=data, max_pixels=self.max_pixels) as file:
             orientation = orientation_of(file)
             image, shown = self.to_rgb(file, path), file.format == "TIFF"  # which Pillow turns while it decodes
         self.count("read")

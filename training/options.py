@@ -80,6 +80,18 @@ def path(text: str) -> str:
     return text
 
 
+def is_name(text: object) -> bool:
+    """Return True for what can name a part of a data set, inside the folder of the data."""
+    valid = isinstance(text, str) and text not in ("", ".", "..") and not {"/", "\0"} & set(text)
+    return valid and len(text) <= 60  # with the suffix of a file it is still a name
+
+
+def split(text: str) -> str:
+    if not is_name(path(text)):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a name")
+    return text
+
+
 MOST = 2**62  # no option is as large; torch and numpy take no larger integers
 positive = numbers(int, "a number from 1 up", lambda value: value >= 1)
 count = numbers(int, "a number from 0 up", lambda value: value >= 0)
@@ -89,19 +101,24 @@ pixels = numbers(int, f"a number of pixels from 1 to {LARGEST}", lambda value: 1
 wait = numbers(int, "a number of seconds from 0 up", lambda value: 0 <= value < 10**6)
 seconds = numbers(int, "a number of seconds from 1 up", lambda value: 1 <= value < 10**6)
 probability = numbers(float, "between 0 and 1", lambda value: 0 <= value <= 1)
+fraction = numbers(float, "above 0 and below 1", lambda value: 0 < value < 1)
 share = numbers(float, "above 0 and up to 1", lambda value: 0 < value <= 1)
 amount = numbers(float, "a number from 0 up", lambda value: value >= 0)
 above_zero = numbers(float, "a number above 0", lambda value: value > 0)
 
 
 ALPHA, EXIF = ("white", "black", "drop"), ("apply", "ignore")
-# What --eval takes from a checkpoint: the model, and how its images were prepared; each with what its value may be.
+# What --eval takes from a checkpoint: the model, how its images were prepared, and which were held out;
+# each with what its value may be.
 STORED = {
     "model": lambda value: isinstance(value, str),
     "input_size": lambda value: type(value) is int and 1 <= value <= LARGEST,
     "eval_crop_ratio": lambda value: isinstance(value, float) and 0 < value <= 1,
     "alpha": lambda value: value in ALPHA,
     "exif": lambda value: value in EXIF,
+    "train_split": lambda value: value != "train" and is_name(value),
+    "val_split": lambda value: value != "val" and is_name(value),
+    "val_fraction": lambda value: isinstance(value, float) and 0 < value < 1,
 }
 
 
@@ -238,6 +255,15 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     default = "/datasets01/imagenet_full_size/061417/"
     add("--data-path", type=path, default=default, metavar="FOLDER", help="of train/CLASS/*, val/CLASS/* (%(default)s)")
+    what = "images for training in --data-path: a folder, .tar, .zip, .csv or shards of this name (%(default)s)"
+    add("--train-split", type=split, default="train", metavar="NAME", help=what)
+    add("--val-split", type=split, default="val", metavar="NAME", help="the same for validation (%(default)s)")
+    what = "hold out a part of each training class where there is no val; kept in split.csv"
+    add("--val-fraction", type=fraction, default=0.0, metavar="F", help=what)
+    what = "classes of a flat val folder: one a line in the order of file names, or file name,class"
+    add("--val-labels", type=path, default="", metavar="FILE", help=what)
+    what = "class names, one a line: their order, or what class numbers mean (classes.txt in --data-path)"
+    add("--class-map", type=path, default="", metavar="FILE", help=what)
     sets = ("CIFAR", "CIFAR10", "IMNET", "INAT", "INAT19")
     add("--data-set", default="IMNET", choices=sets, help="CIFAR is CIFAR-100 (%(default)s)")
     inat = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -326,6 +352,8 @@ def without_effect(args: Options) -> dict[str, str]:
         reasons[name] = args.throughout and "--throughput times a new model"
     if args.eval and not args.throughout:
         reasons["finetune"] = "--eval takes the weights of --resume"
+    for name in ("train_split", "val_split", "val_fraction", "val_labels", "class_map"):
+        reasons[name] = args.data_set != "IMNET" and f"--data-set {args.data_set} has parts of its own"
     for name in ("per_class", "predictions"):
         reasons[name] = (args.throughout or not args.eval) and "it is for --eval"
     for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode"):

@@ -30,6 +30,7 @@ FREE = {
         "resplit",
     ),
     *("per_class", "predictions"),
+    *("train_split", "val_split", "val_fraction", "val_labels", "class_map"),  # whose images `data` stands for
     *("deterministic", "grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
 RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the official schedule's state, in today's timm

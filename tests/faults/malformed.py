@@ -46,6 +46,7 @@ SHARES = (
     "--smoothing",
     "--model-ema-decay",
     "--momentum",
+    "--val-fraction",
 )
 AMOUNTS = (
     "--lr",
@@ -61,7 +62,7 @@ AMOUNTS = (
 )
 CHOICES = ("--data-set", "--remode", "--mixup-mode", "--train-interpolation", "--amp-dtype", "--inat-category")
 NAMES = ("--model", "--opt", "--sched", "--device", "--torchcompile", "--aa")
-FILES = ("--resume", "--finetune", "--data-path")
+FILES = ("--resume", "--finetune", "--data-path", "--class-map", "--val-labels")
 
 LETTERS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
 WORDS = LETTERS.filter(lambda text: not text.startswith("-"))

@@ -1,8 +1,10 @@
 """python -m tools.check_data: thirty planted faults of thirty in a thousand files, and no false alarm."""
 
 import csv
+import io
 import os
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -150,3 +152,27 @@ def test_errors_of_use(data, tmp_path, capsys):
         == 2
     )
     assert "--csv" in capsys.readouterr().err
+
+
+def test_images_in_archives(tmp_path):
+    """A file cut off, one that is in both parts, and one of two classes; a hostile archive is one line."""
+    whole = {f"{name}/{number}.png": number for number, name in enumerate(CLASSES * 3)}
+    for part, first in (("train", 0), ("val", 100)):
+        with zipfile.ZipFile(tmp_path / f"{part}.zip", "w", zipfile.ZIP_DEFLATED) as file:
+            for name, number in whole.items():
+                buffer = io.BytesIO()
+                image(77 if number == 2 else first + number).save(buffer, "PNG")
+                data = buffer.getvalue()
+                file.writestr(name, data[:300] if (part, number) == ("train", 1) else data)
+                if (part, number) == ("train", 0):
+                    file.writestr("dog/same.png", data)
+    code, rows = found(tmp_path, tmp_path, "--workers", "2")
+    assert code == 1 and [path for path, _ in rows] == [
+        f"{tmp_path / 'train.zip'}!/bee/1.png",
+        f"{tmp_path / 'train.zip'}!/dog/same.png",
+        f"{tmp_path / 'val.zip'}!/cat/2.png",
+    ]
+    assert all(words in row[1] for words, row in zip(("cannot read", "another class", "is in train"), rows))
+    with zipfile.ZipFile(tmp_path / "val.zip", "a") as file:
+        file.writestr("../evil.png", b"x")
+    assert exit_code("check_data.py", check_data.main, ["--data-path", str(tmp_path)]) == 2

@@ -88,6 +88,11 @@ OURS = {
     "alpha": "white",
     "exif": "ignore",
     "max_pixels": 178_956_970,
+    "train_split": "train",
+    "val_split": "val",
+    "val_fraction": 0.0,
+    "val_labels": "",
+    "class_map": "",
     "overwrite": False,
     "resume_changed": False,
     "checkpoint_interval": 0,
@@ -118,8 +123,9 @@ def test_dashes_and_underscores_are_alike():
     for name in PUBLISHED.keys() | OURS.keys():
         action = next(a for a in options.get_parser()._actions if a.dest == name)
         several = action.nargs == 2 or name == "cutmix_minmax"
+        text = "0.5" if name == "val_fraction" else "1"
         value = (
-            [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else ["1"] * (2 if several else 1)
+            [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else [text] * (2 if several else 1)
         )
         if name in options.REFUSED:
             continue
@@ -152,6 +158,8 @@ def test_throughput_is_an_alias():
         (["--resplit"], "cannot be used (--resplit): "),
         (["--model"], "expected one argument"),
         (["--eval-crop-ratio", "0"], "'0' is not above 0 and up to 1"),
+        (["--val-fraction", "1"], "'1' is not above 0 and below 1"),
+        (["--train-split", "../train"], "'../train' is not a name"),
         (["--train-interpolation", "cubic"], "invalid choice"),
         (["--scale", "1", "0.5"], "argument --scale: expected two numbers above 0, the smaller first"),
         (["--cutmix-minmax", "0.2"], "argument --cutmix-minmax: expected two numbers"),
@@ -179,6 +187,7 @@ def test_wrong_options_are_one_line_and_exit_2(words, says, capsys):
         (["--model-ema-decay", "0.9"], ["--model-ema-decay", "0.9", "--model-ema"]),
         (["--finetune", "a", "--eval", "--resume", "b"], ["--finetune", "a"]),
         (["--resume", "a", "--throughput"], ["--resume", "a"]),
+        (["--val-fraction", "0.1", "--data-set", "CIFAR"], ["--val-fraction", "0.1"]),
     ],
 )
 def test_options_without_effect_are_named_once(words, silent):
@@ -208,7 +217,7 @@ def python_start() -> float:
 # ---------------------------------------------------------------- hints, warnings, and what --eval takes
 
 
-@pytest.mark.parametrize("word", ["--val-split", "--predict", "--split", "--patience", "--mcloader", "--cooldown"])
+@pytest.mark.parametrize("word", ["--val-spli", "--predict", "--split", "--patience", "--mcloader", "--cooldown"])
 def test_a_hint_is_never_an_option_that_does_nothing(word, capsys):
     """Three of them were answered with --resplit, --patience-epochs and --use-mcloader."""
     with pytest.raises(SystemExit):
@@ -242,6 +251,15 @@ def test_what_is_stored_is_taken_unless_given():
     ]
     assert (args.model, args.input_size, args.eval_crop_ratio, args.lr) == ("alt_gvt_demo", 32, 0.9, 5e-4)
     assert args.alpha == "white" and options.take_stored(args, {}) == []
+
+
+def test_which_images_were_held_out_is_taken_and_usual_names_are_not_mentioned():
+    args = parse()
+    stored = {"val_fraction": 0.25, "train_split": "all", "val_split": "val"}
+    assert options.take_stored(args, stored) == ["from the checkpoint: --train-split all, --val-fraction 0.25"]
+    assert (args.train_split, args.val_split, args.val_fraction) == ("all", "val", 0.25)
+    for bad in ({"val_fraction": 0.0}, {"val_fraction": 2.0}, {"val_split": "../x"}, {"train_split": 3}):
+        assert options.take_stored(parse(), bad) == []
 
 
 @pytest.mark.parametrize("size", [None, True, [3, 224, 224], 0, 10**9, "224"])
