@@ -4,12 +4,26 @@ Nothing here imports torch, so that --help and a wrong option are answered at on
 """
 
 import argparse
-import difflib
-import math
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+
+from training import config, recipe_options
+from training.command_line import (
+    LARGEST,
+    Parser,
+    above_zero,
+    amount,
+    count,
+    path,
+    pixels,
+    positive,
+    probability,
+    seconds,
+    seed,
+    share,
+    wait,
+)
 
 # What the official code accepts and this one cannot honor: each ends with what to use instead.
 REFUSED = {
@@ -18,81 +32,6 @@ REFUSED = {
     "resplit": "the official code never read it: to erase only part of a batch use --reprob, to repeat images "
     "--repeated-aug",
 }
-
-
-# How the help of an option begins that is accepted, or refused, but does nothing.
-INERT = ("refused:", "without effect:", "ignored:", "not supported:")
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, which suggest no inert option, and `-` and `_` alike in the names of options."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        names = {name.replace("_", "-"): name for name in self._option_string_actions}
-        spelled = []
-        for token in args:
-            name, equals, value = token.partition("=")
-            known = names.get(name.replace("_", "-")) if name.startswith("--") else None
-            spelled.append(known + equals + value if known else token)
-        return super().parse_known_args(spelled, namespace)
-
-    def error(self, message):
-        words = message.split()
-        if message.startswith("unrecognized arguments:"):
-            unknown = next((word for word in words[2:] if word.startswith("-")), words[2])
-            options = self._option_string_actions.items()
-            useful = [name for name, option in options if not (option.help or "").startswith(INERT)]
-            close = difflib.get_close_matches(unknown.split("=")[0], useful, n=1)
-            advice = f"did you mean {close[0]}?" if close else "--help lists the options"
-            message = f"unknown option (command line, {unknown}): {advice}"
-        else:
-            message = f"{message} (command line): --help lists the options"
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def numbers(kind: type, says: str, test: Callable[[float], bool]) -> Callable[[str], float]:
-    """Return an option's type: finite numbers of `kind` that pass `test`, which `says` describes."""
-
-    def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and abs(value) < MOST and test(value)):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {says}")
-        return value
-
-    return number
-
-
-def path(text: str) -> str:
-    """Return the name of a file or folder; raise ArgumentTypeError if it cannot be one."""
-    if (
-        "\0" in text
-        or (not text.startswith("https://") and max(len(os.fsencode(part)) for part in text.split("/")) > 255)
-        or len(text) > 4000
-    ):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}... cannot be the name of a file")
-    return text
-
-
-MOST = 2**62  # no option is as large; torch and numpy take no larger integers
-positive = numbers(int, "a number from 1 up", lambda value: value >= 1)
-count = numbers(int, "a number from 0 up", lambda value: value >= 0)
-seed = numbers(int, "a number", lambda value: True)
-LARGEST = 16384  # pixels
-pixels = numbers(int, f"a number of pixels from 1 to {LARGEST}", lambda value: 1 <= value <= LARGEST)
-wait = numbers(int, "a number of seconds from 0 up", lambda value: 0 <= value < 10**6)
-seconds = numbers(int, "a number of seconds from 1 up", lambda value: 1 <= value < 10**6)
-probability = numbers(float, "between 0 and 1", lambda value: 0 <= value <= 1)
-share = numbers(float, "above 0 and up to 1", lambda value: 0 < value <= 1)
-amount = numbers(float, "a number from 0 up", lambda value: value >= 0)
-above_zero = numbers(float, "a number above 0", lambda value: value > 0)
-
 
 ALPHA, EXIF = ("white", "black", "drop"), ("apply", "ignore")
 # What --eval takes from a checkpoint: the model, and how its images were prepared; each with what its value may be.
@@ -114,6 +53,16 @@ class Options(argparse.Namespace):
 
     def __repr__(self) -> str:  # the official log's line begins with Namespace
         return repr(argparse.Namespace(**vars(self)))
+
+    @property
+    def stored(self) -> dict:
+        """Return what checkpoints and records store."""
+        return recipe_options.without_defaults(vars(self))
+
+    @property
+    def as_yaml(self) -> str:
+        """Return the options that were passed, as a file for --config."""
+        return config.text({name: getattr(self, name) for name in self.given - config.NOT_WRITTEN})
 
     @property
     def run_folder(self) -> Path:
@@ -276,6 +225,7 @@ def get_parser() -> argparse.ArgumentParser:
     note = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
     add("--loader-timeout", type=wait, default=1800, metavar="S", help=note)
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
+    recipe_options.add_arguments(parser)
     return parser
 
 
@@ -344,6 +294,7 @@ def schedule_warnings(args: Options, lr: float) -> list[str]:
 def parse_args(argv: list[str]) -> Options:
     """Parse the command line; end the process with one line and exit code 2 if an option is wrong."""
     parser = get_parser()
+    argv = [*config.tokens(parser, argv), *argv]
     args = parser.parse_args(argv, namespace=Options())
     unset = object()  # argparse fills in a default only for a name that the namespace lacks
     again = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from training.checkpoint import Checkpoint, all_finite
 from training.errors import UserError
+from training.recipe_options import defaults, without_defaults
 
 # What may change between the parts of a run: where things are, how fast they go, what is kept. The batch counts through
 # the global batch.
@@ -29,7 +30,7 @@ FREE = {
         "use_mcloader",
         "resplit",
     ),
-    *("per_class", "predictions"),
+    *("per_class", "predictions", "config"),
     *("deterministic", "grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
 RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the official schedule's state, in today's timm
@@ -45,7 +46,7 @@ COMPLETE = {"optimizer", "lr_scheduler", "epoch"}  # what a file must hold besid
 
 def recipe(args: Mapping, **resolved: object) -> dict:
     """Return what decides a run's result: its options but for those that are free, and what they resolve to."""
-    return {name: value for name, value in args.items() if name not in FREE} | resolved
+    return {name: value for name, value in without_defaults(args).items() if name not in FREE} | resolved
 
 
 def stored_recipe(payload: Mapping) -> dict:
@@ -62,6 +63,7 @@ def stored_recipe(payload: Mapping) -> dict:
 
 def changes(old: Mapping, new: Mapping) -> list[str]:
     """Return the settings that both have and that differ, as "name OLD -> NEW"."""
+    old, new = defaults() | old, defaults() | new  # neither stores an option of that file that it does not use
 
     def same(a: object, b: object) -> bool:
         if isinstance(a, float) and isinstance(b, float):

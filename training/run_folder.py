@@ -74,7 +74,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def open(self, records: Callable[[], dict[str, object]]) -> Iterator[None]:
-        """Own the folder, write `records` (JSON by file name), and keep status.json up to date until the run ends."""
+        """Own the folder, write `records` (text, or values for JSON), and keep status.json up to date until the end."""
         in_main_process(lambda: self._open(records()))
         if is_main_process():
             self.status.write("running")
@@ -108,7 +108,7 @@ class RunFolder:
             for path in self.run_files():
                 path.unlink(missing_ok=True)
         for name, record in records.items():
-            self.write(name, json.dumps(record, indent=1) + "\n")
+            self.write(name, record if isinstance(record, str) else json.dumps(record, indent=1) + "\n")
 
     def write(self, name: str, text: str) -> None:
         try:

@@ -14,7 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from training import checkpoint, resume
+from training import checkpoint, config, resume
 from training.checkpoint import Checkpoint
 from training.errors import INTERRUPTED, PREEMPTED, Preempted, UserError, short_reason
 from training.files import BEST, CHECKPOINT, candidates, no_checkpoint, older_name, prune
@@ -84,9 +84,10 @@ class TrainingState:
         return epochs * self.updates_per_epoch + updates
 
     def records(self) -> dict[str, object]:
-        """Return what the run is made with, as JSON values by file name."""
+        """Return what the run is made with, by file name: text, or values for JSON."""
         record = environment(self.device, self.args.seed)
-        return {"args.json": vars(self.args), "environment.json": record, "class_names.json": self.classes}
+        records = {"args.json": self.args.stored, "environment.json": record, "class_names.json": self.classes}
+        return records | {config.NAME: self.args.as_yaml}
 
     def state_dict(self) -> dict:
         """Return what a checkpoint holds: the official keys first, then what an exact resume needs.
@@ -99,7 +100,7 @@ class TrainingState:
             "lr_scheduler": self.scheduler.state_dict(),
             "epoch": self.epoch,
             "scaler": self.scaler.state_dict(),
-            "args": vars(self.args),
+            "args": self.args.stored,
             "max_accuracy": self.best,
             "evaluated": self.evaluated,
             "progress": self.progress,

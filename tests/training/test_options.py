@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from training import options
+from training import options, recipe_options
 
 # Read off the published main.py: 58 options. --model alone differs: its published default, pvt_small, is registered
 # nowhere.
@@ -100,6 +100,10 @@ OURS = {
     "loader_timeout": 1800,
     "local_rank": None,
 }
+# Stored only where they are used, so that a run without them has the options and the recipe of one before them.
+RECIPE = {
+    "config": "",
+}
 
 
 def parse(*words):
@@ -109,7 +113,8 @@ def parse(*words):
 def test_published_options_are_frozen():
     assert len(PUBLISHED) + len(PUBLISHED_FLAGS) == 58
     args = parse()
-    assert vars(args) == PUBLISHED | OURS and args.given == set()
+    assert vars(args) == PUBLISHED | OURS | RECIPE and args.given == set()
+    assert args.stored == PUBLISHED | OURS and recipe_options.defaults() == RECIPE
     parse(*PUBLISHED_FLAGS, "--dr", "0.1")
 
 
