@@ -21,7 +21,7 @@ if __name__ == "__main__":
         print(f"main.py: error: {files.in_use(ARGS.run_folder, taken_by)}", file=sys.stderr)
         sys.exit(2)
 
-import gvt_ops  # before timm: lets torchvision be imported beside a CPU build of torch
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 import datetime
@@ -34,11 +34,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler
-from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import datasets
 import engine
@@ -46,8 +42,10 @@ import gvt
 import utils
 from losses import build_criterion, build_mixup
 from training import processes, reports, resume
-from training.checkpoint import Checkpoint, finetune, load_into, number_of_classes
-from training.errors import NonFiniteError, Preempted, UserError, print_error, short_reason
+from training.checkpoint import Checkpoint, load_into, number_of_classes
+from training.errors import NonFiniteError, Preempted, UserError, print_error
+from training.network import build_model, build_networks, compile_model, count_parameters, memory_format, prepare_model
+from training.optimizer import build_optimizer, build_schedule, train_mode
 from training.options import Options
 from training.processes import StopSignals
 from training.run_folder import NON_FINITE, RunFolder, record_images
@@ -57,8 +55,6 @@ from utils import log
 # The global batches that the official logs were made with (from their learning rates).
 RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024)
 RECIPE_BATCH |= {"pcpvt_small_v0": 1280, "alt_gvt_small": 2048, "alt_gvt_demo": None}
-# Optimizers that torch can run in one kernel and skip on the device (a skip of sgd leaves its momentum unset).
-FUSED = ("adam", "adamw")
 
 
 def main(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> None:
@@ -89,9 +85,9 @@ def check_options(args: Options) -> None:
         raise UserError(f"unknown model (--model {args.model}): did you mean {' or '.join(close)}?")
     if args.eval and not args.resume:
         raise UserError("nothing to evaluate (--eval): pass the weights as --resume FILE")
-    if args.input_size < gvt.SMALLEST and args.model in gvt.MODEL_NAMES:
-        smallest = f"{gvt.SMALLEST} x {gvt.SMALLEST}"
-        raise UserError(f"too small (--input-size {args.input_size}): Twins needs images of at least {smallest}")
+    if min(args.sides) < gvt.SMALLEST and args.model in gvt.MODEL_NAMES:
+        smallest, size = f"{gvt.SMALLEST} x {gvt.SMALLEST}", " ".join(map(str, dict.fromkeys(args.sides)))
+        raise UserError(f"too small (--input-size {size}): Twins needs images of at least {smallest}")
     if args.sched == "plateau":
         what = "a schedule that needs scores (--sched plateau)"
         raise UserError(f"{what}: the rate is set by the epoch alone, use cosine or step")
@@ -114,45 +110,8 @@ def amp_dtype(args: Options, device: torch.device) -> torch.dtype:
     return getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
 
 
-def memory_format(args: Options) -> torch.memory_format:
-    return torch.channels_last if args.channels_last else torch.contiguous_format
-
-
 def precision_kwargs(args: Options, device: torch.device) -> dict:
     return dict(amp_dtype=amp_dtype(args, device), memory_format=memory_format(args))
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def build_model(args: Options, num_classes: int) -> nn.Module:
-    log(f"Creating model: {args.model}")
-    rates = dict(drop_rate=args.drop, drop_path_rate=args.drop_path)
-    model = timm.create_model(args.model, num_classes=num_classes, **rates)
-    return gvt_ops.accelerate(model) if isinstance(model, gvt.Twins) else model
-
-
-def prepare_model(model: nn.Module, args: Options, device: torch.device) -> nn.Module:
-    """Move a model to its device, in the memory format and with the recomputation that the options ask for."""
-    log(f"number of params: {count_parameters(model)}")
-    if args.grad_checkpointing == "mlp":
-        if not isinstance(model, gvt.Twins):
-            where = f"--grad-checkpointing mlp, --model {args.model}"
-            raise UserError(f"only models of gvt.py can recompute MLPs alone ({where}): omit mlp")
-        model.set_grad_checkpointing(part="mlp")
-    elif args.grad_checkpointing:
-        model.set_grad_checkpointing()
-    return model.to(device, memory_format=memory_format(args))
-
-
-def compile_model(model: nn.Module, args: Options) -> nn.Module:
-    # dynamic=False: the last, smaller batch compiles once more, which takes much less than one graph for any size.
-    try:
-        return torch.compile(model, backend=args.torchcompile, dynamic=False) if args.torchcompile else model
-    except RuntimeError as error:
-        what = f"no such compiler (--torchcompile {args.torchcompile})"
-        raise UserError(f"{what}: pass it without a name for inductor") from error
 
 
 # ---------------------------------------------------------------- evaluation and throughput
@@ -189,7 +148,7 @@ def throughput(args: Options, device: torch.device) -> None:
         images = next(iter(datasets.build_val_loader(args, datasets.build_val_set(args), device)))[0]
     else:
         log("images: random numbers (no --data-path)")
-        images = torch.randn(args.eval_batch_size, 3, args.input_size, args.input_size)
+        images = torch.randn(args.eval_batch_size, args.in_chans, *args.sides)
     model = compile_model(prepare_model(build_model(args, 1000), args, device).eval(), args)
     images = images.to(device, memory_format=memory_format(args))
     engine.throughput(model, images, getattr(torch, args.amp_dtype or "float32"))
@@ -208,13 +167,17 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     model, network, parallel, ema = build_networks(args, train_set.classes, device)
     state = build_state(args, device, model, ema, train_set, val_set, train_loader)
     if parallel is not network:
-        images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=device)
+        images = torch.zeros(args.batch_size, args.in_chans, *args.sides, device=device)
         images = images.contiguous(memory_format=memory_format(args))
         processes.settle_gradient_buckets(parallel, model, images, amp_dtype(args, device))
     saver = CheckpointManager(state, folder, signals)
     saver.resume(args.resume)
     settings = engine.StepSettings(
-        clip_grad=args.clip_grad, accum_steps=args.grad_accum_steps, mixup=mixup, **precision_kwargs(args, device)
+        clip_grad=args.clip_grad,
+        accum_steps=args.grad_accum_steps,
+        mixup=mixup,
+        train_mode=train_mode(args, model),
+        **precision_kwargs(args, device),
     )
     with signals, folder.open(state.records):
         log_run(state, train_loader, folder)
@@ -247,44 +210,12 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
         log(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
 
 
-def build_networks(
-    args: Options, classes: list[str], device: torch.device
-) -> tuple[nn.Module, nn.Module, nn.Module, ModelEmaV3 | None]:
-    """Return the model, its (compiled) network, the network wrapped for several processes, and the moving average."""
-    model = build_model(args, len(classes))
-    if args.finetune:
-        log(finetune(model, Checkpoint.open(args.finetune), report=args.report))
-    network = compile_model(prepare_model(model, args, device), args)
-    parallel = network
-    if utils.get_world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(network, device_ids=ids)
-    # After DistributedDataParallel has given all processes the weights of the first.
-    average = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    ema = ModelEmaV3(model, **average) if args.model_ema else None
-    return model, network, parallel, ema
-
-
-def build_optimizer(args: Options, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    kwargs = optimizer_kwargs(args) | {"lr": lr}
-    if args.opt.lower() in FUSED and next(model.parameters()).device.type in ("cpu", "cuda"):
-        kwargs["fused"] = True
-    try:
-        return create_optimizer_v2(model, **kwargs)
-    except (ValueError, IndexError, TypeError) as error:
-        raise UserError(f"cannot make the optimizer (--opt {args.opt}): {short_reason(error)}") from error
-
-
 def build_state(args: Options, device, model, ema, train_set, val_set, train_loader) -> TrainingState:
     """Return the state of a run that has not started."""
     global_batch = args.batch_size * utils.get_world_size() * args.grad_accum_steps
     lr, dtype = args.lr * global_batch / 512, amp_dtype(args, device)
     optimizer = build_optimizer(args, model, lr)
-    try:
-        scheduler, _ = create_scheduler(args, optimizer)
-    except ValueError as error:
-        what = f"no such schedule (--sched {args.sched}): {short_reason(error)}"
-        raise UserError(f"{what}, the official one is cosine") from error
+    scheduler = build_schedule(args, optimizer)
     resolved = dict(
         amp_dtype=str(dtype).removeprefix("torch."),
         lr=lr,

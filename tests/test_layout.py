@@ -42,6 +42,11 @@ ARROWS = {
     "training/batches": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes"},
     "training/formats": {"gvt", "training/errors"},
     "training/checkpoint": {"gvt_ops/loading", "training/errors", "training/files", "training/formats", "utils"},
+    "training/optimizer": {"gvt_ops/__init__", "training/errors", "training/options", "utils"},
+    "training/network": {
+        *(f"training/{name}" for name in ("checkpoint", "errors", "optimizer", "options")),
+        *("gvt", "gvt_ops/__init__", "gvt_ops/loading", "utils"),
+    },
     "training/resume": {"training/checkpoint", "training/errors", "training/recipe_options"},
     "training/run_folder": {"training/errors", "training/files", "training/processes", "utils"},
     "training/outputs": {"training/errors", "training/files"},
@@ -51,7 +56,14 @@ ARROWS = {
         *("gvt_ops/__init__", "training/run_folder", "utils"),
     },
     "datasets": {
-        *("gvt_ops/__init__", "gvt_ops/transforms", "samplers", "training/batches", "training/errors"),
+        *(
+            "gvt_ops/__init__",
+            "gvt_ops/loading",
+            "gvt_ops/transforms",
+            "samplers",
+            "training/batches",
+            "training/errors",
+        ),
         *("training/folders", "training/images", "training/options", "utils"),
     },
     "dense/__init__": set(),
@@ -91,7 +103,8 @@ ARROWS = {
     "main": {
         *("gvt", "gvt_ops/__init__", "utils", "losses", "datasets", "engine"),
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
-        *("training/reports", "training/resume", "training/run_folder", "training/state"),
+        *("training/network", "training/optimizer", "training/reports", "training/resume", "training/run_folder"),
+        "training/state",
     },
 }
 FOLDERS = ("gvt_ops", "training", "dense")

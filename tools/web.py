@@ -195,7 +195,7 @@ def examples(folder: str | None) -> list[str]:
 def build(gradio: ModuleType, explorer: Explorer, samples: list[str]):
     """Return the page, a gradio.Blocks."""
     made = explorer.made
-    about = f"{made.name}, {len(made.classes)} classes, {made.size} x {made.size} pixels, {explorer.device}"
+    about = f"{made.name}, {len(made.classes)} classes, {' x '.join(map(str, made.sides))} pixels, {explorer.device}"
     with gradio.Blocks(analytics_enabled=False, title="Twins", delete_cache=(CLEANED_EVERY, KEPT)) as page:
         gradio.Markdown("# Twins")
         gradio.Text(about, show_label=False, container=False)

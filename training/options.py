@@ -33,14 +33,27 @@ REFUSED = {
     "--repeated-aug",
 }
 
+
+def is_side(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
+
+
+def is_list(value: object, *lengths: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) in lengths
+
+
 ALPHA, EXIF = ("white", "black", "drop"), ("apply", "ignore")
 # What --eval takes from a checkpoint: the model, and how its images were prepared; each with what its value may be.
 STORED = {
     "model": lambda value: isinstance(value, str),
-    "input_size": lambda value: type(value) is int and 1 <= value <= LARGEST,
+    "input_size": lambda value: is_side(value) or (is_list(value, 2) and all(map(is_side, value))),
     "eval_crop_ratio": lambda value: isinstance(value, float) and 0 < value <= 1,
     "alpha": lambda value: value in ALPHA,
     "exif": lambda value: value in EXIF,
+    "in_chans": lambda value: value in (1, 3),
+    "mean": lambda value: is_list(value, 1, 3),
+    "std": lambda value: is_list(value, 1, 3),
+    "model_kwargs": lambda value: isinstance(value, dict),
 }
 
 
@@ -67,6 +80,11 @@ class Options(argparse.Namespace):
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir or self.model)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return height and width of images."""
+        return (self.input_size,) * 2 if isinstance(self.input_size, int) else tuple(self.input_size)
 
     @property
     def eval_batch_size(self) -> int:
@@ -97,7 +115,8 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="alt_gvt_small", metavar="NAME", help="a model of gvt.py or timm (%(default)s)")
-    add("--input-size", type=pixels, default=224, metavar="PIXELS", help="side of an image (%(default)s)")
+    what = "side of an image, or height and width (%(default)s)"
+    add("--input-size", type=pixels, nargs="+", default=224, metavar="PIXELS", help=what)
     add("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
     add("--drop-path", type=probability, default=0.1, metavar="P", help="stochastic depth, last block (%(default)s)")
     add(
@@ -248,7 +267,7 @@ def flag(name: str) -> str:
 
 def without_effect(args: Options) -> dict[str, str]:
     """Return the given options that this run does not read, each with the reason."""
-    small = args.input_size <= 32
+    small = max(args.sides) <= 32
     shifted = small and "images of 32 pixels or less are shifted, not cropped"
     rates = ("step", "multistep", "plateau", "poly")
     reasons = {
@@ -268,6 +287,7 @@ def without_effect(args: Options) -> dict[str, str]:
         "scale": shifted,
         "ratio": shifted,
     }
+    reasons |= recipe_options.without_effect(args)
     for name in ("resume", "finetune", "model_ema"):
         reasons[name] = args.throughout and "--throughput times a new model"
     if args.eval and not args.throughout:
@@ -299,6 +319,11 @@ def parse_args(argv: list[str]) -> Options:
     unset = object()  # argparse fills in a default only for a name that the namespace lacks
     again = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     args.given = frozenset(name for name, value in vars(again).items() if value is not unset)
+    if isinstance(args.input_size, list):
+        if len(args.input_size) > 2:
+            parser.error("argument --input-size: expected one number, or height and width")
+        # A square is stored as one number, as by the official code.
+        args.input_size = args.input_size[0] if len(set(args.input_size)) == 1 else tuple(args.input_size)
     for name in ("scale", "ratio", "cutmix_minmax"):
         bounds = getattr(args, name)
         if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]):
@@ -306,4 +331,6 @@ def parse_args(argv: list[str]) -> Options:
     for name, advice in REFUSED.items():
         if getattr(args, name):
             parser.exit(2, f"{parser.prog}: error: cannot be used ({flag(name)}): {advice}\n")
+    if wrong := recipe_options.contradiction(args):
+        parser.exit(2, f"{parser.prog}: error: {wrong}\n")
     return args

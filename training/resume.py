@@ -98,15 +98,21 @@ def schedule_changes(stored: Mapping, scheduler, epochs: int) -> list[str]:
 # ---------------------------------------------------------------- the optimizer's state
 
 
-def optimizer_state(payload: Mapping, model: nn.Module) -> dict[str, dict]:
+def optimizer_state(
+    payload: Mapping, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, dict]:
     """Return the optimizer's state by parameter name; raise ValueError if groups or values cannot be right.
 
     A state counts parameters group by group, those without weight decay first, each group in the order of the model
     that was saved. That order is the one of the file's own weights: another library's order would swap tensors of
-    equal shapes.
+    equal shapes. optimizer: of this run, whose groups are expected if they have rates of their own.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups, order = _expected_groups(payload, model, shapes)
+    if optimizer is not None and any("lr_scale" in group for group in optimizer.param_groups):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        members = [{names[each] for each in group["params"]} for group in optimizer.param_groups]
+        groups = [[name for name in order if name in group] for group in members]
     stored = [group["params"] for group in payload["optimizer"]["param_groups"]]
     if len(stored) == 1:
         groups = [order]

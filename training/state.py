@@ -122,7 +122,7 @@ class TrainingState:
         if counts := ", ".join(f"{len(names)} {kind}" for kind, names in kinds if names):
             raise UserError(f"corrupt weights ({file.source}): {counts}")
         with must_fit(file.source):
-            resume.optimizer_state(file.payload, self.model)
+            resume.optimizer_state(file.payload, self.model, self.optimizer)
 
     def load_weights(self, file: Checkpoint) -> None:
         """Start a new schedule from bare weights, as the official code does."""
@@ -144,7 +144,7 @@ class TrainingState:
         if changed:
             log(f"resume: changed by --resume-changed: {', '.join(changed)}")
         with must_fit(source):
-            optimizer_state = resume.optimizer_state(payload, self.model)
+            optimizer_state = resume.optimizer_state(payload, self.model, self.optimizer)
         file.load_into(self.model, report=self.args.report)
         if self.ema:
             file.load_into(self.ema.module, key="model_ema" if "model_ema" in payload else None)
@@ -170,14 +170,12 @@ class TrainingState:
 
     def set_rates(self, stored: list[float] | None) -> None:
         """Set the rates of the next epoch: as stored, or by the schedule, a function of the epochs trained."""
-        if stored is not None:
-            resume.check_rates(stored, len(self.initial_rates))
-            for group, rate in zip(self.optimizer.param_groups, stored):
-                group["lr"] = rate
-        elif self.epoch >= 0:
-            self.scheduler.step(self.epoch)
-        else:
-            self.scheduler.update_groups(self.initial_rates)
+        if stored is None and self.epoch >= 0:
+            return self.scheduler.step(self.epoch)
+        rates = self.initial_rates if stored is None else stored
+        resume.check_rates(rates, len(self.initial_rates))
+        for group, rate in zip(self.optimizer.param_groups, rates):  # with its lr_scale already
+            group["lr"] = rate
 
     def restore_random(self, states: list[dict], *, threads: int | None) -> None:
         """Restore the random states, or log why the bits may differ from an uninterrupted run's."""

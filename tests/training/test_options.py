@@ -103,6 +103,14 @@ OURS = {
 # Stored only where they are used, so that a run without them has the options and the recipe of one before them.
 RECIPE = {
     "config": "",
+    "pretrained": False,
+    "in_chans": 3,
+    "mean": None,
+    "std": None,
+    "model_kwargs": {},
+    "layer_decay": None,
+    "freeze": "",
+    "head_lr_scale": 1.0,
 }
 
 
@@ -119,9 +127,11 @@ def test_published_options_are_frozen():
 
 
 def test_dashes_and_underscores_are_alike():
-    for name in PUBLISHED.keys() | OURS.keys():
+    for name in PUBLISHED.keys() | OURS.keys() | RECIPE.keys():
         action = next(a for a in options.get_parser()._actions if a.dest == name)
         several = action.nargs == 2 or name == "cutmix_minmax"
+        if action.metavar == "KEY=VALUE" or name in ("freeze", "config"):
+            continue
         value = (
             [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else ["1"] * (2 if several else 1)
         )
