@@ -22,7 +22,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 
 from gvt_ops.loading import normalization
 from gvt_ops.transforms import SMALL, FitSquare, eval_transform, sides
-from samplers import RASampler, ShuffleSampler, eval_indices
+from samplers import BalancedSampler, RASampler, ShuffleSampler, eval_indices
 from training.batches import SeededDataset, Uint8Transform, build_loader
 from training.errors import UserError
 from training.folders import is_ignored, log_unread, walk
@@ -227,6 +227,11 @@ def fingerprint(*parts: Dataset, root: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def labels(dataset: Dataset) -> list[int]:
+    """Return the class index of each image."""
+    return [label for _, label in dataset.samples] if hasattr(dataset, "samples") else list(dataset.targets)
+
+
 def match_classes(found: list[str], stored: list[str] | None, head: int) -> list[str]:
     """Return the class names of a classifier of `head` outputs, for val folders `found`.
 
@@ -284,7 +289,10 @@ def build_val_loader(args: Options, val_set: Dataset, device: torch.device) -> D
 def build_train_loader(args: Options, train_set: Dataset, device: torch.device) -> DataLoader:
     """Return the loader of a training set; raise UserError if an epoch would have no update."""
     world, kind = get_world_size(), RASampler if args.repeated_aug else ShuffleSampler
-    sampler = kind(len(train_set), seed=args.seed, rank=get_rank(), world=world)
+    images = len(train_set)
+    if args.balanced_sampling:
+        kind, images = BalancedSampler, labels(train_set)
+    sampler = kind(images, seed=args.seed, rank=get_rank(), world=world)
     settings = dict(batch_size=args.batch_size, drop_last=True) | loader_kwargs(args, device)
     loader = build_loader(SeededDataset(train_set, args.seed), sampler, **settings)
     if len(loader) < args.grad_accum_steps:

@@ -40,8 +40,9 @@ import datasets
 import engine
 import gvt
 import utils
-from losses import build_criterion, build_mixup
-from training import processes, reports, resume
+from gvt_ops.loading import normalization
+from losses import build_criterion, build_mixup, class_weights, class_weights_recipe
+from training import dry_run, processes, recipe_options, reports, resume
 from training.checkpoint import Checkpoint, load_into, number_of_classes
 from training.errors import NonFiniteError, Preempted, UserError, print_error
 from training.network import build_model, build_networks, compile_model, count_parameters, memory_format, prepare_model
@@ -64,6 +65,7 @@ def main(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> N
     without_effect, given = options.without_effect(args), "device" in args.given
     device = utils.init_device(args.device, given=given, dist_url=args.dist_url, timeout=args.dist_timeout)
     utils.seed_everything(args.seed + utils.get_rank())
+    recipe_options.derive_accumulation(args, utils.get_world_size())
     processes.meet_peers()
     with utils.process_group():
         for name, reason in without_effect.items():
@@ -91,7 +93,11 @@ def check_options(args: Options) -> None:
     if args.sched == "plateau":
         what = "a schedule that needs scores (--sched plateau)"
         raise UserError(f"{what}: the rate is set by the epoch alone, use cosine or step")
-    if not (args.eval or args.throughout or args.resume):
+    if args.eval or args.throughout:
+        return
+    if args.dry_run:
+        dry_run.check_output(args)
+    elif not args.resume:
         RunFolder(args.run_folder, args.overwrite).check_no_run()
 
 
@@ -162,10 +168,16 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     train_set, val_set = datasets.build_datasets(args)
     train_loader = datasets.build_train_loader(args, train_set, device)
     val_loader = datasets.build_val_loader(args, val_set, device)
-    mixup = build_mixup(args, len(train_set.classes))
-    criterion = build_criterion(mixing=args.mixing, smoothing=args.smoothing)
+    mixup, labels = build_mixup(args, len(train_set.classes)), datasets.labels(train_set)
+    weights = class_weights(args.class_weights, train_set.classes, labels)
+    weights = {} if weights is None else {"weights": weights.to(device)}
+    criterion = build_criterion(mixing=args.mixing, smoothing=args.smoothing, **weights)
     model, network, parallel, ema = build_networks(args, train_set.classes, device)
     state = build_state(args, device, model, ema, train_set, val_set, train_loader)
+    if args.dry_run:
+        log_run(state, train_loader, folder)
+        normal = normalization(vars(args), args.model)
+        return dry_run.report(state, train_loader, mixup, normal, labels, len(val_set))
     if parallel is not network:
         images = torch.zeros(args.batch_size, args.in_chans, *args.sides, device=device)
         images = images.contiguous(memory_format=memory_format(args))
@@ -187,6 +199,10 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
         log(f"Start training for {args.epochs} epochs")
         start, updates = time.perf_counter(), itertools.count(state.updates + 1)
         for epoch in range(state.epoch + 1, args.epochs):
+            if state.stopped_early:
+                folder.reason = f"no better top-1 since epoch {state.best_epoch} (--early-stop {args.early_stop})"
+                log(f"stopped after epoch {state.epoch}: {folder.reason}")
+                break
             hooks = engine.EpochHooks(
                 after_step=(lambda: ema.update(model, next(updates) if ema.use_warmup else None)) if ema else None,
                 wants_to_stop=lambda batch: signals.poll("train", state, batch),
@@ -194,6 +210,8 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
                 progress=state.progress,
             )
             state.progress = None
+            if mixup is not None:
+                mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
             train_loader.sampler.set_epoch(epoch, hooks.progress["batches"] * args.batch_size if hooks.progress else 0)
             try:
                 state.train_stats = engine.train_one_epoch(
@@ -213,7 +231,7 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
 def build_state(args: Options, device, model, ema, train_set, val_set, train_loader) -> TrainingState:
     """Return the state of a run that has not started."""
     global_batch = args.batch_size * utils.get_world_size() * args.grad_accum_steps
-    lr, dtype = args.lr * global_batch / 512, amp_dtype(args, device)
+    lr, dtype = args.lr * (1 if args.unscale_lr else global_batch / 512), amp_dtype(args, device)
     optimizer = build_optimizer(args, model, lr)
     scheduler = build_schedule(args, optimizer)
     resolved = dict(
@@ -221,6 +239,7 @@ def build_state(args: Options, device, model, ema, train_set, val_set, train_loa
         lr=lr,
         global_batch=global_batch,
         data=datasets.fingerprint(train_set, val_set, root=args.data_path),
+        **class_weights_recipe(args.class_weights),
     )
     return TrainingState(
         args=args,
@@ -241,7 +260,8 @@ def build_state(args: Options, device, model, ema, train_set, val_set, train_loa
 def log_run(state: TrainingState, train_loader, folder: RunFolder) -> None:
     args, global_batch = state.args, state.recipe["global_batch"]
     product = f"{args.batch_size} x {utils.get_world_size()} processes x {args.grad_accum_steps} steps"
-    log(f"global batch {global_batch} ({product}), lr {state.recipe['lr']:.6g} ({args.lr:g} x {global_batch} / 512)")
+    scaling = "--unscale-lr" if args.unscale_lr else f"{args.lr:g} x {global_batch} / 512"
+    log(f"global batch {global_batch} ({product}), lr {state.recipe['lr']:.6g} ({scaling})")
     counts = f"{state.updates_per_epoch} updates an epoch, {state.n_parameters} parameters"
     where = f"device {state.device}, {state.recipe['amp_dtype']}, {train_loader.num_workers} workers a process"
     log(f"{counts}, {where}, output in {folder.path}")
@@ -253,8 +273,8 @@ def log_run(state: TrainingState, train_loader, folder: RunFolder) -> None:
         utils.warn(f"{what}: expect another result")
 
 
-def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, network: nn.Module) -> None:
-    """Score the epoch that was trained last, log its line, and save it as the best if it is."""
+def score_epoch(state: TrainingState, saver: CheckpointManager, val_loader, network: nn.Module) -> tuple[dict, dict]:
+    """Return the figures of the epoch that was trained last, and of the moving average if there is one."""
     args, size = state.args, len(val_loader.dataset)
     shares = utils.get_world_size() if args.dist_eval else 1
     rounds = math.ceil(math.ceil(size / shares) / args.eval_batch_size)
@@ -266,9 +286,20 @@ def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, n
         stats = engine.evaluate(val_loader, state.ema.module, state.device, **kwargs)
         ema = {f"ema_test_{name}": stats[name] for name in ("loss", "acc1", "acc5")}
         log(f"Accuracy of the EMA network on the {size} test images: {stats['acc1']:.1f}%")
-    old_best, is_best = state.best, test["acc1"] > state.best
-    state.best, state.evaluated = max(state.best, test["acc1"]), True
-    log(f"Max accuracy: {state.best:.2f}%")
+    return test, ema
+
+
+def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, network: nn.Module) -> None:
+    """Score the epoch that was trained last if it is its turn, log its line, and save it as the best if it is."""
+    args, number, old_best, is_best = state.args, state.epoch + 1, (state.best, state.best_epoch), False
+    test, ema = dict.fromkeys(("loss", "acc1", "acc5")), {}
+    if number % args.eval_interval == 0 or number == args.epochs:
+        test, ema = score_epoch(state, saver, val_loader, network)
+        is_best = test["acc1"] > state.best
+        if is_best:
+            state.best, state.best_epoch = test["acc1"], state.epoch
+        log(f"Max accuracy: {state.best:.2f}%")
+    state.evaluated = True
     line = {f"train_{name}": state.train_stats[name] for name in ("lr", "loss")}
     line |= {f"test_{name}": test[name] for name in ("loss", "acc1", "acc5")}
     line |= {"epoch": state.epoch, "n_parameters": state.n_parameters} | ema
@@ -276,7 +307,7 @@ def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, n
     saver.folder.attempt(lambda: saver.folder.write_log(line))
     # The best first: after a kill between the two, the epoch counts as not evaluated, and is evaluated again.
     if not saver.save(best=is_best):
-        state.best = old_best  # the best on disk is still the one before
+        state.best, state.best_epoch = old_best  # the best on disk is still the one before
 
 
 def run(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> int:

@@ -26,7 +26,7 @@ ARROWS = {
     "training/errors": set(),
     "training/command_line": set(),
     "training/config": {"training/command_line"},
-    "training/recipe_options": {"training/command_line"},
+    "training/recipe_options": {"training/command_line", "training/errors"},
     "training/options": {"training/command_line", "training/config", "training/recipe_options"},
     "training/files": {"training/errors"},
     "training/launcher": {"training/errors"},
@@ -54,6 +54,10 @@ ARROWS = {
     "training/state": {
         *(f"training/{name}" for name in ("checkpoint", "config", "errors", "files", "options", "processes", "resume")),
         *("gvt_ops/__init__", "training/run_folder", "utils"),
+    },
+    "training/dry_run": {
+        *(f"training/{name}" for name in ("options", "outputs", "state")),
+        "utils",
     },
     "datasets": {
         *(
@@ -101,10 +105,10 @@ ARROWS = {
         "utils",
     },
     "main": {
-        *("gvt", "gvt_ops/__init__", "utils", "losses", "datasets", "engine"),
+        *("gvt", "gvt_ops/__init__", "gvt_ops/loading", "utils", "losses", "datasets", "engine"),
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
         *("training/network", "training/optimizer", "training/reports", "training/resume", "training/run_folder"),
-        "training/state",
+        *("training/state", "training/dry_run", "training/recipe_options"),
     },
 }
 FOLDERS = ("gvt_ops", "training", "dense")

@@ -42,7 +42,8 @@ def read_log(path: Path, keys: Iterable[str] = KEYS) -> list[dict]:
         raise UserError(f"not a log ({path}): {FORMAT}") from error
     if not lines:
         raise UserError(f"empty log ({path}): wait until the first epoch ends")
-    return [parse_line(line, keys, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    epochs = [parse_line(line, keys, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    return [epoch for epoch in epochs if epoch.get("test_acc1", 0.0) is not None]  # --eval-interval skips some
 
 
 def parse_line(line: str, keys: Iterable[str], where: str) -> dict:
@@ -50,6 +51,8 @@ def parse_line(line: str, keys: Iterable[str], where: str) -> dict:
         epoch = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({where}): {FORMAT}") from error
+    if isinstance(epoch, dict) and epoch.get("test_acc1", 0.0) is None:
+        return epoch  # not evaluated
     lacking = [key for key in keys if not isinstance(epoch, dict) or not isinstance(epoch.get(key), (int, float))]
     if lacking:
         raise UserError(f"no number for {', '.join(lacking)} ({where}): give a log.txt that main.py wrote")

@@ -65,7 +65,7 @@ class Options(argparse.Namespace):
     __slots__ = ("given",)
 
     def __repr__(self) -> str:  # the official log's line begins with Namespace
-        return repr(argparse.Namespace(**vars(self)))
+        return repr(argparse.Namespace(**self.stored))
 
     @property
     def stored(self) -> dict:

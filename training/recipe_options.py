@@ -8,13 +8,13 @@ import ast
 import functools
 import re
 
-from training.command_line import Parser, above_zero, numbers, path, positive, share
+from training.command_line import Parser, above_zero, count, numbers, path, positive, share
+from training.errors import UserError
 
 any_number = numbers(float, "a number", lambda value: True)
 # What changes training alone: --eval and --throughput do not read them.
 TRAINING = ("pretrained", "layer_decay", "freeze", "head_lr_scale", "class_weights", "balanced_sampling", "early_stop")
 TRAINING += ("unscale_lr", "mixup_off_epoch", "eval_interval", "global_batch", "dry_run")
-TRAINING += ("log_tensorboard", "log_wandb")
 
 
 def frozen_part(text: str) -> str:
@@ -59,6 +59,27 @@ def add_arguments(parser: Parser) -> None:
     what = "factor of the head's learning rate, beside that of --layer-decay (%(default)s)"
     add("--head-lr-scale", type=above_zero, default=1.0, metavar="F", help=what)
 
+    add = parser.add_argument_group("classes of uneven size").add_argument
+    what = "weight of each class in the loss, under Mixup of its share: balanced, or a CSV of class,weight"
+    add("--class-weights", type=path, default="", metavar="{balanced,FILE}", help=what)
+    add("--balanced-sampling", action="store_true", help="draw each class equally often, as many images an epoch")
+
+    add = parser.add_argument_group("schedule of a run").add_argument
+    add("--early-stop", type=positive, metavar="PATIENCE", help="end after so many epochs without a better top-1")
+    add("--eval-interval", type=positive, default=1, metavar="N", help="evaluate every N epochs, and the last one")
+    add(
+        "--mixup-off-epoch",
+        type=count,
+        default=0,
+        metavar="N",
+        help="from epoch N on without Mixup and CutMix (0: never)",
+    )
+    add("--unscale-lr", action="store_true", help="take --lr as it is, whatever the global batch")
+    what = "images per update: sets --grad-accum-steps by --batch-size and processes"
+    add("--global-batch", type=positive, metavar="N", help=what)
+    what = "log what would happen, write the first batch as augmented.png, and exit"
+    add("--dry-run", action="store_true", help=what)
+
 
 @functools.cache
 def defaults() -> dict[str, object]:
@@ -80,10 +101,27 @@ def contradiction(args: argparse.Namespace) -> str:
         return f"two sources of weights (--pretrained, --finetune {args.finetune}): omit one"
     if args.in_chans == 1 and args.fast_augment:
         return "RandAugment on the device needs colors (--fast-augment, --in-chans 1): omit --fast-augment"
+    if args.balanced_sampling and args.repeated_aug:
+        return "two ways to draw images (--balanced-sampling, --repeated-aug): omit one"
+    if args.global_batch and "grad_accum_steps" in args.given:
+        return "it is derived (--grad-accum-steps, --global-batch): omit one of them"
     return ""
+
+
+def derive_accumulation(args: argparse.Namespace, world: int) -> None:
+    """Set --grad-accum-steps by --global-batch, for `world` processes; raise UserError if that is no whole number."""
+    step = args.batch_size * world
+    if args.global_batch and args.global_batch % step:
+        where = f"--global-batch {args.global_batch}, --batch-size {args.batch_size} x {world} processes"
+        raise UserError(f"no whole number of batches ({where}): give a multiple of {step}, or change --batch-size")
+    if args.global_batch:
+        args.grad_accum_steps = args.global_batch // step
 
 
 def without_effect(args: argparse.Namespace) -> dict[str, str]:
     """Return reasons by option, for those that such a run does not read."""
     mode = "--throughput" if args.throughout else "--eval"
-    return {name: (args.throughout or args.eval) and f"{mode} does not train" for name in TRAINING}
+    reasons = {name: (args.throughout or args.eval) and f"{mode} does not train" for name in TRAINING}
+    if not args.mixing:
+        reasons["mixup_off_epoch"] = "--mixup and --cutmix are 0"
+    return reasons

@@ -30,7 +30,7 @@ FREE = {
         "use_mcloader",
         "resplit",
     ),
-    *("per_class", "predictions", "config"),
+    *("per_class", "predictions", "config", "dry_run", "pretrained"),
     *("deterministic", "grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
 RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the official schedule's state, in today's timm
@@ -209,6 +209,9 @@ def check_complete(checkpoint: Checkpoint) -> None:
     epoch, best, stats = payload["epoch"], payload.get("max_accuracy", 0.0), payload.get("train_stats")
     if isinstance(epoch, bool) or not isinstance(epoch, int) or not -1 <= epoch < 10**6:
         raise refuse(f"epoch is {str(epoch)[:30]}, expected a number from -1 up")
+    best_epoch = payload.get("best_epoch", epoch)
+    if type(best_epoch) is not int or not -1 <= best_epoch <= epoch:
+        raise refuse(f"best_epoch is {str(best_epoch)[:30]}, expected a number from -1 to {epoch}")
     if not isinstance(best, (int, float)) or not 0 <= best <= 100:
         raise refuse(f"max_accuracy is {str(best)[:30]}, expected 0 to 100")
     if not _is_progress(payload.get("progress")):

@@ -60,7 +60,7 @@ class RunFolder:
     def __init__(self, path: Path, overwrite: bool = False, keep_going: bool = False):
         self.path, self.overwrite, self.keep_going = path, overwrite, keep_going
         self.resumed = False  # from a checkpoint of this folder, which --overwrite then leaves
-        self.status = Status(path, in_main_process(now))
+        self.status, self.reason = Status(path, in_main_process(now)), ""  # why the run ended before its last epoch
 
     def run_files(self) -> list[Path]:
         """Return the files of a run that the folder holds."""
@@ -81,7 +81,7 @@ class RunFolder:
         try:
             yield
             if is_main_process():
-                self.status.write("finished")
+                self.status.write("finished", self.reason)
         except Preempted as error:
             if is_main_process():
                 self.status.write("preempted", str(error))

@@ -66,6 +66,7 @@ class TrainingState:
     epoch: int
     evaluated: bool = True
     best: float = 0.0
+    best_epoch: int = -1
     train_stats: dict = field(default_factory=dict)
     progress: dict | None = None
 
@@ -82,6 +83,11 @@ class TrainingState:
         """Updates from the first epoch on."""
         epochs, updates = self.position
         return epochs * self.updates_per_epoch + updates
+
+    @property
+    def stopped_early(self) -> bool:
+        """Return True if --early-stop ends the run here."""
+        return bool(self.args.early_stop) and self.epoch - self.best_epoch >= self.args.early_stop
 
     def records(self) -> dict[str, object]:
         """Return what the run is made with, by file name: text, or values for JSON."""
@@ -110,6 +116,7 @@ class TrainingState:
             "threads": torch.get_num_threads(),
             "random_states": all_gather(get_random_state()),
         }
+        state |= {"best_epoch": self.best_epoch} if self.args.early_stop else {}
         return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
 
     def check_uncorrupted(self, file: Checkpoint) -> None:
@@ -157,6 +164,7 @@ class TrainingState:
                 resume.check_scale(payload["scaler"])
                 self.scaler.load_state_dict(payload["scaler"])
             self.epoch, self.best = payload["epoch"], payload.get("max_accuracy", 0.0)
+            self.best_epoch = payload.get("best_epoch", self.epoch)
             self.evaluated, self.train_stats = bool(payload.get("evaluated", True)), payload.get("train_stats") or {}
             self.progress = payload.get("progress")
             self.set_rates([group["lr"] for group in groups] if "recipe" in payload and not changed else None)
@@ -274,7 +282,9 @@ class CheckpointManager:
         state.load(file)
         if Path(source).resolve() == (path / CHECKPOINT).resolve():
             self.saved_at = state.position
-        state.best = max(state.best, in_main_process(self.best_of_folder) if self.folder.resumed else 0.0)
+        best, epoch = in_main_process(self.best_of_folder) if self.folder.resumed else (0.0, -1)
+        if best > state.best:
+            state.best, state.best_epoch = best, epoch
         self.report_progress()
         inside = f" and {state.position[1]} updates" if state.progress else ""
         log(f"resume: {source}, after epoch {state.epoch}{inside}, max accuracy {state.best:.2f}%")
@@ -295,15 +305,15 @@ class CheckpointManager:
             raise UserError(f"no checkpoint to resume from ({folder}): {state}; --overwrite starts again")
         return ""
 
-    def best_of_folder(self) -> float:
-        """Return the score of the folder's best checkpoint, which a worse one must not replace; 0 without one."""
+    def best_of_folder(self) -> tuple[float, int]:
+        """Return score and epoch of the folder's best checkpoint, which a worse one must not replace; 0 without one."""
         path = self.folder.path / BEST
         if not path.is_file():
-            return 0.0
+            return 0.0, -1
         try:
             file = Checkpoint.open(path)
             resume.check_complete(file)
-            return file.payload.get("max_accuracy", 0.0)
+            return file.payload.get("max_accuracy", 0.0), file.payload["epoch"]
         except UserError as error:
             warn(f"{error}; the next best epoch will replace it")
-            return 0.0
+            return 0.0, -1

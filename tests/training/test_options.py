@@ -111,6 +111,14 @@ RECIPE = {
     "layer_decay": None,
     "freeze": "",
     "head_lr_scale": 1.0,
+    "class_weights": "",
+    "balanced_sampling": False,
+    "early_stop": None,
+    "eval_interval": 1,
+    "mixup_off_epoch": 0,
+    "unscale_lr": False,
+    "global_batch": None,
+    "dry_run": False,
 }
 
 
