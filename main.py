@@ -26,6 +26,7 @@ import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a
 # isort: split
 import datetime
 import difflib
+import functools
 import itertools
 import math
 import time
@@ -40,15 +41,16 @@ import datasets
 import engine
 import gvt
 import utils
-from gvt_ops.loading import normalization
 from losses import build_criterion, build_mixup, class_weights, class_weights_recipe
 from training import dry_run, processes, recipe_options, reports, resume
 from training.checkpoint import Checkpoint, load_into, number_of_classes
 from training.errors import NonFiniteError, Preempted, UserError, print_error
+from training.loggers import Loggers, check_packages
 from training.network import build_model, build_networks, compile_model, count_parameters, memory_format, prepare_model
 from training.optimizer import build_optimizer, build_schedule, train_mode
 from training.options import Options
 from training.processes import StopSignals
+from training.progress import LIVE, Pace
 from training.run_folder import NON_FINITE, RunFolder, record_images
 from training.state import CheckpointManager, TrainingState
 from utils import log
@@ -95,6 +97,7 @@ def check_options(args: Options) -> None:
         raise UserError(f"{what}: the rate is set by the epoch alone, use cosine or step")
     if args.eval or args.throughout:
         return
+    check_packages(args)
     if args.dry_run:
         dry_run.check_output(args)
     elif not args.resume:
@@ -168,16 +171,12 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     train_set, val_set = datasets.build_datasets(args)
     train_loader = datasets.build_train_loader(args, train_set, device)
     val_loader = datasets.build_val_loader(args, val_set, device)
-    mixup, labels = build_mixup(args, len(train_set.classes)), datasets.labels(train_set)
-    weights = class_weights(args.class_weights, train_set.classes, labels)
-    weights = {} if weights is None else {"weights": weights.to(device)}
-    criterion = build_criterion(mixing=args.mixing, smoothing=args.smoothing, **weights)
+    mixup, criterion = build_mixup(args, len(train_set.classes)), build_loss(args, train_set, device)
     model, network, parallel, ema = build_networks(args, train_set.classes, device)
     state = build_state(args, device, model, ema, train_set, val_set, train_loader)
     if args.dry_run:
         log_run(state, train_loader, folder)
-        normal = normalization(vars(args), args.model)
-        return dry_run.report(state, train_loader, mixup, normal, labels, len(val_set))
+        return dry_run.report(state, train_loader, mixup, datasets.labels(train_set), len(val_set))
     if parallel is not network:
         images = torch.zeros(args.batch_size, args.in_chans, *args.sides, device=device)
         images = images.contiguous(memory_format=memory_format(args))
@@ -193,39 +192,65 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     )
     with signals, folder.open(state.records):
         log_run(state, train_loader, folder)
-        if not state.evaluated:
-            log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
-            evaluate_epoch(state, saver, val_loader, network)
-        log(f"Start training for {args.epochs} epochs")
-        start, updates = time.perf_counter(), itertools.count(state.updates + 1)
-        for epoch in range(state.epoch + 1, args.epochs):
-            if state.stopped_early:
-                folder.reason = f"no better top-1 since epoch {state.best_epoch} (--early-stop {args.early_stop})"
-                log(f"stopped after epoch {state.epoch}: {folder.reason}")
-                break
-            hooks = engine.EpochHooks(
-                after_step=(lambda: ema.update(model, next(updates) if ema.use_warmup else None)) if ema else None,
-                wants_to_stop=lambda batch: signals.poll("train", state, batch),
-                after_update=saver.after_update,
-                progress=state.progress,
+        loggers = Loggers(folder, args, first_epoch=state.epoch + (1 if state.evaluated else 0))
+        score = functools.partial(evaluate_epoch, state, saver, val_loader, network, loggers)
+        train_epochs(state, saver, train_loader, parallel, criterion, settings, score)
+        loggers.close()
+
+
+def train_epochs(
+    state: TrainingState,
+    saver: CheckpointManager,
+    loader,
+    parallel: nn.Module,
+    criterion: Callable,
+    settings: engine.StepSettings,
+    score: Callable[[], None],
+) -> None:
+    """Train and score the epochs that are left, unless --early-stop ends the run before."""
+    args, model, ema, folder = state.args, state.model, state.ema, saver.folder
+    if not state.evaluated:
+        log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
+        score()
+    log(f"Start training for {args.epochs} epochs")
+    start, pace, updates = time.perf_counter(), Pace(), itertools.count(state.updates + 1)
+    for epoch in range(state.epoch + 1, args.epochs):
+        if state.stopped_early:
+            folder.reason = f"no better top-1 since epoch {state.best_epoch} (--early-stop {args.early_stop})"
+            log(f"stopped after epoch {state.epoch}: {folder.reason}")
+            break
+        hooks = engine.EpochHooks(
+            after_step=(lambda: ema.update(model, next(updates) if ema.use_warmup else None)) if ema else None,
+            wants_to_stop=lambda batch: saver.signals.poll("train", state, batch),
+            after_update=saver.after_update,
+            progress=state.progress,
+        )
+        state.progress, begin = None, time.perf_counter()
+        if settings.mixup is not None:
+            settings.mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+        loader.sampler.set_epoch(epoch, hooks.progress["batches"] * args.batch_size if hooks.progress else 0)
+        try:
+            state.train_stats = engine.train_one_epoch(
+                parallel, criterion, loader, state.optimizer, state.device, epoch, state.scaler, settings, hooks
             )
-            state.progress = None
-            if mixup is not None:
-                mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
-            train_loader.sampler.set_epoch(epoch, hooks.progress["batches"] * args.batch_size if hooks.progress else 0)
-            try:
-                state.train_stats = engine.train_one_epoch(
-                    parallel, criterion, train_loader, state.optimizer, device, epoch, state.scaler, settings, hooks
-                )
-            except NonFiniteError as error:
-                record_images(folder, train_loader, args.batch_size, epoch, error.step)
-                raise NonFiniteError(f"{error}; its images are in {folder.path / NON_FINITE}", error.step) from None
-            # After the epoch, as in the official code: epochs 0 and 1 both train at the first rate.
-            state.scheduler.step(epoch)
-            state.epoch, state.evaluated = epoch, False
-            saver.save()
-            evaluate_epoch(state, saver, val_loader, network)
-        log(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
+        except NonFiniteError as error:
+            record_images(folder, loader, args.batch_size, epoch, error.step)
+            raise NonFiniteError(f"{error}; its images are in {folder.path / NON_FINITE}", error.step) from None
+        # After the epoch, as in the official code: epochs 0 and 1 both train at the first rate.
+        state.scheduler.step(epoch)
+        state.epoch, state.evaluated = epoch, False
+        saver.save()
+        score()
+        pace.add(time.perf_counter() - begin)
+        left = datetime.timedelta(seconds=int(pace.left(args.epochs - 1 - epoch)))
+        log(f"Epoch: [{epoch}] of {args.epochs} done, the run's eta: {left}")
+    log(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
+
+
+def build_loss(args: Options, train_set, device: torch.device) -> nn.Module:
+    weights = class_weights(args.class_weights, train_set.classes, datasets.labels(train_set))
+    weighted = {} if weights is None else {"weights": weights.to(device)}
+    return build_criterion(mixing=args.mixing, smoothing=args.smoothing, **weighted)
 
 
 def build_state(args: Options, device, model, ema, train_set, val_set, train_loader) -> TrainingState:
@@ -289,7 +314,9 @@ def score_epoch(state: TrainingState, saver: CheckpointManager, val_loader, netw
     return test, ema
 
 
-def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, network: nn.Module) -> None:
+def evaluate_epoch(
+    state: TrainingState, saver: CheckpointManager, val_loader, network: nn.Module, loggers: Loggers
+) -> None:
     """Score the epoch that was trained last if it is its turn, log its line, and save it as the best if it is."""
     args, number, old_best, is_best = state.args, state.epoch + 1, (state.best, state.best_epoch), False
     test, ema = dict.fromkeys(("loss", "acc1", "acc5")), {}
@@ -305,6 +332,7 @@ def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, n
     line |= {"epoch": state.epoch, "n_parameters": state.n_parameters} | ema
     line |= {name: state.train_stats[name] for name in ("time", "data_time", "images_per_s", "max_memory_mb")}
     saver.folder.attempt(lambda: saver.folder.write_log(line))
+    loggers.write(line)
     # The best first: after a kill between the two, the epoch counts as not evaluated, and is evaluated again.
     if not saver.save(best=is_best):
         state.best, state.best_epoch = old_best  # the best on disk is still the one before
@@ -320,6 +348,7 @@ def run(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> in
         if known is None or os.environ.get("TWINS_DEBUG") == "1":
             raise
         code, line = known
+        LIVE.clear()
         processes.end_stopped_processes()
         print_error(line, kind="stopped" if isinstance(error, Preempted) else "error")
         return code

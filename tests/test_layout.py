@@ -31,7 +31,8 @@ ARROWS = {
     "training/files": {"training/errors"},
     "training/launcher": {"training/errors"},
     "training/devices": {"training/errors"},
-    "utils": {"training/devices", "training/errors", "training/launcher"},
+    "training/progress": set(),
+    "utils": {"training/devices", "training/errors", "training/launcher", "training/progress"},
     "engine": {"training/errors", "utils"},
     "samplers": set(),
     "losses": {"gvt_ops/__init__", "training/errors", "training/options"},
@@ -48,8 +49,16 @@ ARROWS = {
         *("gvt", "gvt_ops/__init__", "gvt_ops/loading", "utils"),
     },
     "training/resume": {"training/checkpoint", "training/errors", "training/recipe_options"},
-    "training/run_folder": {"training/errors", "training/files", "training/processes", "utils"},
     "training/outputs": {"training/errors", "training/files"},
+    "training/run_folder": {
+        *(f"training/{name}" for name in ("errors", "files", "outputs", "processes")),
+        "utils",
+    },
+    "training/curves": set(),
+    "training/loggers": {
+        *(f"training/{name}" for name in ("curves", "errors", "files", "options", "run_folder")),
+        "utils",
+    },
     "training/reports": {"samplers", "training/errors", "training/options", "training/outputs", "utils"},
     "training/state": {
         *(f"training/{name}" for name in ("checkpoint", "config", "errors", "files", "options", "processes", "resume")),
@@ -57,7 +66,7 @@ ARROWS = {
     },
     "training/dry_run": {
         *(f"training/{name}" for name in ("options", "outputs", "state")),
-        "utils",
+        *("gvt_ops/loading", "utils"),
     },
     "datasets": {
         *(
@@ -105,10 +114,10 @@ ARROWS = {
         "utils",
     },
     "main": {
-        *("gvt", "gvt_ops/__init__", "gvt_ops/loading", "utils", "losses", "datasets", "engine"),
+        *("gvt", "gvt_ops/__init__", "utils", "losses", "datasets", "engine"),
         *(f"training/{name}" for name in ("checkpoint", "errors", "files", "launcher", "options", "processes")),
         *("training/network", "training/optimizer", "training/reports", "training/resume", "training/run_folder"),
-        *("training/state", "training/dry_run", "training/recipe_options"),
+        *("training/state", "training/dry_run", "training/loggers", "training/progress", "training/recipe_options"),
     },
 }
 FOLDERS = ("gvt_ops", "training", "dense")

@@ -18,8 +18,9 @@ from matplotlib.figure import Figure, SubFigure
 import datasets
 from gvt_ops import accelerate
 from gvt_ops.loading import model_settings, normalization
-from tools.plot_logs import plot, read_log, tidy
+from tools.plot_logs import read_log
 from training.checkpoint import Checkpoint
+from training.curves import plot, tidy
 from training.errors import exit_code
 from training.options import Parser
 

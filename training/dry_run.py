@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from gvt_ops.loading import normalization
 from training.options import Options
 from training.outputs import check_new, make_folder, write_file
 from training.state import TrainingState
@@ -30,11 +31,12 @@ def check_output(args: Options) -> None:
     in_main_process(lambda: check_new(output_path(args), OPTION, overwrite=args.overwrite, made=made))
 
 
-def report(state: TrainingState, loader, mixup, normal: tuple[Sequence[float], Sequence[float]], labels, val) -> None:
+def report(state: TrainingState, loader, mixup, labels: Sequence[int], val: int) -> None:
     """Log what the run would do, and write its first batch, which the run draws the same.
 
-    normal: mean and std of the images. labels: of the training images. val: their number.
+    labels: of the training images. val: number of validation images.
     """
+    normal = normalization(vars(state.args), state.args.model)
     args, names, per_class = state.args, state.classes, collections.Counter(labels)
     log(f"dry run: {len(labels)} training images, {val} validation images, {len(names)} classes")
     log(class_line([(names[label], per_class[label]) for label in range(len(names))]))

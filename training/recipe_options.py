@@ -14,7 +14,15 @@ from training.errors import UserError
 any_number = numbers(float, "a number", lambda value: True)
 # What changes training alone: --eval and --throughput do not read them.
 TRAINING = ("pretrained", "layer_decay", "freeze", "head_lr_scale", "class_weights", "balanced_sampling", "early_stop")
-TRAINING += ("unscale_lr", "mixup_off_epoch", "eval_interval", "global_batch", "dry_run")
+TRAINING += (
+    "log_tensorboard",
+    "log_wandb",
+    "unscale_lr",
+    "mixup_off_epoch",
+    "eval_interval",
+    "global_batch",
+    "dry_run",
+)
 
 
 def frozen_part(text: str) -> str:
@@ -79,6 +87,10 @@ def add_arguments(parser: Parser) -> None:
     add("--global-batch", type=positive, metavar="N", help=what)
     what = "log what would happen, write the first batch as augmented.png, and exit"
     add("--dry-run", action="store_true", help=what)
+
+    add = parser.add_argument_group("records").add_argument
+    add("--log-tensorboard", action="store_true", help="write each epoch's figures for TensorBoard too, into tb/")
+    add("--log-wandb", action="store_true", help="send them to Weights & Biases (WANDB_MODE=offline: to files)")
 
 
 @functools.cache

@@ -30,7 +30,7 @@ FREE = {
         "use_mcloader",
         "resplit",
     ),
-    *("per_class", "predictions", "config", "dry_run", "pretrained"),
+    *("per_class", "predictions", "config", "dry_run", "pretrained", "log_tensorboard", "log_wandb"),
     *("deterministic", "grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
 RENAMED = {"t_mul": "cycle_mul", "decay_rate": "cycle_decay"}  # of the official schedule's state, in today's timm

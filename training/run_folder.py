@@ -9,6 +9,7 @@ from pathlib import Path
 
 from training import files
 from training.errors import Preempted, UserError, short_reason
+from training.outputs import csv_lines
 from training.processes import explain, is_lost_process
 from utils import all_gather, in_main_process, is_main_process, warn
 
@@ -118,9 +119,13 @@ class RunFolder:
             raise UserError(f"cannot write ({self.path / name}): {error.strerror}; {advice}") from error
 
     def write_log(self, line: dict) -> None:
-        """Write one JSON line for each epoch: an epoch that was logged before a restart is not logged twice."""
+        """Write a line of JSON for each epoch, and all as a table; one logged before a restart is not logged twice."""
         lines = [earlier for earlier in log_lines(self.path / files.LOG) if earlier["epoch"] < line["epoch"]]
-        self.write(files.LOG, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
+        lines.append(line)
+        self.write(files.LOG, "".join(json.dumps(each) + "\n" for each in lines))
+        fields = list(dict.fromkeys(name for each in lines for name in each))
+        rows = ({name: each.get(name) for name in fields} for each in lines)
+        self.write(files.SUMMARY, "".join(csv_lines(fields, rows)))
 
     def attempt(self, write: Callable[[], None]) -> bool:
         """Let the main process write. Return True if it could; a UserError is raised in all processes, or a warning."""

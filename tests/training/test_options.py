@@ -119,6 +119,8 @@ RECIPE = {
     "unscale_lr": False,
     "global_batch": None,
     "dry_run": False,
+    "log_tensorboard": False,
+    "log_wandb": False,
 }
 
 
