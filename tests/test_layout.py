@@ -82,7 +82,7 @@ ARROWS = {
     "dense/__init__": set(),
     "dense/libraries": {"gvt_ops/__init__", "training/errors"},
     "dense/models": {"gvt"},
-    "dense/backbone": {"gvt", "gvt_ops/__init__", "training/checkpoint"},
+    "dense/backbone": {"gvt", "gvt_ops/__init__", "training/checkpoint", "training/optimizer"},
     "dense/segmentor": {"gvt", "training/images"},
     "dense/randomness": {"utils"},
     "dense/transforms": {"training/errors", "training/images"},

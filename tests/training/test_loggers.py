@@ -245,6 +245,7 @@ def test_the_eta_of_a_run_leaves_out_its_slow_start():
     assert pace.left(5) == pytest.approx(50, rel=0.15)
 
 
+@pytest.mark.slow
 def test_files_get_plain_lines(toy, tmp_path):
     done = run_main(*small(toy, tmp_path))
     assert done.returncode == 0 and not {"\r", "\x1b"} & set(done.stdout + done.stderr)
@@ -252,11 +253,12 @@ def test_files_get_plain_lines(toy, tmp_path):
     assert "Epoch: [0] of 2 done, the run's eta: 0:00:0" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_one_line_that_changes(toy, tmp_path):
     parent, child = pty.openpty()
     command = [sys.executable, str(ROOT / "main.py"), *map(str, small(toy, tmp_path, "--epochs", 1))]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "60"}
-    program = subprocess.Popen(command, stdout=child, stderr=subprocess.PIPE, env=settings, cwd=ROOT)
+    program = subprocess.Popen(command, stdout=child, stderr=subprocess.DEVNULL, env=settings, cwd=ROOT)
     os.close(child)
     seen = b""
     while True:
@@ -271,7 +273,7 @@ def test_a_terminal_gets_one_line_that_changes(toy, tmp_path):
     text = seen.decode()
     live = [part for part in text.split("\x1b[2K") if part.startswith(("Epoch: [0]  [", "Test:  ["))]
     assert live and all("eta:" in part and len(part.split("\r")[0]) < 60 and "\n" not in part for part in live[:-1])
-    plain = [line.split("\x1b[2K")[-1] for line in text.replace("\r\n", "\n").splitlines()]
+    plain = [line.split("\x1b[2K")[-1] for line in text.replace("\r\n", "\n").split("\n")]
     assert not any(line.startswith("Epoch: [0]  [") for line in plain)
     assert any(line.startswith("Epoch: [0] Total time: ") for line in plain)
 
