@@ -215,7 +215,7 @@ def train_epochs(
     log(f"Start training for {args.epochs} epochs")
     start, pace, updates = time.perf_counter(), Pace(), itertools.count(state.updates + 1)
     for epoch in range(state.epoch + 1, args.epochs):
-        if state.stopped_early:
+        if args.early_stop and utils.in_main_process(lambda: state.stopped_early):
             folder.reason = f"no better top-1 since epoch {state.best_epoch} (--early-stop {args.early_stop})"
             log(f"stopped after epoch {state.epoch}: {folder.reason}")
             break

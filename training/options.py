@@ -252,13 +252,21 @@ def take_stored(args: Options, stored: Mapping) -> list[str]:
     """Set what is STORED in a checkpoint's options and was not given; return lines on that, and on what differs."""
     found = {name: stored[name] for name, is_valid in STORED.items() if name in stored and is_valid(stored[name])}
     taken = {name: value for name, value in found.items() if name not in args.given}
-    given = [name for name in found.keys() & args.given if found[name] != getattr(args, name)]
+    given = [name for name in found.keys() & args.given if spelled(found[name]) != spelled(getattr(args, name))]
     vars(args).update(taken)
-    words = [f"{flag(name)} {value}" for name, value in taken.items()]
+    words = [f"{flag(name)} {spelled(value)}" for name, value in taken.items()]
     lines = [f"from the checkpoint: {', '.join(words)}"] if words else []
     for name in sorted(given):
-        lines.append(f"{flag(name)} {getattr(args, name)} as given, where the checkpoint has {found[name]}")
+        own, theirs = spelled(getattr(args, name)), spelled(found[name])
+        lines.append(f"{flag(name)} {own} as given, where the checkpoint has {theirs}")
     return lines
+
+
+def spelled(value: object) -> str:
+    """Return the values of an option as on a command line."""
+    if isinstance(value, Mapping):
+        value = [f"{key}={item}" for key, item in value.items()]
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def flag(name: str) -> str:

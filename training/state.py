@@ -87,7 +87,8 @@ class TrainingState:
     @property
     def stopped_early(self) -> bool:
         """Return True if --early-stop ends the run here."""
-        return bool(self.args.early_stop) and self.epoch - self.best_epoch >= self.args.early_stop
+        args, scored = self.args, (self.epoch + 1) % self.args.eval_interval == 0
+        return bool(args.early_stop) and scored and self.epoch - self.best_epoch >= args.early_stop
 
     def records(self) -> dict[str, object]:
         """Return what the run is made with, by file name: text, or values for JSON."""

@@ -277,7 +277,8 @@ def test_whoever_reads_the_checkpoint_prepares_images_as_it_did(toy, tmp_path, c
     assert here(*evaluate, "--num_workers", 0) == 0
     out = capsys.readouterr().out
     assert f"* Acc@1 {line['test_acc1']:.3f} Acc@5 {line['test_acc5']:.3f}" in out
-    assert "--input-size (40, 64)" in out or "--input-size [40, 64]" in out
+    stored = "--input-size 40 64, --eval-crop-ratio 0.875, --alpha white, --exif ignore, --in-chans 1, --mean 0.4"
+    assert f"{stored}, --std 0.3, --model-kwargs pad=zero" in out
     row = json.loads(predictions.read_text())[0]
     model, transform, classes = gvt.load(str(file))
     made = tools_trained.load(str(file))

@@ -170,6 +170,13 @@ def test_early_stop_ends_a_run_that_does_not_get_better(toy, tmp_path, scores, c
 
 
 @pytest.mark.slow
+def test_early_stop_waits_for_an_evaluation(toy, tmp_path, scores):
+    scores += [0.0, 30.0, 0.0, 20.0, 0.0, 90.0]
+    assert here(*small(toy, tmp_path, "--epochs", 6, "--early-stop", 1, "--eval-interval", 2)) == 0
+    assert [line["test_acc1"] for line in log_lines(tmp_path)] == [None, 30.0, None, 20.0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
 def test_early_stop_counts_on_after_a_resume(after, toy, tmp_path, scores, monkeypatch):
     """Killed while the log of an epoch is written: the best one's is evaluated and saved again."""
