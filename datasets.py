@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo, auto_augment, create_transform
+from timm.data import ImageNetInfo, auto_augment, create_transform
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import CIFAR10, CIFAR100
 
-from gvt_ops.transforms import SMALL, FitSquare, eval_transform
-from samplers import RASampler, ShuffleSampler, eval_indices
+from gvt_ops.loading import normalization
+from gvt_ops.transforms import SMALL, FitSquare, eval_transform, sides
+from samplers import BalancedSampler, RASampler, ShuffleSampler, eval_indices
 from training import archives, sources
 from training.archives import Members
 from training.batches import SeededDataset, Uint8Transform, build_loader
@@ -40,11 +41,15 @@ def posterize_or_black(image: Image.Image, bits: int, **_) -> Image.Image:
     return ImageOps.posterize(image, bits) if bits > 0 else image.point(lambda value: 0)
 
 
-def build_transform(is_train: bool, args: Options, *, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD):
-    """Return image -> (3, input_size, input_size), normalized, as transforms.Compose.
+def build_transform(is_train: bool, args: Options):
+    """Return image -> (channels, height, width), normalized, as transforms.Compose.
 
-    Training: crop, flip, RandAugment, erasing; evaluation: resize and center crop.
+    Training: crop, flip, RandAugment, gray if asked for, erasing; evaluation: resize and center crop.
     """
+    try:
+        mean, std = normalization(vars(args), "--in-chans, --mean, --std")
+    except ValueError as error:
+        raise UserError(f"{error}: change it") from None
     if is_train:
         return train_transform(args, mean, std)
     return eval_transform(args.input_size, args.eval_crop_ratio, mean, std)
@@ -53,7 +58,7 @@ def build_transform(is_train: bool, args: Options, *, mean=IMAGENET_DEFAULT_MEAN
 def train_transform(args: Options, mean, std) -> transforms.Compose:
     try:
         transform = create_transform(
-            args.input_size,
+            sides(args.input_size),
             is_training=True,
             scale=args.scale,
             ratio=args.ratio,
@@ -61,8 +66,8 @@ def train_transform(args: Options, mean, std) -> transforms.Compose:
             color_jitter=args.color_jitter,
             auto_augment=args.aa or None,
             interpolation=args.train_interpolation,
-            mean=mean,
-            std=std,
+            mean=mean * 3 if len(mean) == 1 else mean,  # RandAugment fills with it, in colors
+            std=std * 3 if len(std) == 1 else std,
             re_prob=args.reprob,
             re_mode=args.remode,
             re_count=args.recount,
@@ -70,8 +75,14 @@ def train_transform(args: Options, mean, std) -> transforms.Compose:
     except (AssertionError, KeyError, ValueError) as error:
         advice = f"use a policy of timm, such as rand-m9-mstd0.5-inc1 ({error!r})"
         raise UserError(f"no such augmentation (--aa {args.aa}): {advice}") from error
-    if args.input_size <= SMALL:
-        transform.transforms[:1] = [FitSquare(args.input_size), transforms.RandomCrop(args.input_size, padding=4)]
+    if len(mean) == 1:
+        at = next(i for i, step in enumerate(transform.transforms) if isinstance(step, transforms.ToTensor))
+        transform.transforms[at : at + 2] = eval_transform(args.input_size, 1.0, mean, std).transforms[-3:]
+    if max(sides(args.input_size)) <= SMALL:
+        transform.transforms[:1] = [
+            FitSquare(args.input_size),
+            transforms.RandomCrop(sides(args.input_size), padding=4),
+        ]
     for step in transform.transforms:
         policies = [operation for policy in getattr(step, "policy", []) for operation in policy]
         for operation in [*getattr(step, "ops", []), *policies]:
@@ -215,6 +226,11 @@ def fingerprint(*parts: Dataset, root: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def labels(dataset: Dataset) -> list[int]:
+    """Return the class index of each image."""
+    return [label for _, label in dataset.samples] if hasattr(dataset, "samples") else list(dataset.targets)
+
+
 def match_classes(found: list[str], stored: list[str] | None, head: int) -> list[str]:
     """Return the class names of a classifier of `head` outputs, for val folders `found`.
 
@@ -288,7 +304,10 @@ def build_val_loader(args: Options, val_set: Dataset, device: torch.device) -> D
 def build_train_loader(args: Options, train_set: Dataset, device: torch.device) -> DataLoader:
     """Return the loader of a training set; raise UserError if an epoch would have no update."""
     world, kind = get_world_size(), RASampler if args.repeated_aug else ShuffleSampler
-    sampler = kind(len(train_set), seed=args.seed, rank=get_rank(), world=world)
+    images = len(train_set)
+    if args.balanced_sampling:
+        kind, images = BalancedSampler, labels(train_set)
+    sampler = kind(images, seed=args.seed, rank=get_rank(), world=world)
     settings = dict(batch_size=args.batch_size, drop_last=True) | loader_kwargs(args, device)
     loader = build_loader(SeededDataset(train_set, args.seed), sampler, **settings)
     if len(loader) < args.grad_accum_steps:

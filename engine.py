@@ -23,6 +23,7 @@ class StepSettings:
     clip_grad: float = 0.0
     accum_steps: int = 1
     mixup: Callable | None = None
+    train_mode: Callable[[nn.Module], object] = nn.Module.train
 
 
 @dataclass
@@ -108,7 +109,7 @@ def train_one_epoch(
     every process at the same step if the loss of any is not finite, or a gradient without a loss scale; the update of
     that step has no effect, and the host learns of it one step later at most.
     """
-    model.train()
+    settings.train_mode(model)
     optimizer.zero_grad()
     hooks, accum_steps = hooks or EpochHooks(), settings.accum_steps
     epoch_log = EpochLog(epoch, hooks.progress)
@@ -137,11 +138,10 @@ def train_one_epoch(
             group_finite = torch.ones_like(group_finite)
             if hooks.after_step is not None:
                 hooks.after_step()
-        meters.update(lr=optimizer.param_groups[0]["lr"])
+        meters.update(lr=max(group["lr"] for group in optimizer.param_groups))
         epoch_log.late.put(step, torch.stack([total / get_world_size(), finite.to(total.dtype), stop]))
         if is_last_of_group and hooks.after_update is not None:
-            done = (step + 1) // accum_steps
-            hooks.after_update(done, lambda batches=step + 1: epoch_log.progress(batches), epoch_log.stopping)
+            hooks.after_update((step + 1) // accum_steps, lambda n=step + 1: epoch_log.progress(n), epoch_log.stopping)
     epoch_log.late.flush()
     log("Averaged stats:", meters)
     return {"lr": meters.meters["lr"].mean, "loss": meters.meters["loss"].mean} | meters.rates()

@@ -21,11 +21,12 @@ if __name__ == "__main__":
         print(f"main.py: error: {files.in_use(ARGS.run_folder, taken_by)}", file=sys.stderr)
         sys.exit(2)
 
-import gvt_ops  # before timm: lets torchvision be imported beside a CPU build of torch
+import gvt_ops  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
 import datetime
 import difflib
+import functools
 import itertools
 import math
 import time
@@ -33,23 +34,23 @@ from collections.abc import Callable
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler
-from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import datasets
 import engine
 import gvt
 import utils
-from losses import build_criterion, build_mixup
-from training import processes, reports, resume
-from training.checkpoint import Checkpoint, finetune, load_into, number_of_classes
-from training.errors import NonFiniteError, Preempted, UserError, print_error, short_reason
+from losses import build_criterion, build_mixup, class_weights, class_weights_recipe
+from training import dry_run, processes, recipe_options, reports, resume
+from training.checkpoint import Checkpoint, load_into, number_of_classes
+from training.errors import NonFiniteError, Preempted, UserError, print_error
+from training.loggers import Loggers, check_packages
+from training.network import build_model, build_networks, compile_model, count_parameters, prepare_model
+from training.optimizer import build_optimizer, build_schedule, train_mode
 from training.options import Options
-from training.precision import amp_dtype, autocast_residuals, memory_format, precision_kwargs
+from training.precision import amp_dtype, memory_format, precision_kwargs
 from training.processes import StopSignals
+from training.progress import LIVE, Pace
 from training.run_folder import NON_FINITE, RunFolder, record_images
 from training.state import CheckpointManager, TrainingState
 from utils import log
@@ -57,8 +58,6 @@ from utils import log
 # The global batches that the official logs were made with (from their learning rates).
 RECIPE_BATCH = dict.fromkeys(gvt.MODEL_NAMES, 1024)
 RECIPE_BATCH |= {"pcpvt_small_v0": 1280, "alt_gvt_small": 2048, "alt_gvt_demo": None}
-# Optimizers that torch can run in one kernel and skip on the device (a skip of sgd leaves its momentum unset).
-FUSED = ("adam", "adamw")
 
 
 def main(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> None:
@@ -68,6 +67,7 @@ def main(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> N
     without_effect, given = options.without_effect(args), "device" in args.given
     device = utils.init_device(args.device, given=given, dist_url=args.dist_url, timeout=args.dist_timeout)
     utils.seed_everything(args.seed + utils.get_rank())
+    recipe_options.derive_accumulation(args, utils.get_world_size())
     processes.meet_peers()
     with utils.process_group():
         for name, reason in without_effect.items():
@@ -89,13 +89,18 @@ def check_options(args: Options) -> None:
         raise UserError(f"unknown model (--model {args.model}): did you mean {' or '.join(close)}?")
     if args.eval and not args.resume:
         raise UserError("nothing to evaluate (--eval): pass the weights as --resume FILE")
-    if args.input_size < gvt.SMALLEST and args.model in gvt.MODEL_NAMES:
-        smallest = f"{gvt.SMALLEST} x {gvt.SMALLEST}"
-        raise UserError(f"too small (--input-size {args.input_size}): Twins needs images of at least {smallest}")
+    if min(args.sides) < gvt.SMALLEST and args.model in gvt.MODEL_NAMES:
+        smallest, size = f"{gvt.SMALLEST} x {gvt.SMALLEST}", " ".join(map(str, dict.fromkeys(args.sides)))
+        raise UserError(f"too small (--input-size {size}): Twins needs images of at least {smallest}")
     if args.sched == "plateau":
         what = "a schedule that needs scores (--sched plateau)"
         raise UserError(f"{what}: the rate is set by the epoch alone, use cosine or step")
-    if not (args.eval or args.throughout or args.resume):
+    if args.eval or args.throughout:
+        return
+    check_packages(args)
+    if args.dry_run:
+        dry_run.check_output(args)
+    elif not args.resume:
         RunFolder(args.run_folder, args.overwrite).check_no_run()
 
 
@@ -105,48 +110,6 @@ def set_determinism(wanted: bool) -> None:
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(wanted)
-
-
-# ---------------------------------------------------------------- what all modes share
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
-def build_model(args: Options, num_classes: int) -> nn.Module:
-    log(f"Creating model: {args.model}")
-    rates = dict(drop_rate=args.drop, drop_path_rate=args.drop_path)
-    model = timm.create_model(args.model, num_classes=num_classes, **rates)
-    return gvt_ops.accelerate(model) if isinstance(model, gvt.Twins) else model
-
-
-def prepare_model(model: nn.Module, args: Options, device: torch.device) -> nn.Module:
-    """Move a model to its device, in the memory format and with the recomputation that the options ask for."""
-    log(f"number of params: {count_parameters(model)}")
-    if args.grad_checkpointing == "mlp":
-        if not isinstance(model, gvt.Twins):
-            where = f"--grad-checkpointing mlp, --model {args.model}"
-            raise UserError(f"only models of gvt.py can recompute MLPs alone ({where}): omit mlp")
-        model.set_grad_checkpointing(part="mlp")
-    elif args.grad_checkpointing:
-        model.set_grad_checkpointing()
-    if args.residual_dtype == "autocast":
-        autocast_residuals(model)
-    # Otherwise the format of the weights stays: PEG's are channels-last, as its gradients are.
-    model = model.to(device, memory_format=torch.channels_last) if args.channels_last else model.to(device)
-    for line in gvt_ops.describe(model):
-        log(line)
-    return model
-
-
-def compile_model(model: nn.Module, args: Options, *, inference: bool = False) -> nn.Module:
-    # The last, smaller batch compiles once more, which takes much less than one graph for any size.
-    try:
-        return gvt_ops.compile(model, inference=inference, backend=args.torchcompile) if args.torchcompile else model
-    except RuntimeError as error:
-        what = f"no such compiler (--torchcompile {args.torchcompile})"
-        raise UserError(f"{what}: pass it without a name for inductor") from error
 
 
 # ---------------------------------------------------------------- evaluation and throughput
@@ -181,7 +144,7 @@ def throughput(args: Options, device: torch.device) -> None:
         images = next(iter(datasets.build_val_loader(args, datasets.build_val_set(args), device)))[0]
     else:
         log("images: random numbers (no --data-path)")
-        images = torch.randn(args.eval_batch_size, 3, args.input_size, args.input_size)
+        images = torch.randn(args.eval_batch_size, args.in_chans, *args.sides)
     model = prepare_model(build_model(args, 1000), args, device).eval()
     model = compile_model(model, args, inference=True)
     images = images.to(device, memory_format=memory_format(args))
@@ -196,94 +159,102 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
     train_set, val_set = datasets.build_datasets(args)
     train_loader = datasets.build_train_loader(args, train_set, device)
     val_loader = datasets.build_val_loader(args, val_set, device)
-    mixup = build_mixup(args, len(train_set.classes))
-    criterion = build_criterion(mixing=args.mixing, smoothing=args.smoothing)
+    mixup, criterion = build_mixup(args, len(train_set.classes)), build_loss(args, train_set, device)
     model, network, parallel, ema = build_networks(args, train_set.classes, device)
     state = build_state(args, device, model, ema, train_set, val_set, train_loader)
+    if args.dry_run:
+        log_run(state, train_loader, folder)
+        datasets.check_sizes(train_set, val_set)
+        return dry_run.report(state, train_loader, mixup, datasets.labels(train_set), len(val_set))
     if parallel is not network:
-        images = torch.zeros(args.batch_size, 3, args.input_size, args.input_size, device=device)
+        images = torch.zeros(args.batch_size, args.in_chans, *args.sides, device=device)
         images = images.contiguous(memory_format=memory_format(args))
         processes.settle_gradient_buckets(parallel, model, images, amp_dtype(args, device))
     saver = CheckpointManager(state, folder, signals)
     saver.resume(args.resume)
     settings = engine.StepSettings(
-        clip_grad=args.clip_grad, accum_steps=args.grad_accum_steps, mixup=mixup, **precision_kwargs(args, device)
+        clip_grad=args.clip_grad,
+        accum_steps=args.grad_accum_steps,
+        mixup=mixup,
+        train_mode=train_mode(args, model),
+        **precision_kwargs(args, device),
     )
     with signals, folder.open(lambda: state.records() | datasets.records(args, train_set, val_set)):
         log_run(state, train_loader, folder)
         datasets.check_sizes(train_set, val_set)
-        if not state.evaluated:
-            log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
-            evaluate_epoch(state, saver, val_loader, network)
-        log(f"Start training for {args.epochs} epochs")
-        start, updates = time.perf_counter(), itertools.count(state.updates + 1)
-        for epoch in range(state.epoch + 1, args.epochs):
-            hooks = engine.EpochHooks(
-                after_step=(lambda: ema.update(model, next(updates) if ema.use_warmup else None)) if ema else None,
-                wants_to_stop=lambda batch: signals.poll("train", state, batch),
-                after_update=saver.after_update,
-                progress=state.progress,
+        loggers = Loggers(folder, args, first_epoch=state.epoch + (1 if state.evaluated else 0))
+        score = functools.partial(evaluate_epoch, state, saver, val_loader, network, loggers)
+        train_epochs(state, saver, train_loader, parallel, criterion, settings, score)
+        loggers.close()
+
+
+def train_epochs(
+    state: TrainingState,
+    saver: CheckpointManager,
+    loader,
+    parallel: nn.Module,
+    criterion: Callable,
+    settings: engine.StepSettings,
+    score: Callable[[], None],
+) -> None:
+    """Train and score the epochs that are left, unless --early-stop ends the run before."""
+    args, model, ema, folder = state.args, state.model, state.ema, saver.folder
+    if not state.evaluated:
+        log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
+        score()
+    log(f"Start training for {args.epochs} epochs")
+    start, pace, updates = time.perf_counter(), Pace(), itertools.count(state.updates + 1)
+    for epoch in range(state.epoch + 1, args.epochs):
+        if args.early_stop and utils.in_main_process(lambda: state.stopped_early):
+            folder.reason = f"no better top-1 since epoch {state.best_epoch} (--early-stop {args.early_stop})"
+            log(f"stopped after epoch {state.epoch}: {folder.reason}")
+            break
+        hooks = engine.EpochHooks(
+            after_step=(lambda: ema.update(model, next(updates) if ema.use_warmup else None)) if ema else None,
+            wants_to_stop=lambda batch: saver.signals.poll("train", state, batch),
+            after_update=saver.after_update,
+            progress=state.progress,
+        )
+        state.progress, begin = None, time.perf_counter()
+        if settings.mixup is not None:
+            settings.mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+        loader.sampler.set_epoch(epoch, hooks.progress["batches"] * args.batch_size if hooks.progress else 0)
+        try:
+            state.train_stats = engine.train_one_epoch(
+                parallel, criterion, loader, state.optimizer, state.device, epoch, state.scaler, settings, hooks
             )
-            state.progress = None
-            train_loader.sampler.set_epoch(epoch, hooks.progress["batches"] * args.batch_size if hooks.progress else 0)
-            try:
-                state.train_stats = engine.train_one_epoch(
-                    parallel, criterion, train_loader, state.optimizer, device, epoch, state.scaler, settings, hooks
-                )
-            except NonFiniteError as error:
-                record_images(folder, train_loader, args.batch_size, epoch, error.step)
-                raise NonFiniteError(f"{error}; its images are in {folder.path / NON_FINITE}", error.step) from None
-            # After the epoch, as in the official code: epochs 0 and 1 both train at the first rate.
-            state.scheduler.step(epoch)
-            state.epoch, state.evaluated = epoch, False
-            saver.save()
-            evaluate_epoch(state, saver, val_loader, network)
-        log(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
+        except NonFiniteError as error:
+            record_images(folder, loader, args.batch_size, epoch, error.step)
+            raise NonFiniteError(f"{error}; its images are in {folder.path / NON_FINITE}", error.step) from None
+        # After the epoch, as in the official code: epochs 0 and 1 both train at the first rate.
+        state.scheduler.step(epoch)
+        state.epoch, state.evaluated = epoch, False
+        saver.save()
+        score()
+        pace.add(time.perf_counter() - begin)
+        left = datetime.timedelta(seconds=int(pace.left(args.epochs - 1 - epoch)))
+        log(f"Epoch: [{epoch}] of {args.epochs} done, the run's eta: {left}")
+    log(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
 
 
-def build_networks(
-    args: Options, classes: list[str], device: torch.device
-) -> tuple[nn.Module, nn.Module, nn.Module, ModelEmaV3 | None]:
-    """Return the model, its (compiled) network, the network wrapped for several processes, and the moving average."""
-    model = build_model(args, len(classes))
-    if args.finetune:
-        log(finetune(model, Checkpoint.open(args.finetune), report=args.report))
-    network = compile_model(prepare_model(model, args, device), args)
-    parallel = network
-    if utils.get_world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        parallel = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
-    # After DistributedDataParallel has given all processes the weights of the first.
-    average = dict(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    ema = ModelEmaV3(model, **average) if args.model_ema else None
-    return model, network, parallel, ema
-
-
-def build_optimizer(args: Options, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    kwargs = optimizer_kwargs(args) | {"lr": lr}
-    if args.opt.lower() in FUSED and next(model.parameters()).device.type in ("cpu", "cuda"):
-        kwargs["fused"] = True
-    try:
-        return create_optimizer_v2(model, **kwargs)
-    except (ValueError, IndexError, TypeError) as error:
-        raise UserError(f"cannot make the optimizer (--opt {args.opt}): {short_reason(error)}") from error
+def build_loss(args: Options, train_set, device: torch.device) -> nn.Module:
+    weights = class_weights(args.class_weights, train_set.classes, datasets.labels(train_set))
+    weighted = {} if weights is None else {"weights": weights.to(device)}
+    return build_criterion(mixing=args.mixing, smoothing=args.smoothing, **weighted)
 
 
 def build_state(args: Options, device, model, ema, train_set, val_set, train_loader) -> TrainingState:
     """Return the state of a run that has not started."""
     global_batch = args.batch_size * utils.get_world_size() * args.grad_accum_steps
-    lr, dtype = args.lr * global_batch / 512, amp_dtype(args, device)
+    lr, dtype = args.lr * (1 if args.unscale_lr else global_batch / 512), amp_dtype(args, device)
     optimizer = build_optimizer(args, model, lr)
-    try:
-        scheduler, _ = create_scheduler(args, optimizer)
-    except ValueError as error:
-        what = f"no such schedule (--sched {args.sched}): {short_reason(error)}"
-        raise UserError(f"{what}, the official one is cosine") from error
+    scheduler = build_schedule(args, optimizer)
     resolved = dict(
         amp_dtype=str(dtype).removeprefix("torch."),
         lr=lr,
         global_batch=global_batch,
         data=datasets.fingerprint(train_set, val_set, root=args.data_path),
+        **class_weights_recipe(args.class_weights),
     )
     return TrainingState(
         args=args,
@@ -304,7 +275,8 @@ def build_state(args: Options, device, model, ema, train_set, val_set, train_loa
 def log_run(state: TrainingState, train_loader, folder: RunFolder) -> None:
     args, global_batch = state.args, state.recipe["global_batch"]
     product = f"{args.batch_size} x {utils.get_world_size()} processes x {args.grad_accum_steps} steps"
-    log(f"global batch {global_batch} ({product}), lr {state.recipe['lr']:.6g} ({args.lr:g} x {global_batch} / 512)")
+    scaling = "--unscale-lr" if args.unscale_lr else f"{args.lr:g} x {global_batch} / 512"
+    log(f"global batch {global_batch} ({product}), lr {state.recipe['lr']:.6g} ({scaling})")
     counts = f"{state.updates_per_epoch} updates an epoch, {state.n_parameters} parameters"
     where = f"device {state.device}, {state.recipe['amp_dtype']}, {train_loader.num_workers} workers a process"
     log(f"{counts}, {where}, output in {folder.path}")
@@ -316,8 +288,8 @@ def log_run(state: TrainingState, train_loader, folder: RunFolder) -> None:
         utils.warn(f"{what}: expect another result")
 
 
-def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, network: nn.Module) -> None:
-    """Score the epoch that was trained last, log its line, and save it as the best if it is."""
+def score_epoch(state: TrainingState, saver: CheckpointManager, val_loader, network: nn.Module) -> tuple[dict, dict]:
+    """Return the figures of the epoch that was trained last, and of the moving average if there is one."""
     args, size = state.args, len(val_loader.dataset)
     shares = utils.get_world_size() if args.dist_eval else 1
     rounds = math.ceil(math.ceil(size / shares) / args.eval_batch_size)
@@ -329,17 +301,31 @@ def evaluate_epoch(state: TrainingState, saver: CheckpointManager, val_loader, n
         stats = engine.evaluate(val_loader, state.ema.module, state.device, **kwargs)
         ema = {f"ema_test_{name}": stats[name] for name in ("loss", "acc1", "acc5")}
         log(f"Accuracy of the EMA network on the {size} test images: {stats['acc1']:.1f}%")
-    old_best, is_best = state.best, test["acc1"] > state.best
-    state.best, state.evaluated = max(state.best, test["acc1"]), True
-    log(f"Max accuracy: {state.best:.2f}%")
+    return test, ema
+
+
+def evaluate_epoch(
+    state: TrainingState, saver: CheckpointManager, val_loader, network: nn.Module, loggers: Loggers
+) -> None:
+    """Score the epoch that was trained last if it is its turn, log its line, and save it as the best if it is."""
+    args, number, old_best, is_best = state.args, state.epoch + 1, (state.best, state.best_epoch), False
+    test, ema = dict.fromkeys(("loss", "acc1", "acc5")), {}
+    if number % args.eval_interval == 0 or number == args.epochs:
+        test, ema = score_epoch(state, saver, val_loader, network)
+        is_best = test["acc1"] > state.best
+        if is_best:
+            state.best, state.best_epoch = test["acc1"], state.epoch
+        log(f"Max accuracy: {state.best:.2f}%")
+    state.evaluated = True
     line = {f"train_{name}": state.train_stats[name] for name in ("lr", "loss")}
     line |= {f"test_{name}": test[name] for name in ("loss", "acc1", "acc5")}
     line |= {"epoch": state.epoch, "n_parameters": state.n_parameters} | ema
     line |= {name: state.train_stats[name] for name in ("time", "data_time", "images_per_s", "max_memory_mb")}
     saver.folder.attempt(lambda: saver.folder.write_log(line))
+    loggers.write(line)
     # The best first: after a kill between the two, the epoch counts as not evaluated, and is evaluated again.
     if not saver.save(best=is_best):
-        state.best = old_best  # the best on disk is still the one before
+        state.best, state.best_epoch = old_best  # the best on disk is still the one before
 
 
 def run(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> int:
@@ -352,6 +338,7 @@ def run(args: Options, on_poll: Callable[..., None] = lambda *where: None) -> in
         if known is None or os.environ.get("TWINS_DEBUG") == "1":
             raise
         code, line = known
+        LIVE.clear()
         processes.end_stopped_processes()
         print_error(line, kind="stopped" if isinstance(error, Preempted) else "error")
         return code

@@ -6,7 +6,7 @@ workers share the work.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.utils.data import Sampler
@@ -34,10 +34,13 @@ class ShuffleSampler(Sampler):
 
     def order(self) -> torch.Tensor:
         """Return the order of all processes together, its length a multiple of world."""
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.length, generator=generator).repeat_interleave(self.repeats)
+        order = self.draw(torch.Generator().manual_seed(self.seed + self.epoch)).repeat_interleave(self.repeats)
         missing = -len(order) % self.world
         return torch.cat([order, order.repeat(math.ceil(missing / len(order)))[:missing]]) if missing else order
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        """Return the images of an epoch in their order."""
+        return torch.randperm(self.length, generator=generator)
 
     def total(self) -> int:
         """Return the number of a process's images in an epoch."""
@@ -65,6 +68,27 @@ class RASampler(ShuffleSampler):
     def total(self) -> int:
         kept = self.length // RA_MULTIPLE * RA_MULTIPLE or self.length
         return kept // self.world
+
+
+class BalancedSampler(ShuffleSampler):
+    """As many images an epoch as there are, each class equally often: of a large class another part each epoch, of a
+    small one each image several times. labels: of each image; classes without images are left out.
+    """
+
+    def __init__(self, labels: Sequence[int], **kwargs):
+        super().__init__(len(labels), **kwargs)
+        labels = torch.as_tensor(labels)
+        self.members = [torch.nonzero(labels == label).flatten() for label in labels.unique()]
+
+    def draw(self, generator: torch.Generator) -> torch.Tensor:
+        each, more = divmod(self.length, len(self.members))  # the first `more` classes of this epoch get one more
+        parts = []
+        for place, number in enumerate(torch.randperm(len(self.members), generator=generator)):
+            members, wanted = self.members[number], each + (place < more)
+            rounds = max(1, math.ceil(wanted / len(members)))
+            drawn = [members[torch.randperm(len(members), generator=generator)] for _ in range(rounds)]
+            parts.append(torch.cat(drawn)[:wanted])
+        return torch.cat(parts)[torch.randperm(self.length, generator=generator)]
 
 
 def eval_indices(length: int, *, rank: int = 0, world: int = 1) -> range:

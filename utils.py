@@ -23,6 +23,7 @@ import torch.distributed as dist
 from training.devices import TESTED, choose_device
 from training.errors import UserError, print_error, short_reason
 from training.launcher import launcher_variables
+from training.progress import LIVE, Pace
 
 try:
     import resource
@@ -51,12 +52,14 @@ def is_main_process() -> bool:
 def log(*words: object) -> None:
     """Print in the main process."""
     if is_main_process():
+        LIVE.clear()
         print(*words, flush=True)
 
 
 def warn(message: str) -> None:
     """Print a warning on the error stream in the main process."""
     if is_main_process():
+        LIVE.clear()
         print_error(message, kind="warning")
 
 
@@ -259,7 +262,8 @@ class MetricLogger:
         A batch's first tensor has the images.
         """
         begin = end = time.perf_counter()
-        width = len(str(steps))
+        width, pace = len(str(steps)), Pace()
+        live = LIVE.wanted and is_main_process()
         batches = iter(batches)
         for i in range(start, steps):
             batch = next(batches)
@@ -268,11 +272,12 @@ class MetricLogger:
             yield batch
             now = time.perf_counter()
             self.step_time.update(now - end)
+            pace.add(now - end)
             end = now
-            if i % every == 0 or i == steps - 1:
-                eta = datetime.timedelta(seconds=int(self.step_time.mean * (steps - 1 - i)))
+            if live or i % every == 0 or i == steps - 1:
+                eta = datetime.timedelta(seconds=int(pace.left(steps - 1 - i)))
                 times = f"time: {self.step_time}  data: {self.data_time}  max mem: {peak_memory_mb():.0f}"
-                log(f"{header}  [{i:>{width}}/{steps}]  eta: {eta}  {self}  {times}")
+                (LIVE.show if live else log)(f"{header}  [{i:>{width}}/{steps}]  eta: {eta}  {self}  {times}")
         self.seconds = time.perf_counter() - begin
         total = datetime.timedelta(seconds=int(self.seconds))
         log(f"{header} Total time: {total} ({self.seconds / max(steps - start, 1):.4f} s / it)")

@@ -20,6 +20,7 @@ from mmengine.registry import MODELS, Registry
 from torch import Tensor, nn
 
 from training.checkpoint import Checkpoint, load_into
+from training.optimizer import first_stages
 
 STAGES = (0, 1, 2, 3)
 PARTS = ("patch_embeds", "pos_drops", "blocks", "pos_block", "norm_list")  # lists with an entry for each stage
@@ -34,9 +35,10 @@ class TwinsBackbone(Twins):
     """(B, 3, H, W) -> maps (B, C_k, H / 2^(k+2), W / 2^(k+2)) of stages k in out_indices. Sides under 32 are padded.
 
     variant: a key of gvt.VARIANTS. pad: how windows treat what lies outside the map, see gvt.LocalAttention.
-    pretrained: a weight file, read by init_weights(), which only a training run from the start calls. As in the
-    official code, Twins-SVT has a norm for each map (`norm_list`) and PCPVT has none. There is no classifier and no
-    final norm, so every parameter gets a gradient.
+    pretrained: a weight file, read by init_weights(), which only a training run from the start calls. frozen_stages:
+    the first N stages (embedding, blocks, position encoding, norm of the map) get no gradient and stay in evaluation
+    mode, without drop path; -1: none. As in the official code, Twins-SVT has a norm for each map (`norm_list`) and
+    PCPVT has none. There is no classifier and no final norm, so every other parameter gets a gradient.
     """
 
     def __init__(
@@ -48,7 +50,10 @@ class TwinsBackbone(Twins):
         out_indices: Sequence[int] = STAGES,
         pretrained: str | None = None,
         grad_checkpointing: bool = False,
+        frozen_stages: int = -1,
     ):
+        if frozen_stages not in (-1, 1, 2, 3, 4):
+            raise ValueError(f"frozen_stages={frozen_stages!r}: expected 1 to 4, or -1 for none")
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} is none of {', '.join(VARIANTS)}")
         super().__init__(VARIANTS[variant], num_classes=0, drop_path_rate=drop_path_rate, pad=pad)
@@ -60,6 +65,17 @@ class TwinsBackbone(Twins):
             dims = VARIANTS[variant].dims[: len(self.blocks)]
             self.norm_list = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
         accelerate(self)
+        self.frozen = first_stages(self, max(frozen_stages, 0))
+        if self.norm_list is not None:
+            self.frozen += self.norm_list[: max(frozen_stages, 0)]
+        for module in self.frozen:
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "TwinsBackbone":
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def init_weights(self) -> None:
         """Load the weights of `pretrained`, if given, and log what was loaded, missing and unused."""

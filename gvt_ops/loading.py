@@ -25,6 +25,9 @@ from gvt_ops.transforms import eval_transform
 # Keys under which files keep the weights, in this order.
 WRAPPERS = ("model", "state_dict", "model_state", "model_ema", "state_dict_ema")
 SIZE, CROP = 224, 0.875  # of evaluation, if a file does not say
+# Options of timm.create_model that have options of their own, or read other files: --model-kwargs must not name them.
+NOT_KWARGS = {"in_chans", "num_classes", "drop_rate", "drop_path_rate", "pretrained", "checkpoint_path", "cache_dir"}
+NOT_KWARGS |= {"pretrained_cfg", "pretrained_cfg_overlay", "model_name", "scriptable", "exportable", "features_only"}
 
 
 def load(
@@ -37,6 +40,7 @@ def load(
     options = vars(options) if isinstance(options, argparse.Namespace) else options
     options = options if isinstance(options, dict) else {}
     size, crop = size_and_crop(options, path)
+    normal, settings = normalization(options, path), model_settings(options, path)
     name = options.get("model")
     if not (isinstance(name, str) and timm.is_model(name)):
         name = model_name(state, variants, path)
@@ -44,21 +48,62 @@ def load(
     classes = class_names(payload.get("class_names"), head)
     if classes is not None and len(classes) != head:
         raise ValueError(f"{path}: it names {len(classes)} classes, and its classifier has {head}")
-    model = timm.create_model(name, num_classes=head)
+    model = timm.create_model(name, num_classes=head, **settings)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{path}: no weights of {name} ({' '.join(str(error).split())[:200]})") from None
-    transform = eval_transform(size, crop, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    transform = eval_transform(size, crop, *normal)
     return model.eval().to(device), transform, classes
 
 
-def size_and_crop(options: Mapping, path: str | Path) -> tuple[int, float]:
-    """Return the size of images and the share of the resized side that evaluation keeps, by a training's options."""
+def size_and_crop(options: Mapping, path: str | Path) -> tuple[int | tuple[int, int], float]:
+    """Return the size of images, or their height and width, and the share of the resized sides that evaluation keeps,
+    by a training's options.
+    """
     size, crop = options.get("input_size", SIZE), options.get("eval_crop_ratio", CROP)
-    if not (type(size) is int and 1 <= size <= 16384 and isinstance(crop, (int, float)) and 0 < crop <= 1):
+    both = tuple(size) if isinstance(size, (list, tuple)) and len(size) == 2 else (size,)
+    if not (
+        all(type(side) is int and 1 <= side <= 16384 for side in both)
+        and isinstance(crop, (int, float))
+        and 0 < crop <= 1
+    ):
         raise ValueError(f"{path}: its image size is {size!r:.40} and its crop {crop!r:.40}")
-    return size, crop
+    return both if len(both) == 2 else size, crop
+
+
+def normalization(options: Mapping, source: str | Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std of each channel of --in-chans, 3 or 1 (gray); by default ImageNet's, of gray their average.
+
+    Raises ValueError for other numbers.
+    """
+    channels, values = options.get("in_chans", 3), []
+    if channels not in (1, 3):
+        raise ValueError(f"{source}: {channels!r:.40} channels (in_chans), expected 1 or 3")
+    for name, default in dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD).items():
+        given = options.get(name)
+        if given is None:
+            given = default if channels == 3 else (round(sum(default) / 3, 3),)
+        numbers = isinstance(given, (list, tuple)) and all(type(value) in (int, float) for value in given)
+        if not (numbers and len(given) == channels and all(abs(v) < 1e6 and (v > 0 or name == "mean") for v in given)):
+            raise ValueError(f"{source}: {name} is {given!r:.60}, expected a number for each of {channels} channels")
+        values.append(tuple(map(float, given)))
+    return tuple(values)
+
+
+def model_settings(options: Mapping, source: str | Path) -> dict:
+    """Return what timm.create_model needs beside name and classes, by a training's options; raise ValueError."""
+    kwargs = options.get("model_kwargs") or {}
+    if not (isinstance(kwargs, dict) and all(isinstance(name, str) and is_plain(v) for name, v in kwargs.items())):
+        raise ValueError(f"{source}: its model_kwargs are {kwargs!r:.60}")
+    if refused := sorted(NOT_KWARGS & kwargs.keys()):
+        raise ValueError(f"{source}: its model_kwargs name {', '.join(refused)}")
+    return kwargs | ({"in_chans": options["in_chans"]} if options.get("in_chans", 3) != 3 else {})
+
+
+def is_plain(value: object) -> bool:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return all(each is None or isinstance(each, (bool, int, float, str)) for each in items)
 
 
 def read(path: str | Path) -> dict:

@@ -91,7 +91,7 @@ def write(trained: Trained, plan: Plan, path: Path, images: list[Tensor] | None)
 
 def describe(trained: Trained, plan: Plan) -> dict:
     """Return what a program that runs the file needs to know."""
-    images = {"input_size": [3, trained.size, trained.size], "mean": trained.mean, "std": trained.std}
+    images = {"input_size": [len(trained.mean), *trained.sides], "mean": trained.mean, "std": trained.std}
     images |= {"crop": trained.crop, "interpolation": "bicubic"}
     return {"model": trained.name, "class_names": trained.classes, **images, "precision": plan.precision}
 
@@ -162,7 +162,7 @@ def images_to_check(plan: Plan) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     batches = (1, 3) if plan.shape.dynamic_batch or plan.fmt == "safetensors" else (1,)
     sizes = runtimes.sizes_to_check(plan.shape)
-    return [torch.randn(batch, 3, *size, generator=generator) for size in sizes for batch in batches]
+    return [torch.randn(batch, plan.shape.channels, *size, generator=generator) for size in sizes for batch in batches]
 
 
 def images_per_s(runs: dict[str, Run], images: Tensor) -> dict[str, float]:
@@ -261,7 +261,9 @@ def main(argv: list[str]) -> int:
     check_options(args)
     trained = load(args.weights, args.model)
     # With a fixed batch OpenVINO 2026.4 computes attention to a single token wrongly: SVT at 32 pixels.
-    shape = Shape(trained.size, args.dynamic_batch or args.to == "openvino", args.dynamic_size)
+    height, width = trained.sides
+    batches = args.dynamic_batch or args.to == "openvino"
+    shape = Shape(height, batches, args.dynamic_size, width, channels=len(trained.mean))
     plan = Plan(args.to, shape, "int8" if args.int8 else args.dtype)
     val = val_set(args.data_path, trained) if args.data_path else None
     calibration = quantize.calibration_images(args.calibrate, trained) if args.int8 else None

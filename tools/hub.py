@@ -11,12 +11,11 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import Tensor
 
-from gvt_ops.loading import class_names, size_and_crop
-from gvt_ops.transforms import SMALL
+from gvt_ops.loading import class_names, normalization, size_and_crop
+from gvt_ops.transforms import SMALL, sides
 from training.checkpoint import Checkpoint
 from training.errors import UserError
 from training.files import LOG, write_text
@@ -27,14 +26,18 @@ def write(path: Path, state: Mapping[str, Tensor], file: Checkpoint, *, variant:
     """Write the folder and return the name of its model. It appears whole, or not at all."""
     try:
         size, crop = size_and_crop(file.options, file.source)
+        mean, std = normalization(file.options, file.source)
     except ValueError as error:
         raise UserError(f"{error}: use another checkpoint") from None
     classes = len(state["head.weight"]) if "head.weight" in state else 0
     names = class_names(file.class_names, classes) if classes else None
     channels = state["patch_embeds.0.proj.weight"].shape[1]
-    data = dict(input_size=(channels, size, size), interpolation="bicubic", crop_pct=1.0 if size <= SMALL else crop)
-    if channels == 3:
-        data |= dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+    if file.options.get("model_kwargs"):
+        raise UserError(f"timm's file has no place for them ({file.source}, --model-kwargs): use another checkpoint")
+    both = sides(size)
+    data = dict(input_size=(channels, *both), interpolation="bicubic", crop_pct=1.0 if max(both) <= SMALL else crop)
+    if channels == len(mean):
+        data |= dict(mean=mean, std=std)
     # Neither the tag nor the license of the official weights, as these may be others.
     settings = dict(num_classes=classes, in_chans=channels, img_size=size)
     settings |= dict(pretrained_cfg_overlay=dict(tag=None, license=None))
@@ -59,12 +62,12 @@ def write(path: Path, state: Mapping[str, Tensor], file: Checkpoint, *, variant:
     return name
 
 
-def architecture(variant: str, size: int) -> str:
+def architecture(variant: str, size: int | tuple[int, int]) -> str:
     """Return timm's name for the model, or ours where timm has none or computes something else: it pads windows with
     zeros, which become keys.
     """
     model = gvt.VARIANTS[variant]
-    maps = [size // reduction for reduction in (4, 8, 16, 32)]
+    maps = [side // reduction for side in sides(size) for reduction in (4, 8, 16, 32)]
     pads = model.window is not None and any(side % model.window for side in maps)
     if model.timm and not pads:
         return model.timm
@@ -94,7 +97,7 @@ tags:
 # {title}
 
 `{name}`, a Twins ([arXiv:2104.13840](https://arxiv.org/abs/2104.13840)) with {parameters:,} parameters, for images of
-{size} x {size} pixels. {classes}
+{height} x {width} pixels. {classes}
 
 ## Use
 
@@ -126,7 +129,7 @@ def card(
     title: str,
     name: str,
     model: torch.nn.Module,
-    size: int,
+    size: int | tuple[int, int],
     names: list[str] | None,
     file: Checkpoint,
     *,
@@ -138,7 +141,8 @@ def card(
         title=title,
         name=name,
         parameters=sum(value.numel() for value in model.parameters()),
-        size=size,
+        height=sides(size)[0],
+        width=sides(size)[1],
         classes=f"{count}{shown}.",
         first=FIRST if name in gvt.MODEL_NAMES else "",
         results=results(file, ema=ema),

@@ -12,11 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from tools.measurement import read_csv
+from training.curves import plot, tidy
 from training.errors import UserError, exit_code
 from training.options import Parser
 
@@ -42,7 +41,8 @@ def read_log(path: Path, keys: Iterable[str] = KEYS) -> list[dict]:
         raise UserError(f"not a log ({path}): {FORMAT}") from error
     if not lines:
         raise UserError(f"empty log ({path}): wait until the first epoch ends")
-    return [parse_line(line, keys, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    epochs = [parse_line(line, keys, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    return [epoch for epoch in epochs if epoch.get("test_acc1", 0.0) is not None]  # --eval-interval skips some
 
 
 def parse_line(line: str, keys: Iterable[str], where: str) -> dict:
@@ -50,6 +50,8 @@ def parse_line(line: str, keys: Iterable[str], where: str) -> dict:
         epoch = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({where}): {FORMAT}") from error
+    if isinstance(epoch, dict) and epoch.get("test_acc1", 0.0) is None:
+        return epoch  # not evaluated
     lacking = [key for key in keys if not isinstance(epoch, dict) or not isinstance(epoch.get(key), (int, float))]
     if lacking:
         raise UserError(f"no number for {', '.join(lacking)} ({where}): give a log.txt that main.py wrote")
@@ -70,17 +72,6 @@ def published_style(name: str, alone: bool) -> dict:
     colors = colormaps[("Blues" if pcpvt else "Oranges") if alone else "Greys"]
     dashes, width = (0, (4, 2)) if pcpvt else "-", 1.2 if alone else 1.0
     return dict(color=colors(shade * (0.95 if alone else 0.75)), linestyle=dashes, linewidth=width)
-
-
-def plot(axis: Axes, log: list[dict], key: str, name: str | None = None, **style) -> Line2D:
-    """Draw a number of each epoch."""
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    return axis.plot([epoch["epoch"] for epoch in log], [epoch[key] for epoch in log], label=name, **style)[0]
-
-
-def tidy(axis: Axes) -> None:
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def draw(logs: dict[str, list[dict]], published: dict[str, list[dict]], output: Path) -> None:

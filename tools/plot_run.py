@@ -16,8 +16,10 @@ from matplotlib.figure import Figure, SubFigure
 
 import datasets
 from gvt_ops import accelerate
-from tools.plot_logs import plot, read_log, tidy
+from gvt_ops.loading import model_settings, normalization
+from tools.plot_logs import read_log
 from training.checkpoint import Checkpoint
+from training.curves import plot, tidy
 from training.errors import exit_code
 from training.options import Parser, parse_args
 
@@ -31,14 +33,14 @@ def predict(folder: Path, data_path: str, images: int) -> list[tuple[np.ndarray,
     args = parse_args([])  # whose options an older run lacks
     vars(args).update(file.payload["args"], data_path=data_path, eval=True, resume=str(folder))
     classes = file.class_names
-    model = accelerate(timm.create_model(args.model, num_classes=len(classes))).eval()
+    settings = model_settings(vars(args), file.source)
+    model = accelerate(timm.create_model(args.model, num_classes=len(classes), **settings)).eval()
     file.load_into(model)
     dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args), classes=classes)
     chosen = np.linspace(0, len(dataset) - 1, min(images, len(dataset))).round().astype(int)
     batch, labels = zip(*(dataset[index] for index in chosen))
     predictions = model(torch.stack(batch)).argmax(1).tolist()
-    normal = datasets.IMAGENET_DEFAULT_MEAN, datasets.IMAGENET_DEFAULT_STD
-    mean, std = (torch.tensor(values)[:, None, None] for values in normal)
+    mean, std = (torch.tensor(values)[:, None, None] for values in normalization(vars(args), file.source))
     shown = [(x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy() for x in batch]
     return [(x, classes[label], classes[top]) for x, label, top in zip(shown, labels, predictions)]
 

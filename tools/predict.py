@@ -113,7 +113,8 @@ def run(args) -> int:
     paths, problems = user_images.find(args.images)
     device = user_images.choose(args.device)
     model = trained.load(args.weights, args.model, device, fast=True)
-    print(f"{model.name}, {len(model.classes)} classes, {model.size} x {model.size} pixels, {device}: {args.weights}")
+    pixels = f"{' x '.join(map(str, model.sides))} pixels"
+    print(f"{model.name}, {len(model.classes)} classes, {pixels}, {device}: {args.weights}")
     tally, start = dict(read=0, errors=0), time.perf_counter()
     width = min(PATH_WIDTH, max(len(printable(path)) for path in [*paths, ""]))
     found = shown(rows(paths, problems, model, device, args), width, tally)

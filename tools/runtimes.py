@@ -42,6 +42,7 @@ class Shape:
     dynamic_batch: bool = False
     dynamic_size: bool = False
     width: int | None = None
+    channels: int = 3
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -74,7 +75,7 @@ class InPrecision(nn.Module):
 
 def trace(network: nn.Module, shape: Shape) -> ExportedProgram:
     height, width = TRACED if shape.dynamic_size else shape.sides
-    image = torch.zeros(2 if shape.dynamic_batch else 1, 3, height, width)
+    image = torch.zeros(2 if shape.dynamic_batch else 1, shape.channels, height, width)
     varying = ((0,) if shape.dynamic_batch else ()) + ((2, 3) if shape.dynamic_size else ())
     return export(network, image, varying, SMALLEST)
 

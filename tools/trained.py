@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from gvt_ops import accelerate
-from gvt_ops.loading import class_names, size_and_crop
-from gvt_ops.transforms import SMALL, eval_transform
+from gvt_ops.loading import class_names, model_settings, normalization, size_and_crop
+from gvt_ops.transforms import SMALL, eval_transform, resized_sides, sides
 from training import formats
 from training.checkpoint import Checkpoint, load_into, number_of_classes
 from training.errors import UserError
@@ -22,7 +21,7 @@ from utils import log
 
 @dataclass(frozen=True)
 class Trained:
-    """A classifier in evaluation mode. transform: RGB image -> (3, size, size), as in its evaluation.
+    """A classifier in evaluation mode. transform: RGB image -> (channels, height, width), as in its evaluation.
 
     classes: a name for each output, numbers if the file has none. name: of the model. crop: share of the resized side.
     alpha: what its transparent pixels were laid on, for ImageReader.
@@ -32,18 +31,23 @@ class Trained:
     transform: Callable[..., Tensor]
     classes: list[str]
     name: str
-    size: int
+    size: int | tuple[int, int]
     crop: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
     alpha: str
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        return sides(self.size)
+
     def check_sides(self, width: int, height: int, max_pixels: int) -> None:
         """Raise UserError for an image so narrow that its resize for evaluation would make more than max_pixels."""
-        short = int(self.size / self.crop)
-        long = short * max(width, height) // min(width, height)
-        if self.size > SMALL and short * long > max_pixels:
-            what = f"too narrow an image ({width} x {height} pixels, {short} x {long} once resized)"
+        tall, wide = resized_sides(self.size, self.crop)
+        scale = max(tall / height, wide / width)
+        pair = sorted((int(scale * height), int(scale * width)))
+        if max(self.sides) > SMALL and pair[0] * pair[1] > max_pixels:
+            what = f"too narrow an image ({width} x {height} pixels, {pair[0]} x {pair[1]} once resized)"
             raise UserError(f"{what}: crop it, or raise --max-pixels")
 
 
@@ -59,6 +63,7 @@ def load(weights: str, model: str | None = None, device: torch.device | str = "c
     name = model_name(model or stored.get("model"), state, file.source, given=model is not None)
     try:
         size, crop = size_and_crop(stored, file.source)
+        normal, settings = normalization(stored, file.source), model_settings(stored, file.source)
     except ValueError as error:
         raise UserError(f"{error}: use another checkpoint") from None
     classes = class_names(file.class_names, number)
@@ -67,10 +72,9 @@ def load(weights: str, model: str | None = None, device: torch.device | str = "c
         log(f"no class names in the weights ({file.source}): its {number} classes are numbered from 0")
     if len(classes) != number:
         raise UserError(f"{len(classes)} class names for {number} outputs ({file.source}): use another checkpoint")
-    network = timm.create_model(name, num_classes=number)
+    network = timm.create_model(name, num_classes=number, **settings)
     load_into(network, state, source=file.source, lists_all="TWINS_DEBUG=1")
     network = accelerate(network) if fast and isinstance(network, gvt.Twins) else network
-    normal = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     alpha = stored.get("alpha") if stored.get("alpha") in ("white", "black", "drop") else "white"
     return Trained(
         network.eval().to(device), eval_transform(size, crop, *normal), classes, name, size, crop, *normal, alpha

@@ -103,7 +103,7 @@ class Images(Dataset):
             return self.transform(image), ""
         except UserError as error:
             line = str(error) if path in str(error) else f"{path}: {error}"
-            return self.transform(Image.new("RGB", (self.trained.size, self.trained.size))), line
+            return self.transform(Image.new("RGB", self.trained.sides[::-1])), line
 
 
 def outputs(

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from gvt_ops.transforms import SMALL
+from gvt_ops.transforms import resized_sides, sides
 from tools import trained
 from tools.trained import Trained
 from tools.user_images import choose
@@ -69,24 +69,25 @@ def view(made: Trained, image: Image.Image, *, whole: bool = False, max_pixels: 
         if min(image.size) < gvt.SMALLEST:
             size, least = f"{image.width} x {image.height}", f"{gvt.SMALLEST} x {gvt.SMALLEST}"
             raise UserError(f"an image that is too small for --whole ({size}): at least {least} pixels, or omit it")
-        normalize = transforms.Normalize(made.mean, made.std)
-        x, box = normalize(transforms.functional.to_tensor(image)), (0.0, 0.0, *map(float, image.size))
+        normalize, box = transforms.Normalize(made.mean, made.std), (0.0, 0.0, *map(float, image.size))
+        x = normalize(transforms.functional.to_tensor(image.convert("L") if len(made.mean) == 1 else image))
     else:
         made.check_sides(*image.size, max_pixels)
         x, box = made.transform(image), seen_box(image.width, image.height, made.size, made.crop)
     mean, std = (torch.tensor(values)[:, None, None] for values in (made.mean, made.std))
-    pixels = (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+    pixels = (x * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
     return View(x[None].to(next(made.model.parameters()).device), pixels, box)
 
 
-def seen_box(width: int, height: int, size: int, crop: float) -> tuple[float, float, float, float]:
+def seen_box(width: int, height: int, size: int | tuple[int, int], crop: float) -> tuple[float, float, float, float]:
     """Return the part of an image that the evaluation's resize and center crop keep, in the image's pixels."""
-    short = size if size <= SMALL else int(size / crop)
+    tall, wide = resized_sides(size, crop)
+    short, across = (tall, height) if tall * width >= wide * height else (wide, width)  # the side that is just covered
     spans = []
-    for side in (width, height):
-        resized = int(short * side / min(width, height))
-        start = round((resized - size) / 2) * side / resized
-        spans.append((start, start + size * side / resized))
+    for side, kept in zip((width, height), sides(size)[::-1]):
+        resized = int(short * side / across)
+        start = round((resized - kept) / 2) * side / resized
+        spans.append((start, start + kept * side / resized))
     (left, right), (top, bottom) = spans
     return left, top, right, bottom
 

@@ -38,6 +38,7 @@ from tools.extra import need
 from tools.trained import Trained
 from tools.views import View
 from training import options
+from training.command_line import numbers
 from training.errors import UserError, exit_code, short_reason
 from training.folders import image_files
 from training.images import ImageReader
@@ -194,7 +195,7 @@ def examples(folder: str | None) -> list[str]:
 def build(gradio: ModuleType, explorer: Explorer, samples: list[str]):
     """Return the page, a gradio.Blocks."""
     made = explorer.made
-    about = f"{made.name}, {len(made.classes)} classes, {made.size} x {made.size} pixels, {explorer.device}"
+    about = f"{made.name}, {len(made.classes)} classes, {' x '.join(map(str, made.sides))} pixels, {explorer.device}"
     with gradio.Blocks(analytics_enabled=False, title="Twins", delete_cache=(CLEANED_EVERY, KEPT)) as page:
         gradio.Markdown("# Twins")
         gradio.Text(about, show_label=False, container=False)
@@ -281,7 +282,7 @@ def main(argv: list[str]) -> int:
     add("--detector", **files, help="draw its boxes and masks as well")
     add("--examples", type=options.path, metavar="FOLDER", help=f"show {EXAMPLES} of its images to choose from")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="who can reach the page (%(default)s: this machine)")
-    add("--port", type=options.numbers(int, "a port, 1 to 65535", lambda port: 1 <= port < 65536), default=7860)
+    add("--port", type=numbers(int, "a port, 1 to 65535", lambda port: 1 <= port < 65536), default=7860)
     add("--device", metavar="NAME", help="cuda or cpu; if not given: cuda if there is one")
     add(
         "--max-pixels",

@@ -36,7 +36,7 @@ ROWS_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # Pillow resizes rows fir
 
 @dataclass
 class Sample:
-    """An image on its way to the device: uint8 (H, W, 3), and what is left to do there, in this order.
+    """An image on its way to the device: uint8 (H, W, C), and what is left to do there, in this order.
 
     operations: RandAugment's, and the color it fills with, or None; normal: mean and std; erased: what erasing writes.
     """
@@ -48,12 +48,12 @@ class Sample:
 
 
 class RecordedErasing:
-    """Stand in for the (3, H, W) image that timm's random erasing writes to, and record (rows, columns, values)."""
+    """Stand in for the (C, H, W) image that timm's random erasing writes to, and record (rows, columns, values)."""
 
     dtype = torch.float32
 
-    def __init__(self, height: int, width: int):
-        self.shape, self.written = torch.Size((3, height, width)), []
+    def __init__(self, height: int, width: int, channels: int):
+        self.shape, self.written = torch.Size((channels, height, width)), []
 
     def size(self) -> torch.Size:
         return self.shape
@@ -82,8 +82,11 @@ class TorchCrop:
 
 
 def as_uint8(image: Image.Image | Tensor) -> Tensor:
-    """Return an image, or a tensor (3, H, W) of one, as (H, W, 3)."""
-    return image.permute(1, 2, 0) if isinstance(image, Tensor) else torch.from_numpy(np.array(image))
+    """Return an image, or a tensor (3, H, W) of one, as (H, W, 3); a gray image as (H, W, 1)."""
+    if isinstance(image, Tensor):
+        return image.permute(1, 2, 0)
+    pixels = torch.from_numpy(np.array(image))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 class Uint8Transform:
@@ -117,7 +120,7 @@ class Uint8Transform:
             image = step(image)
         operations = (self.recorded(), self.recorded.fill) if self.recorded else None
         pixels = as_uint8(image)
-        erased = RecordedErasing(*pixels.shape[:2])
+        erased = RecordedErasing(*pixels.shape)
         for step in self.erasing:
             step(erased)
         return Sample(pixels, operations, self.normal, erased.written)
@@ -128,7 +131,7 @@ class Uint8Transform:
 
 @dataclass
 class ImageBatch:
-    """Samples: uint8 (B, H, W, 3); where erasing writes, (number, rows, columns, shape); its values in one row."""
+    """Samples: uint8 (B, H, W, C); where erasing writes, (number, rows, columns, shape); its values in one row."""
 
     pixels: Tensor
     plan: augment.Plan | None
@@ -156,7 +159,7 @@ class ImageBatch:
         return replace(self, pixels=self.pixels.pin_memory(), plan=plan, values=self.values.pin_memory())
 
     def to(self, device: torch.device, *, non_blocking=False, memory_format=torch.contiguous_format) -> Tensor:
-        """Return (B, 3, H, W) in float32 on the device, augmented where that is left, normalized and erased."""
+        """Return (B, C, H, W) in float32 on the device, augmented where that is left, normalized and erased."""
         pixels = self.pixels.to(device, non_blocking=non_blocking).permute(0, 3, 1, 2)
         if self.plan is not None:
             pixels = pixels.contiguous()
@@ -264,7 +267,7 @@ class TimedLoader(DataLoader):
 
 
 def build_loader(dataset: Dataset, sampler: Iterable, *, workers: int, timeout: float = 0, **settings) -> DataLoader:
-    """Return a loader of (images (B, 3, H, W) or ImageBatch, labels (B,)), which leaves the random states alone.
+    """Return a loader of (images (B, C, H, W) or ImageBatch, labels (B,)), which leaves the random states alone.
 
     timeout: seconds to wait for a batch of the workers before raising RuntimeError, 0 for ever. settings: DataLoader's
     batch_size, pin_memory and drop_last.

@@ -20,6 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from gvt_ops.loading import WRAPPERS
+
+# isort: split
+from timm.models import adapt_input_conv
+
 from training import formats
 from training.errors import UserError, did_you_mean, short_reason
 from training.files import atomic_write, best_checkpoint, write_text
@@ -401,6 +405,11 @@ def finetune(model: nn.Module, file: Checkpoint, *, report: str = "") -> str:
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     if head not in state:
         may_lack = ("head.",)
+    stem = "patch_embeds.0.proj.weight"
+    channels = current[stem].shape[1] if stem in current else 0
+    if channels and stem in state and state[stem].shape[1] != channels and state[stem].ndim == 4:
+        log(f"finetune: {stem} adapted from {state[stem].shape[1]} to {channels} channels as timm does")
+        state = state | {stem: adapt_input_conv(channels, state[stem], state[stem].shape[1])}
     # A classifier has no use for the norms of a segmentor's or detector's maps.
     allowed = dict(may_lack=may_lack, may_have=("norm_list.",), report=report)
     lacking, surplus = load_into(model, state, source=file.source, **allowed).values()

@@ -19,6 +19,7 @@ except ImportError:  # on Windows
     fcntl = None
 
 CHECKPOINT, BEST, LOG, STATUS, LOCK = "checkpoint.pth", "checkpoint_best.pth", "log.txt", "status.json", ".lock"
+SUMMARY = "summary.csv"  # the numbers of LOG as a table
 FAR = 2**30  # bytes
 OLDER = re.compile(r"checkpoint-\d{4,}-\d{6,}\.pth")  # what --checkpoint-hist keeps beside the newest
 

@@ -4,12 +4,29 @@ Nothing here imports torch, so that --help and a wrong option are answered at on
 """
 
 import argparse
-import difflib
-import math
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+
+from training import config, recipe_options
+from training.command_line import (
+    LARGEST,
+    Parser,
+    above_zero,
+    amount,
+    count,
+    fraction,
+    is_name,
+    path,
+    pixels,
+    positive,
+    probability,
+    seconds,
+    seed,
+    share,
+    split,
+    wait,
+)
 
 # What the official code accepts and this one cannot honor: each ends with what to use instead.
 REFUSED = {
@@ -20,91 +37,12 @@ REFUSED = {
 }
 
 
-# How the help of an option begins that is accepted, or refused, but does nothing.
-INERT = ("refused:", "without effect:", "ignored:", "not supported:")
+def is_side(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, which suggest no inert option, and `-` and `_` alike in the names of options."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        names = {name.replace("_", "-"): name for name in self._option_string_actions}
-        spelled = []
-        for token in args:
-            name, equals, value = token.partition("=")
-            known = names.get(name.replace("_", "-")) if name.startswith("--") else None
-            spelled.append(known + equals + value if known else token)
-        return super().parse_known_args(spelled, namespace)
-
-    def error(self, message):
-        words = message.split()
-        if message.startswith("unrecognized arguments:"):
-            unknown = next((word for word in words[2:] if word.startswith("-")), words[2])
-            options = self._option_string_actions.items()
-            useful = [name for name, option in options if not (option.help or "").startswith(INERT)]
-            close = difflib.get_close_matches(unknown.split("=")[0], useful, n=1)
-            advice = f"did you mean {close[0]}?" if close else "--help lists the options"
-            message = f"unknown option (command line, {unknown}): {advice}"
-        else:
-            message = f"{message} (command line): --help lists the options"
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def numbers(kind: type, says: str, test: Callable[[float], bool]) -> Callable[[str], float]:
-    """Return an option's type: finite numbers of `kind` that pass `test`, which `says` describes."""
-
-    def number(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and abs(value) < MOST and test(value)):
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {says}")
-        return value
-
-    return number
-
-
-def path(text: str) -> str:
-    """Return the name of a file or folder; raise ArgumentTypeError if it cannot be one."""
-    if (
-        "\0" in text
-        or (not text.startswith("https://") and max(len(os.fsencode(part)) for part in text.split("/")) > 255)
-        or len(text) > 4000
-    ):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r}... cannot be the name of a file")
-    return text
-
-
-def is_name(text: object) -> bool:
-    """Return True for what can name a part of a data set, inside the folder of the data."""
-    valid = isinstance(text, str) and text not in ("", ".", "..") and not {"/", "\0"} & set(text)
-    return valid and len(text) <= 60  # with the suffix of a file it is still a name
-
-
-def split(text: str) -> str:
-    if not is_name(path(text)):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a name")
-    return text
-
-
-MOST = 2**62  # no option is as large; torch and numpy take no larger integers
-positive = numbers(int, "a number from 1 up", lambda value: value >= 1)
-count = numbers(int, "a number from 0 up", lambda value: value >= 0)
-seed = numbers(int, "a number", lambda value: True)
-LARGEST = 16384  # pixels
-pixels = numbers(int, f"a number of pixels from 1 to {LARGEST}", lambda value: 1 <= value <= LARGEST)
-wait = numbers(int, "a number of seconds from 0 up", lambda value: 0 <= value < 10**6)
-seconds = numbers(int, "a number of seconds from 1 up", lambda value: 1 <= value < 10**6)
-probability = numbers(float, "between 0 and 1", lambda value: 0 <= value <= 1)
-fraction = numbers(float, "above 0 and below 1", lambda value: 0 < value < 1)
-share = numbers(float, "above 0 and up to 1", lambda value: 0 < value <= 1)
-amount = numbers(float, "a number from 0 up", lambda value: value >= 0)
-above_zero = numbers(float, "a number above 0", lambda value: value > 0)
+def is_list(value: object, *lengths: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) in lengths
 
 
 ALPHA, EXIF = ("white", "black", "drop"), ("apply", "ignore")
@@ -112,13 +50,17 @@ ALPHA, EXIF = ("white", "black", "drop"), ("apply", "ignore")
 # each with what its value may be.
 STORED = {
     "model": lambda value: isinstance(value, str),
-    "input_size": lambda value: type(value) is int and 1 <= value <= LARGEST,
+    "input_size": lambda value: is_side(value) or (is_list(value, 2) and all(map(is_side, value))),
     "eval_crop_ratio": lambda value: isinstance(value, float) and 0 < value <= 1,
     "alpha": lambda value: value in ALPHA,
     "exif": lambda value: value in EXIF,
     "train_split": lambda value: value != "train" and is_name(value),
     "val_split": lambda value: value != "val" and is_name(value),
     "val_fraction": lambda value: isinstance(value, float) and 0 < value < 1,
+    "in_chans": lambda value: value in (1, 3),
+    "mean": lambda value: is_list(value, 1, 3),
+    "std": lambda value: is_list(value, 1, 3),
+    "model_kwargs": lambda value: isinstance(value, dict),
 }
 
 
@@ -130,11 +72,26 @@ class Options(argparse.Namespace):
     __slots__ = ("given",)
 
     def __repr__(self) -> str:  # the official log's line begins with Namespace
-        return repr(argparse.Namespace(**vars(self)))
+        return repr(argparse.Namespace(**self.stored))
+
+    @property
+    def stored(self) -> dict:
+        """Return what checkpoints and records store."""
+        return recipe_options.without_defaults(vars(self))
+
+    @property
+    def as_yaml(self) -> str:
+        """Return the options that were passed, as a file for --config."""
+        return config.text({name: getattr(self, name) for name in self.given - config.NOT_WRITTEN})
 
     @property
     def run_folder(self) -> Path:
         return Path(self.output_dir or self.model)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Return height and width of images."""
+        return (self.input_size,) * 2 if isinstance(self.input_size, int) else tuple(self.input_size)
 
     @property
     def eval_batch_size(self) -> int:
@@ -165,7 +122,8 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="alt_gvt_small", metavar="NAME", help="a model of gvt.py or timm (%(default)s)")
-    add("--input-size", type=pixels, default=224, metavar="PIXELS", help="side of an image (%(default)s)")
+    what = "side of an image, or height and width (%(default)s)"
+    add("--input-size", type=pixels, nargs="+", default=224, metavar="PIXELS", help=what)
     add("--drop", type=probability, default=0.0, metavar="P", help="dropout rate (%(default)s)")
     add("--drop-path", type=probability, default=0.1, metavar="P", help="stochastic depth, last block (%(default)s)")
     add(
@@ -305,6 +263,7 @@ def get_parser() -> argparse.ArgumentParser:
     note = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
     add("--loader-timeout", type=wait, default=1800, metavar="S", help=note)
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
+    recipe_options.add_arguments(parser)
     return parser
 
 
@@ -312,13 +271,21 @@ def take_stored(args: Options, stored: Mapping) -> list[str]:
     """Set what is STORED in a checkpoint's options and was not given; return lines on that, and on what differs."""
     found = {name: stored[name] for name, is_valid in STORED.items() if name in stored and is_valid(stored[name])}
     taken = {name: value for name, value in found.items() if name not in args.given}
-    given = [name for name in found.keys() & args.given if found[name] != getattr(args, name)]
+    given = [name for name in found.keys() & args.given if spelled(found[name]) != spelled(getattr(args, name))]
     vars(args).update(taken)
-    words = [f"{flag(name)} {value}" for name, value in taken.items()]
+    words = [f"{flag(name)} {spelled(value)}" for name, value in taken.items()]
     lines = [f"from the checkpoint: {', '.join(words)}"] if words else []
     for name in sorted(given):
-        lines.append(f"{flag(name)} {getattr(args, name)} as given, where the checkpoint has {found[name]}")
+        own, theirs = spelled(getattr(args, name)), spelled(found[name])
+        lines.append(f"{flag(name)} {own} as given, where the checkpoint has {theirs}")
     return lines
+
+
+def spelled(value: object) -> str:
+    """Return the values of an option as on a command line."""
+    if isinstance(value, Mapping):
+        value = [f"{key}={item}" for key, item in value.items()]
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def flag(name: str) -> str:
@@ -327,7 +294,7 @@ def flag(name: str) -> str:
 
 def without_effect(args: Options) -> dict[str, str]:
     """Return the given options that this run does not read, each with the reason."""
-    small = args.input_size <= 32
+    small = max(args.sides) <= 32
     shifted = small and "images of 32 pixels or less are shifted, not cropped"
     rates = ("step", "multistep", "plateau", "poly")
     reasons = {
@@ -348,6 +315,7 @@ def without_effect(args: Options) -> dict[str, str]:
         "scale": shifted,
         "ratio": shifted,
     }
+    reasons |= recipe_options.without_effect(args)
     for name in ("resume", "finetune", "model_ema"):
         reasons[name] = args.throughout and "--throughput times a new model"
     if args.eval and not args.throughout:
@@ -376,10 +344,16 @@ def schedule_warnings(args: Options, lr: float) -> list[str]:
 def parse_args(argv: list[str]) -> Options:
     """Parse the command line; end the process with one line and exit code 2 if an option is wrong."""
     parser = get_parser()
+    argv = [*config.tokens(parser, argv), *argv]
     args = parser.parse_args(argv, namespace=Options())
     unset = object()  # argparse fills in a default only for a name that the namespace lacks
     again = parser.parse_args(argv, namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset)))
     args.given = frozenset(name for name, value in vars(again).items() if value is not unset)
+    if isinstance(args.input_size, list):
+        if len(args.input_size) > 2:
+            parser.error("argument --input-size: expected one number, or height and width")
+        # A square is stored as one number, as by the official code.
+        args.input_size = args.input_size[0] if len(set(args.input_size)) == 1 else tuple(args.input_size)
     for name in ("scale", "ratio", "cutmix_minmax"):
         bounds = getattr(args, name)
         if bounds is not None and (len(bounds) != 2 or not 0 < bounds[0] <= bounds[1]):
@@ -387,4 +361,6 @@ def parse_args(argv: list[str]) -> Options:
     for name, advice in REFUSED.items():
         if getattr(args, name):
             parser.exit(2, f"{parser.prog}: error: cannot be used ({flag(name)}): {advice}\n")
+    if wrong := recipe_options.contradiction(args):
+        parser.exit(2, f"{parser.prog}: error: {wrong}\n")
     return args

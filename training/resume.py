@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from training.checkpoint import Checkpoint, all_finite
 from training.errors import UserError
+from training.recipe_options import defaults, without_defaults
 
 # What may change between the parts of a run: where things are, how fast they go, what is kept. The batch counts through
 # the global batch.
@@ -29,7 +30,7 @@ FREE = {
         "use_mcloader",
         "resplit",
     ),
-    *("per_class", "predictions"),
+    *("per_class", "predictions", "config", "dry_run", "pretrained", "log_tensorboard", "log_wandb"),
     *("train_split", "val_split", "val_fraction", "val_labels", "class_map"),  # whose images `data` stands for
     *("deterministic", "grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }
@@ -46,7 +47,7 @@ COMPLETE = {"optimizer", "lr_scheduler", "epoch"}  # what a file must hold besid
 
 def recipe(args: Mapping, **resolved: object) -> dict:
     """Return what decides a run's result: its options but for those that are free, and what they resolve to."""
-    return {name: value for name, value in args.items() if name not in FREE} | resolved
+    return {name: value for name, value in without_defaults(args).items() if name not in FREE} | resolved
 
 
 def stored_recipe(payload: Mapping) -> dict:
@@ -63,6 +64,7 @@ def stored_recipe(payload: Mapping) -> dict:
 
 def changes(old: Mapping, new: Mapping) -> list[str]:
     """Return the settings that both have and that differ, as "name OLD -> NEW"."""
+    old, new = defaults() | old, defaults() | new  # neither stores an option of that file that it does not use
 
     def same(a: object, b: object) -> bool:
         if isinstance(a, float) and isinstance(b, float):
@@ -97,15 +99,21 @@ def schedule_changes(stored: Mapping, scheduler, epochs: int) -> list[str]:
 # ---------------------------------------------------------------- the optimizer's state
 
 
-def optimizer_state(payload: Mapping, model: nn.Module) -> dict[str, dict]:
+def optimizer_state(
+    payload: Mapping, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, dict]:
     """Return the optimizer's state by parameter name; raise ValueError if groups or values cannot be right.
 
     A state counts parameters group by group, those without weight decay first, each group in the order of the model
     that was saved. That order is the one of the file's own weights: another library's order would swap tensors of
-    equal shapes.
+    equal shapes. optimizer: of this run, whose groups are expected if they have rates of their own.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups, order = _expected_groups(payload, model, shapes)
+    if optimizer is not None and any("lr_scale" in group for group in optimizer.param_groups):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        members = [{names[each] for each in group["params"]} for group in optimizer.param_groups]
+        groups = [[name for name in order if name in group] for group in members]
     stored = [group["params"] for group in payload["optimizer"]["param_groups"]]
     if len(stored) == 1:
         groups = [order]
@@ -202,6 +210,9 @@ def check_complete(checkpoint: Checkpoint) -> None:
     epoch, best, stats = payload["epoch"], payload.get("max_accuracy", 0.0), payload.get("train_stats")
     if isinstance(epoch, bool) or not isinstance(epoch, int) or not -1 <= epoch < 10**6:
         raise refuse(f"epoch is {str(epoch)[:30]}, expected a number from -1 up")
+    best_epoch = payload.get("best_epoch", epoch)
+    if type(best_epoch) is not int or not -1 <= best_epoch <= epoch:
+        raise refuse(f"best_epoch is {str(best_epoch)[:30]}, expected a number from -1 to {epoch}")
     if not isinstance(best, (int, float)) or not 0 <= best <= 100:
         raise refuse(f"max_accuracy is {str(best)[:30]}, expected 0 to 100")
     if not _is_progress(payload.get("progress")):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from training import files
 from training.errors import Preempted, UserError, short_reason
+from training.outputs import csv_lines
 from training.processes import explain, is_lost_process
 from utils import all_gather, in_main_process, is_main_process, warn
 
@@ -60,7 +61,7 @@ class RunFolder:
     def __init__(self, path: Path, overwrite: bool = False, keep_going: bool = False):
         self.path, self.overwrite, self.keep_going = path, overwrite, keep_going
         self.resumed = False  # from a checkpoint of this folder, which --overwrite then leaves
-        self.status = Status(path, in_main_process(now))
+        self.status, self.reason = Status(path, in_main_process(now)), ""  # why the run ended before its last epoch
 
     def run_files(self) -> list[Path]:
         """Return the files of a run that the folder holds."""
@@ -74,17 +75,14 @@ class RunFolder:
 
     @contextlib.contextmanager
     def open(self, records: Callable[[], dict[str, object]]) -> Iterator[None]:
-        """Own the folder, write `records` by file name, and keep status.json up to date until the run ends.
-
-        records: text, or what is written as JSON.
-        """
+        """Own the folder, write `records` (text, or values for JSON), and keep status.json up to date until the end."""
         in_main_process(lambda: self._open(records()))
         if is_main_process():
             self.status.write("running")
         try:
             yield
             if is_main_process():
-                self.status.write("finished")
+                self.status.write("finished", self.reason)
         except Preempted as error:
             if is_main_process():
                 self.status.write("preempted", str(error))
@@ -121,9 +119,13 @@ class RunFolder:
             raise UserError(f"cannot write ({self.path / name}): {error.strerror}; {advice}") from error
 
     def write_log(self, line: dict) -> None:
-        """Write one JSON line for each epoch: an epoch that was logged before a restart is not logged twice."""
+        """Write a line of JSON for each epoch, and all as a table; one logged before a restart is not logged twice."""
         lines = [earlier for earlier in log_lines(self.path / files.LOG) if earlier["epoch"] < line["epoch"]]
-        self.write(files.LOG, "".join(json.dumps(each) + "\n" for each in [*lines, line]))
+        lines.append(line)
+        self.write(files.LOG, "".join(json.dumps(each) + "\n" for each in lines))
+        fields = list(dict.fromkeys(name for each in lines for name in each))
+        rows = ({name: each.get(name) for name in fields} for each in lines)
+        self.write(files.SUMMARY, "".join(csv_lines(fields, rows)))
 
     def attempt(self, write: Callable[[], None]) -> bool:
         """Let the main process write. Return True if it could; a UserError is raised in all processes, or a warning."""

@@ -14,7 +14,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from training import checkpoint, resume
+from training import checkpoint, config, resume
 from training.checkpoint import Checkpoint
 from training.errors import INTERRUPTED, PREEMPTED, Preempted, UserError, short_reason
 from training.files import BEST, CHECKPOINT, candidates, no_checkpoint, older_name, prune
@@ -66,6 +66,7 @@ class TrainingState:
     epoch: int
     evaluated: bool = True
     best: float = 0.0
+    best_epoch: int = -1
     train_stats: dict = field(default_factory=dict)
     progress: dict | None = None
 
@@ -83,10 +84,17 @@ class TrainingState:
         epochs, updates = self.position
         return epochs * self.updates_per_epoch + updates
 
+    @property
+    def stopped_early(self) -> bool:
+        """Return True if --early-stop ends the run here."""
+        args, scored = self.args, (self.epoch + 1) % self.args.eval_interval == 0
+        return bool(args.early_stop) and scored and self.epoch - self.best_epoch >= args.early_stop
+
     def records(self) -> dict[str, object]:
-        """Return what the run is made with, as JSON values by file name."""
+        """Return what the run is made with, by file name: text, or values for JSON."""
         record = environment(self.device, self.args.seed)
-        return {"args.json": vars(self.args), "environment.json": record, "class_names.json": self.classes}
+        records = {"args.json": self.args.stored, "environment.json": record, "class_names.json": self.classes}
+        return records | {config.NAME: self.args.as_yaml}
 
     def state_dict(self) -> dict:
         """Return what a checkpoint holds: the official keys first, then what an exact resume needs.
@@ -99,7 +107,7 @@ class TrainingState:
             "lr_scheduler": self.scheduler.state_dict(),
             "epoch": self.epoch,
             "scaler": self.scaler.state_dict(),
-            "args": vars(self.args),
+            "args": self.args.stored,
             "max_accuracy": self.best,
             "evaluated": self.evaluated,
             "progress": self.progress,
@@ -109,6 +117,7 @@ class TrainingState:
             "threads": torch.get_num_threads(),
             "random_states": all_gather(get_random_state()),
         }
+        state |= {"best_epoch": self.best_epoch} if self.args.early_stop else {}
         return state | ({"model_ema": self.ema.module.state_dict()} if self.ema else {})
 
     def check_uncorrupted(self, file: Checkpoint) -> None:
@@ -121,7 +130,7 @@ class TrainingState:
         if counts := ", ".join(f"{len(names)} {kind}" for kind, names in kinds if names):
             raise UserError(f"corrupt weights ({file.source}): {counts}")
         with must_fit(file.source):
-            resume.optimizer_state(file.payload, self.model)
+            resume.optimizer_state(file.payload, self.model, self.optimizer)
 
     def load_weights(self, file: Checkpoint) -> None:
         """Start a new schedule from bare weights, as the official code does."""
@@ -143,7 +152,7 @@ class TrainingState:
         if changed:
             log(f"resume: changed by --resume-changed: {', '.join(changed)}")
         with must_fit(source):
-            optimizer_state = resume.optimizer_state(payload, self.model)
+            optimizer_state = resume.optimizer_state(payload, self.model, self.optimizer)
         file.load_into(self.model, report=self.args.report)
         if self.ema:
             file.load_into(self.ema.module, key="model_ema" if "model_ema" in payload else None)
@@ -156,6 +165,7 @@ class TrainingState:
                 resume.check_scale(payload["scaler"])
                 self.scaler.load_state_dict(payload["scaler"])
             self.epoch, self.best = payload["epoch"], payload.get("max_accuracy", 0.0)
+            self.best_epoch = payload.get("best_epoch", self.epoch)
             self.evaluated, self.train_stats = bool(payload.get("evaluated", True)), payload.get("train_stats") or {}
             self.progress = payload.get("progress")
             self.set_rates([group["lr"] for group in groups] if "recipe" in payload and not changed else None)
@@ -169,14 +179,12 @@ class TrainingState:
 
     def set_rates(self, stored: list[float] | None) -> None:
         """Set the rates of the next epoch: as stored, or by the schedule, a function of the epochs trained."""
-        if stored is not None:
-            resume.check_rates(stored, len(self.initial_rates))
-            for group, rate in zip(self.optimizer.param_groups, stored):
-                group["lr"] = rate
-        elif self.epoch >= 0:
-            self.scheduler.step(self.epoch)
-        else:
-            self.scheduler.update_groups(self.initial_rates)
+        if stored is None and self.epoch >= 0:
+            return self.scheduler.step(self.epoch)
+        rates = self.initial_rates if stored is None else stored
+        resume.check_rates(rates, len(self.initial_rates))
+        for group, rate in zip(self.optimizer.param_groups, rates):  # with its lr_scale already
+            group["lr"] = rate
 
     def restore_random(self, states: list[dict], *, threads: int | None) -> None:
         """Restore the random states, or log why the bits may differ from an uninterrupted run's."""
@@ -275,7 +283,9 @@ class CheckpointManager:
         state.load(file)
         if Path(source).resolve() == (path / CHECKPOINT).resolve():
             self.saved_at = state.position
-        state.best = max(state.best, in_main_process(self.best_of_folder) if self.folder.resumed else 0.0)
+        best, epoch = in_main_process(self.best_of_folder) if self.folder.resumed else (0.0, -1)
+        if best > state.best:
+            state.best, state.best_epoch = best, epoch
         self.report_progress()
         inside = f" and {state.position[1]} updates" if state.progress else ""
         log(f"resume: {source}, after epoch {state.epoch}{inside}, max accuracy {state.best:.2f}%")
@@ -296,15 +306,15 @@ class CheckpointManager:
             raise UserError(f"no checkpoint to resume from ({folder}): {state}; --overwrite starts again")
         return ""
 
-    def best_of_folder(self) -> float:
-        """Return the score of the folder's best checkpoint, which a worse one must not replace; 0 without one."""
+    def best_of_folder(self) -> tuple[float, int]:
+        """Return score and epoch of the folder's best checkpoint, which a worse one must not replace; 0 without one."""
         path = self.folder.path / BEST
         if not path.is_file():
-            return 0.0
+            return 0.0, -1
         try:
             file = Checkpoint.open(path)
             resume.check_complete(file)
-            return file.payload.get("max_accuracy", 0.0)
+            return file.payload.get("max_accuracy", 0.0), file.payload["epoch"]
         except UserError as error:
             warn(f"{error}; the next best epoch will replace it")
-            return 0.0
+            return 0.0, -1

@@ -227,3 +227,30 @@ def test_weights_that_do_not_fit_are_refused(payload, tmp_path):
 def test_missing_weights_are_refused():
     with pytest.raises(UserError, match=r"no such file \(pretrained/alt_gvt_demo.pth\)"):
         small(pretrained="pretrained/alt_gvt_demo.pth").init_weights()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 4])
+def test_frozen_stages_have_no_gradient_and_no_drop_path(stages):
+    """mmseg's name. The rest trains, with drop path."""
+    model = small(frozen_stages=stages, drop_path_rate=0.5)
+    assert model.train() is model and model.training
+    parts = ("patch_embeds", "blocks", "pos_block", "norm_list")
+    frozen = tuple(f"{part}.{stage}." for part in parts for stage in range(stages))
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith(frozen), name
+    for stage, blocks in enumerate(model.blocks):
+        assert blocks[1].drop_path.training == (stage >= stages)
+    if stages < 4:
+        sum(each.sum() for each in model(torch.randn(1, 3, 64, 64))).backward()
+        assert model.patch_embeds[0].proj.weight.grad is None and model.patch_embeds[3].proj.weight.grad is not None
+    assert model.eval().training is False
+
+
+@pytest.mark.parametrize("stages", [0, 5, -2])
+def test_other_numbers_of_frozen_stages_are_an_error(stages):
+    with pytest.raises(ValueError, match="frozen_stages="):
+        small(frozen_stages=stages)
+
+
+def test_nothing_is_frozen_by_default():
+    assert all(parameter.requires_grad for parameter in small().train().parameters())

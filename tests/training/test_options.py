@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from training import options
+from training import options, recipe_options
 
 # Read off the published main.py: 58 options. --model alone differs: its published default, pvt_small, is registered
 # nowhere.
@@ -106,6 +106,28 @@ OURS = {
     "loader_timeout": 1800,
     "local_rank": None,
 }
+# Stored only where they are used, so that a run without them has the options and the recipe of one before them.
+RECIPE = {
+    "config": "",
+    "pretrained": False,
+    "in_chans": 3,
+    "mean": None,
+    "std": None,
+    "model_kwargs": {},
+    "layer_decay": None,
+    "freeze": "",
+    "head_lr_scale": 1.0,
+    "class_weights": "",
+    "balanced_sampling": False,
+    "early_stop": None,
+    "eval_interval": 1,
+    "mixup_off_epoch": 0,
+    "unscale_lr": False,
+    "global_batch": None,
+    "dry_run": False,
+    "log_tensorboard": False,
+    "log_wandb": False,
+}
 
 
 def parse(*words):
@@ -115,15 +137,18 @@ def parse(*words):
 def test_published_options_are_frozen():
     assert len(PUBLISHED) + len(PUBLISHED_FLAGS) == 58
     args = parse()
-    assert vars(args) == PUBLISHED | OURS and args.given == set()
+    assert vars(args) == PUBLISHED | OURS | RECIPE and args.given == set()
+    assert args.stored == PUBLISHED | OURS and recipe_options.defaults() == RECIPE
     parse(*PUBLISHED_FLAGS, "--dr", "0.1")
 
 
 def test_dashes_and_underscores_are_alike():
-    for name in PUBLISHED.keys() | OURS.keys():
+    for name in PUBLISHED.keys() | OURS.keys() | RECIPE.keys():
         action = next(a for a in options.get_parser()._actions if a.dest == name)
         several = action.nargs == 2 or name == "cutmix_minmax"
         text = "0.5" if name == "val_fraction" else "1"
+        if action.metavar == "KEY=VALUE" or name in ("freeze", "config"):
+            continue
         value = (
             [] if action.nargs == 0 else [str(action.choices[0])] if action.choices else [text] * (2 if several else 1)
         )

@@ -14,6 +14,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SMALL_RUN, errors_of, launch, log_lines
+from timm.utils import ModelEmaV3
 
 import main
 from tools.checkpoint_hash import digest
@@ -238,8 +239,8 @@ def test_a_folder_is_resumed_from_its_newest(whole, toy, tmp_path, capsys):
 
 def test_the_average_counts_its_updates_across_a_resume(toy, tmp_path, monkeypatch):
     """One more at each, from 1 on, wherever it was stopped."""
-    steps, update = [], main.ModelEmaV3.update
-    monkeypatch.setattr(main.ModelEmaV3, "update", lambda ema, *args: steps.append(args[1]) or update(ema, *args))
+    steps, update = [], ModelEmaV3.update
+    monkeypatch.setattr(ModelEmaV3, "update", lambda ema, *args: steps.append(args[1]) or update(ema, *args))
     run = words(toy, tmp_path, "--epochs", 1)
     assert here(*run, **stop_when(lambda run: len(steps) == 4)) == 143
     assert here(*run, "--resume", "auto") == 0
