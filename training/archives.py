@@ -70,7 +70,7 @@ def index(path: Path) -> tuple[Archive, list[Member]]:
     archive, cached = Archive(str(path), status.st_size, status.st_mtime_ns), path.with_name(f".{path.name}.index")
     if (members := read_index(cached, archive)) is not None:
         return archive, members
-    log_indexing(path.parent)
+    log_once(f"indexing the archives in {path.parent}")
     try:
         members = checked(zip_members(path) if path.suffix.lower() == ".zip" else tar_members(path), archive)
     except (UserError, MemoryError):
@@ -82,9 +82,7 @@ def index(path: Path) -> tuple[Archive, list[Member]]:
     return archive, members
 
 
-@functools.cache
-def log_indexing(folder: Path) -> None:
-    log(f"indexing the archives in {folder}")
+log_once = functools.cache(log)  # a line for a folder, not for each of its shards
 
 
 def checked(members: Iterable[Member], archive: Archive) -> list[Member]:
@@ -217,7 +215,7 @@ def write_index(path: Path, archive: Archive, members: list[Member]) -> None:
     try:
         atomic_write(path, write)
     except OSError as error:
-        log(f"the index of {archive.path} is not kept ({error.strerror}): it is made at every start")
+        log_once(f"indexes cannot be kept in {path.parent} ({error.strerror}): they are made at every start")
 
 
 # ---------------------------------------------------------------- the bytes of a member

@@ -424,7 +424,7 @@ def test_without_room_for_an_index(archive, monkeypatch, capsys):
 
     monkeypatch.setattr(archives, "atomic_write", full)
     assert contents(sources.find(path.parent, "train")) == expected
-    assert "is not kept (No space left on device)" in capsys.readouterr().out and not index.exists()
+    assert "(No space left on device): they are made at every start" in capsys.readouterr().out and not index.exists()
 
 
 def test_indexing_changes_nothing_else(archive):
