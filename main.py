@@ -184,21 +184,14 @@ def train(args: Options, device: torch.device, on_poll: Callable[..., None]) -> 
         datasets.check_sizes(train_set, val_set)
         loggers = Loggers(folder, args, first_epoch=state.epoch + (1 if state.evaluated else 0))
         score = functools.partial(evaluate_epoch, state, saver, val_loader, network, loggers)
-        train_epochs(state, saver, train_loader, parallel, criterion, settings, score)
+        one = functools.partial(train_epoch, state, saver, train_loader, parallel, criterion, settings)
+        train_epochs(state, saver, one, score)
         loggers.close()
 
 
-def train_epochs(
-    state: TrainingState,
-    saver: CheckpointManager,
-    loader,
-    parallel: nn.Module,
-    criterion: Callable,
-    settings: engine.StepSettings,
-    score: Callable[[], None],
-) -> None:
+def train_epochs(state: TrainingState, saver: CheckpointManager, train: Callable, score: Callable[[], None]) -> None:
     """Train and score the epochs that are left, unless --early-stop ends the run before."""
-    args, model, ema, folder = state.args, state.model, state.ema, saver.folder
+    args, folder = state.args, saver.folder
     if not state.evaluated:
         log(f"epoch {state.epoch} was trained but not evaluated: evaluating it")
         score()
@@ -209,32 +202,39 @@ def train_epochs(
             folder.reason = f"no better top-1 since epoch {state.best_epoch} (--early-stop {args.early_stop})"
             log(f"stopped after epoch {state.epoch}: {folder.reason}")
             break
-        hooks = engine.EpochHooks(
-            after_step=(lambda: ema.update(model, next(updates) if ema.use_warmup else None)) if ema else None,
-            wants_to_stop=lambda batch: saver.signals.poll("train", state, batch),
-            after_update=saver.after_update,
-            progress=state.progress,
-        )
-        state.progress, begin = None, time.perf_counter()
-        if settings.mixup is not None:
-            settings.mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
-        loader.sampler.set_epoch(epoch, hooks.progress["batches"] * args.batch_size if hooks.progress else 0)
-        try:
-            state.train_stats = engine.train_one_epoch(
-                parallel, criterion, loader, state.optimizer, state.device, epoch, state.scaler, settings, hooks
-            )
-        except NonFiniteError as error:
-            record_images(folder, loader, args.batch_size, epoch, error.step)
-            raise NonFiniteError(f"{error}; its images are in {folder.path / NON_FINITE}", error.step) from None
-        # After the epoch, as in the official code: epochs 0 and 1 both train at the first rate.
-        state.scheduler.step(epoch)
-        state.epoch, state.evaluated = epoch, False
-        saver.save()
+        begin = time.perf_counter()
+        train(epoch, updates)
         score()
         pace.add(time.perf_counter() - begin)
         left = datetime.timedelta(seconds=int(pace.left(args.epochs - 1 - epoch)))
         log(f"Epoch: [{epoch}] of {args.epochs} done, the run's eta: {left}")
     log(f"Training time {datetime.timedelta(seconds=int(time.perf_counter() - start))}")
+
+
+def train_epoch(state: TrainingState, saver, loader, parallel, criterion, settings, epoch: int, updates) -> None:
+    """Train an epoch, or what is left of it, and save the state. updates: counts them for the moving average."""
+    args, model, ema, mixup = state.args, state.model, state.ema, settings.mixup
+    hooks = engine.EpochHooks(
+        after_step=(lambda: ema.update(model, next(updates) if ema.use_warmup else None)) if ema else None,
+        wants_to_stop=lambda batch: saver.signals.poll("train", state, batch),
+        after_update=saver.after_update,
+        progress=state.progress,
+    )
+    state.progress = None
+    if mixup is not None:
+        mixup.mixup_enabled = not args.mixup_off_epoch or epoch < args.mixup_off_epoch
+    loader.sampler.set_epoch(epoch, hooks.progress["batches"] * args.batch_size if hooks.progress else 0)
+    try:
+        state.train_stats = engine.train_one_epoch(
+            parallel, criterion, loader, state.optimizer, state.device, epoch, state.scaler, settings, hooks
+        )
+    except NonFiniteError as error:
+        record_images(saver.folder, loader, args.batch_size, epoch, error.step)
+        raise NonFiniteError(f"{error}; its images are in {saver.folder.path / NON_FINITE}", error.step) from None
+    # After the epoch, as in the official code: epochs 0 and 1 both train at the first rate.
+    state.scheduler.step(epoch)
+    state.epoch, state.evaluated = epoch, False
+    saver.save()
 
 
 def build_loss(args: Options, train_set, device: torch.device) -> nn.Module:

@@ -278,12 +278,9 @@ def test_two_processes_with_frozen_stages_balance_and_a_global_batch(toy, tmp_pa
     done = run_main(*words, launcher=launch(2))
     assert done.returncode == 0, done.stderr
     assert "global batch 32 (8 x 2 processes x 2 steps)" in done.stdout
-    stop = small(toy, tmp_path / "b", *words[len(small(toy, "x")) :], "--epochs", 2, "--checkpoint-interval", 1)
-    done = run_main(*stop, launcher=launch(2))
+    again = [tmp_path / "b" if word == tmp_path / "a" else word for word in words]
+    done = run_main(*again, "--checkpoint-interval", 1, launcher=launch(2))
     assert done.returncode == 0 and same(weights(tmp_path / "a"), weights(tmp_path / "b"))
-    parts = ("patch_embeds.0.", "blocks.1.", "pos_block.1.")
-    torch.manual_seed(0)
-    assert any(name.startswith(parts) for name in weights(tmp_path / "a"))
 
 
 # ---------------------------------------------------------------- the dry run
