@@ -150,6 +150,7 @@ def call(capsys, *words):
 
 
 def test_bad_input_is_one_line(classifier, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("gradio", reason="the page needs its library: make extra")
     monkeypatch.setenv("GRADIO_TEMP_DIR", "")
     for words, expected in {
         ("--weights", tmp_path / "none.pth"): "none.pth",
