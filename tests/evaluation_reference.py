@@ -59,8 +59,9 @@ def by_pipeline(
     model: nn.Module, folder: Path, *, mean, std, batch_size=BATCH, workers=0, rank=0, world=1
 ) -> dict[str, float]:
     """Evaluate as main.py does the images of folder/val that process `rank` of `world` gets."""
-    args = options.parse_args(["--data-path", str(folder), "--input-size", "224", "--eval-crop-ratio", "0.875"])
-    dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args, mean=mean, std=std))
+    words = ["--data-path", folder, "--input-size", 224, "--eval-crop-ratio", 0.875, "--mean", *mean, "--std", *std]
+    args = options.parse_args([str(word) for word in words])
+    dataset = datasets.build_dataset("val", args, transform=datasets.build_transform(False, args))
     indices = eval_indices(len(dataset), rank=rank, world=world)
     loader = build_loader(dataset, indices, batch_size=batch_size, workers=workers, pin_memory=False, drop_last=False)
     stats = engine.evaluate(loader, model, torch.device("cpu"))
