@@ -64,7 +64,9 @@ def stored_recipe(payload: Mapping) -> dict:
 
 def changes(old: Mapping, new: Mapping) -> list[str]:
     """Return the settings that both have and that differ, as "name OLD -> NEW"."""
-    old, new = defaults() | old, defaults() | new  # neither stores an option of that file that it does not use
+    # Neither stores an option of that file that it does not use. The global batch is what batch and processes make.
+    unused = {name: value for name, value in defaults().items() if name != "global_batch"}
+    old, new = unused | old, unused | new
 
     def same(a: object, b: object) -> bool:
         if isinstance(a, float) and isinstance(b, float):
