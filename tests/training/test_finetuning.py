@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import signal
 
 import gvt
 
@@ -13,44 +11,16 @@ import timm
 import torch
 from conftest import SMALL_RUN, log_lines
 from PIL import Image, ImageDraw
+from runs import here, parse, same, small, stop_at, weights
 from timm.optim import param_groups_layer_decay
 
 import datasets
-import main
 from tools import trained as tools_trained
-from training import checkpoint, options, resume
+from training import checkpoint, resume
 from training.network import build_model, build_networks
 from training.optimizer import build_optimizer, build_schedule, freeze_parts, train_mode
 
 CPU = torch.device("cpu")
-
-
-def parse(*words):
-    return options.parse_args([str(word) for word in words])
-
-
-def here(*words, **hooks):
-    return main.run(parse(*words), **hooks)
-
-
-def small(toy, folder, *words):
-    return [*SMALL_RUN, "--data-path", toy, "--warmup-epochs", 0, "--lr", "1e-2", "--output_dir", folder, *words]
-
-
-def weights(folder):
-    return checkpoint.load(str(folder / "checkpoint.pth"))["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def stop_at(epoch, step):
-    def poll(where, state, *batch):
-        if where == "train" and state.epoch + 1 == epoch and batch == (step,):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return poll
 
 
 # ---------------------------------------------------------------- learning rates

@@ -12,33 +12,14 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL_RUN, launch, log_lines, make_images, run_main
 from PIL import Image
+from runs import here, parse, same, small, weights
 
 import engine
 import main
 from losses import build_criterion, class_weights
 from samplers import BalancedSampler
 from tools import plot_logs
-from training import checkpoint, dry_run, options
-
-
-def parse(*words):
-    return options.parse_args([str(word) for word in words])
-
-
-def here(*words, **hooks):
-    return main.run(parse(*words), **hooks)
-
-
-def small(toy, folder, *words):
-    return [*SMALL_RUN, "--data-path", toy, "--warmup-epochs", 0, "--lr", "1e-2", "--output_dir", folder, *words]
-
-
-def weights(folder):
-    return checkpoint.load(str(folder / "checkpoint.pth"))["model"]
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from training import checkpoint, dry_run
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,16 @@
 """Bit-exact resume with the options of the recipe together, drawn at random, by tools.checkpoint_hash's hash."""
 
-import os
 import random
-import signal
 
 import gvt  # noqa: F401  registers the models
 
 # isort: split
 import pytest
 from conftest import SMALL_RUN, log_lines, make_images
+from runs import here, stop_at
 
-import main
 from tools import checkpoint_hash
-from training import checkpoint, options
+from training import checkpoint
 
 TIMES = ("time", "data_time", "images_per_s", "max_memory_mb")
 # For each option the words that it may have; the first is none.
@@ -38,23 +36,11 @@ CHOICES = [
 ]
 
 
-def here(*words, **hooks):
-    return main.run(options.parse_args([str(word) for word in words]), **hooks)
-
-
 def draw(number: int) -> tuple[list[str], tuple[int, int]]:
     """Return the words of a combination, and the epoch and batch at which its run is stopped."""
     generator = random.Random(number)
     words = [word for each in CHOICES for word in generator.choice(each)]
     return words, (generator.randrange(3), generator.randrange(1, 3))
-
-
-def stop_at(epoch: int, step: int):
-    def poll(where, state, *batch):
-        if where == "train" and state.epoch + 1 == epoch and batch == (step,):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return poll
 
 
 @pytest.fixture(scope="module")
