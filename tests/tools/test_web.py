@@ -1,6 +1,8 @@
 """tools/web.py: what the page answers is what the model predicts, and nothing leaves the machine or stays on it."""
 
+import asyncio
 import base64
+import gc
 import io
 import os
 import re
@@ -10,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +27,16 @@ from training.errors import UserError, exit_code
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 # Of Gradio, pandas and asyncio, in threads of the page; ours are errors in the tests without a page.
 WARNS = pytest.mark.filterwarnings("default::DeprecationWarning", "default::UserWarning", "default::ResourceWarning")
+
+
+@pytest.fixture(autouse=True)
+def no_loop_left():
+    """Free the event loops that Gradio leaves open, which would warn in whichever test collects the garbage."""
+    yield
+    asyncio.set_event_loop(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture
