@@ -33,9 +33,9 @@ WARNS = pytest.mark.filterwarnings("default::DeprecationWarning", "default::User
 def no_loop_left():
     """Free the event loops that Gradio leaves open, which would warn in whichever test collects the garbage."""
     yield
-    asyncio.set_event_loop(None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
+        asyncio.set_event_loop(None)
         gc.collect()
 
 
