@@ -171,6 +171,22 @@ def run_row(folder: Path) -> list[str]:
     return [*names, epochs, *results, environment["device"], short(environment["commit"])]
 
 
+def finetuning(logs: Path = LOGS) -> list[str]:
+    """Return a row for each way of fine-tuning: the last top-1 of its runs logs/finetuning/WAY-SEED."""
+    ways: dict[str, list[dict]] = {}
+    for folder in sorted(path.parent for path in logs.glob("finetuning/*/log.txt")):
+        args, environment = read_json(folder / "args.json", "lr"), read_json(folder / "environment.json", "commit")
+        line = read_log(folder)[-1] | {"lr": args["lr"], "commit": short(environment["commit"])}
+        ways.setdefault(folder.name.rpartition("-")[0], []).append(line)
+    rows = []
+    for way, last in ways.items():
+        scores = [line["test_acc1"] for line in last]
+        commits = ", ".join(sorted({line["commit"] for line in last}))
+        found = f"{statistics.mean(scores):.2f}", ", ".join(f"{score:.2f}" for score in scores)
+        rows.append([way, f"{last[0]['lr']:.3g}", f"{last[0]['n_parameters']:,}", *found, commits])
+    return markdown("Way | `--lr` | Trained parameters | Mean top-1 | Each seed | Commit", rows)
+
+
 def short(commit: str) -> str:
     commit, plus, changes = commit.partition("+")
     return commit[:8] + plus + changes if commit else "unknown"
@@ -302,7 +318,7 @@ def best_rates(rates: dict, case: dict, of: str, library: str) -> str:
 
 
 TABLES = {table.__name__: table for table in (classification, recipes, settings, segmentation, detection)}
-TABLES |= {table.__name__: table for table in (runs, dense_runs, speed)}
+TABLES |= {table.__name__: table for table in (runs, dense_runs, finetuning, speed)}
 
 
 # ---------------------------------------------------------------- the pages
