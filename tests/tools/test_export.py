@@ -125,6 +125,20 @@ def test_openvino_takes_any_batch(demo, tmp_path, capsys):
     assert largest_difference(runtimes.open_file("openvino", path), demo[1], *SHAPES) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["alt_gvt_demo", "pcpvt_small_v0"])
+@pytest.mark.parametrize("dynamic_batch", [False, True])
+def test_tokens_are_flattened_for_openvino_with_the_same_results(name, dynamic_batch):
+    model = timm.create_model(name)
+    images = torch.randn(1 + dynamic_batch, 3, 64, 96)
+    shape = runtimes.Shape(64, width=96, dynamic_batch=dynamic_batch)
+    program = runtimes.trace(model.eval(), shape)
+    expected = program.module()(images)
+    runtimes.flatten_tokens(program)
+    norms = [node for node in program.graph.nodes if node.target is torch.ops.aten.layer_norm.default]
+    assert norms and all(norm.meta["val"].dim() == 3 for norm in norms)
+    assert torch.equal(program.module()(images), expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["pt2", "onnx", "openvino"])
 def test_another_size_is_refused_by_a_file_of_fixed_size(demo, tmp_path, fmt):
