@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, SMALL_RUN, errors_of, launch, log_lines, make_images, run_main
 
@@ -380,6 +381,21 @@ def test_finetune_loads_everything_but_a_head_of_another_size(trained, tmp_path,
     )
     assert after["head.weight"].shape == (2, 256)
     assert all(torch.equal(before[name], after[name]) for name in before if not name.startswith("head."))
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kept"), [(["a", "b"], True), (None, True), (["b", "a"], False), (["a", "c"], False)]
+)
+def test_finetune_keeps_a_head_of_the_same_class_names_only(tmp_path, capsys, theirs, kept):
+    source, model = (timm.create_model("alt_gvt_demo", num_classes=2) for _ in range(2))
+    before = model.head.weight.clone()
+    names = {"class_names": theirs} if theirs else {}
+    checkpoint.save(tmp_path / "other.pth", {"model": source.state_dict()} | names)
+    line = checkpoint.finetune(model, checkpoint.Checkpoint.open(str(tmp_path / "other.pth")), classes=["a", "b"])
+    assert torch.equal(model.head.weight, source.head.weight if kept else before)
+    assert torch.equal(model.norm.weight, source.norm.weight)
+    assert ("not loaded: none" in line) == kept
+    assert ("has other class names (" in capsys.readouterr().out) == (not kept)
 
 
 def test_banner_warns_of_another_batch_than_the_recipes(toy, tmp_path, capsys):

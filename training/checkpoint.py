@@ -396,12 +396,20 @@ def load_into(
     return one_sided
 
 
-def finetune(model: nn.Module, file: Checkpoint, *, report: str = "") -> str:
-    """Load the weights of another run and return a line about them; a head of another size stays as initialized."""
+def finetune(model: nn.Module, file: Checkpoint, *, classes: list[str] | None = None, report: str = "") -> str:
+    """Load the weights of another run and return a line about them; a head of another number of classes, or of others
+    than `classes`, stays as initialized.
+    """
     state, current, may_lack, head = file.weights(), model.state_dict(), (), "head.weight"
+    differs = ""
     if head in state and state[head].shape != current[head].shape:
-        what = f"the classifier of {file.source} has {'x'.join(map(str, state[head].shape[:1]))} classes"
-        log(f"finetune: {what}, this data set {len(current[head])}: reinitialized")
+        number = "x".join(map(str, state[head].shape[:1]))
+        differs = f"the classifier of {file.source} has {number} classes, this data set {len(current[head])}"
+    elif head in state and classes and (names := file.class_names) and names != classes:
+        which = next((pair for pair in zip(names, classes) if pair[0] != pair[1]), (len(names), len(classes)))
+        differs = f"the classifier of {file.source} has other class names ({which[0]}, in this data set {which[1]})"
+    if differs:
+        log(f"finetune: {differs}: reinitialized")
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
     if head not in state:
         may_lack = ("head.",)

@@ -75,7 +75,7 @@ def build_networks(
     """Return the model, its (compiled) network, the network wrapped for several processes, and the moving average."""
     model = build_model(args, len(classes), pretrained=args.pretrained)
     if args.finetune:
-        log(finetune(model, Checkpoint.open(args.finetune), report=args.report))
+        log(finetune(model, Checkpoint.open(args.finetune), classes=classes, report=args.report))
     freeze_parts(args, model)
     network = compile_model(prepare_model(model, args, device), args)
     parallel = network
