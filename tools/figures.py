@@ -177,13 +177,15 @@ def complexity(folder: Path = LOGS / "complexity") -> Figure:
     best = settings["side"] ** 0.5
     axes[1].axvline(best, color="black", linewidth=1, linestyle=":", label=f"optimum, {best:.1f}")
     axes[0].set(xlabel="side of the map (tokens)", ylabel="multiply-adds of the products (M)", xscale="log")
-    axes[1].set(xlabel=f"side of windows, on a map of {settings['side']}", xscale="log")
+    axes[1].set(
+        xlabel=f"side of windows, on a map of {settings['side']} x {settings['side']}", xscale="log", ylim=(0, 350)
+    )
     if timed:
         where = found["environment"]
         axes[2].set(xlabel="side of the map (tokens)", ylabel="ms, one image, float32", xscale="log")
         axes[2].set_title(f"{where['hardware']}, {settings['threads']} threads", fontsize=9)
     for axis in axes:
-        axis.set_yscale("log")
+        axis.set_yscale("linear" if axis is axes[1] else "log")
         ticks = (2, 4, 7, 14, 28) if axis is axes[1] else (14, 28, 56, 112)
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
