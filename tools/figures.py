@@ -189,7 +189,7 @@ def complexity(folder: Path = LOGS / "complexity") -> Figure:
         ticks = (2, 4, 7, 14, 28) if axis is axes[1] else (14, 28, 56, 112)
         axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
-        axis.legend(frameon=False, fontsize=9)
+        axis.legend(frameon=False, fontsize=9, loc="upper center" if axis is axes[1] else "upper left")
         tidy(axis)
     return figure
 
