@@ -6,7 +6,7 @@ python -m tools.ablation --data-path DATA [--seeds 0 1 2] [--jobs 2]         the
 python -m tools.ablation --table [--check]                         the tables of docs/evidence.md
 
 Each run is main.py on one thread, in output/ablation, and leaves a file in logs/ablation. Runs whose file is there are
-skipped, interrupted ones resumed. They start from committed files only, but for --trial.
+skipped, interrupted ones resumed. But for --trial, all files must be committed, and stay so until a run ends.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import utils
 from tools import ablation_results, readme_tables
 from tools.ablation_models import DESIGNS, PREFIX, ROOT
 from tools.ablation_results import RESULTS
-from tools.measurement import progress
+from tools.measurement import processor, progress
 from training import checkpoint, files
 from training.errors import UserError, exit_code
 from training.options import Parser, count, positive
@@ -103,6 +103,7 @@ class Place:
     folders: Path
     epochs: int
     commit: str
+    counted: bool
 
     def train(self, run: Run) -> dict:
         """Train a run to its end in a process of one thread, write its result, and return it."""
@@ -115,6 +116,9 @@ class Place:
             code = subprocess.run(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT).returncode
         if code:
             raise UserError(f"a run ended with exit code {code} ({run.name}): see {folder / 'output.txt'}")
+        if self.counted and clean_commit(run.kind) != self.commit:
+            advice = "start again in a tree that stays as it is, such as one of git worktree"
+            raise UserError(f"another commit than when the run began ({run.name}): {advice}")
         record = self.record(run, folder)
         self.results.mkdir(parents=True, exist_ok=True)
         files.write_text(self.results / f"{run.name}.json", json.dumps(record, indent=1) + "\n")
@@ -136,7 +140,7 @@ class Place:
             "commit": self.commit,
             "recipe": shlex.join([*RECIPE, "--epochs", str(self.epochs)]),
             "data": checkpoint.load(folder / files.CHECKPOINT)["recipe"]["data"],  # a hash of file names and labels
-            "environment": {name: environment[name] for name in kept},
+            "environment": {"hardware": processor()["name"]} | {name: environment[name] for name in kept},
             "log": log,
         }
 
@@ -214,7 +218,7 @@ def main(argv: list[str]) -> int:
     runs = runs or rate_runs(args.variants)
     # Another commit starts anew: no run is from two.
     folders = results / "runs" if trial else ROOT / "output" / "ablation" / commit[:12]
-    place = Place(args.data_path.resolve(), results, folders, args.epochs, commit)
+    place = Place(args.data_path.resolve(), results, folders, args.epochs, commit, counted=not trial)
     train_all(runs, place, args.jobs)
     return 0
 

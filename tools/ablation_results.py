@@ -106,6 +106,10 @@ def counted(folder: Path = RESULTS) -> dict[str, dict[int, dict]]:
             raise UserError(f"a result from no clean commit ({folder / record['file']}): remove it, and run it again")
         found.setdefault(record["variant"], {})[record["seed"]] = record
         recipes[json.dumps([record["recipe"], record["data"]])] = record["file"]
+        if record["lr"] != next(iter(found[record["variant"]].values()))["lr"]:
+            raise UserError(
+                f"a variant with two learning rates ({folder / record['file']}): run its seeds again at one"
+            )
     if len(recipes) > 1:
         names = " and ".join(list(recipes.values())[:2])
         raise UserError(f"results of more than one recipe or data set ({names}): remove the others, and run them again")

@@ -246,6 +246,21 @@ def test_only_missing_runs_are_done(tmp_path):
     assert again.trained == []
 
 
+def test_a_run_that_fails_or_ends_in_another_tree_has_no_result(tmp_path, monkeypatch):
+    class Ended:
+        returncode = 3
+
+    place = ablation.Place(tmp_path, tmp_path / "results", tmp_path / "runs", 4, "c" * 40, counted=True)
+    monkeypatch.setattr(ablation.subprocess, "run", lambda *_, **settings: Ended)
+    with pytest.raises(UserError, match=r"a run ended with exit code 3 \(g_peg-seed0\): see .*output.txt"):
+        place.train(Run("g_peg", 0, 1e-3, "seed"))
+    Ended.returncode = 0
+    monkeypatch.setattr(ablation, "clean_commit", lambda kind: "d" * 40)
+    with pytest.raises(UserError, match=r"another commit than when the run began \(g_peg-seed0\)"):
+        place.train(Run("g_peg", 0, 1e-3, "seed"))
+    assert not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize(
     "words, says",
     [
@@ -353,6 +368,7 @@ def test_tables_of_runs_and_rates(tmp_path):
         (dict(commit=""), "a result from no clean commit"),
         (dict(recipe="--epochs 5"), "more than one recipe or data set"),
         (dict(data="e"), "more than one recipe or data set"),
+        (dict(lr=2e-3, variant="g_peg", seed=9), "a variant with two learning rates"),
         (dict(top1="high"), "no result of a run"),
     ],
 )
