@@ -100,7 +100,7 @@ def _register(name: str, design: Design) -> None:
 
     entry.__name__ = entry.__qualname__ = f"{PREFIX}{name}"
     entry.__doc__ = f"{design.title}. Options are those of Twins."
-    register_model(entry)
+    globals()[entry.__name__] = register_model(entry)
 
 
 for _name, _design in DESIGNS.items():
