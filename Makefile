@@ -119,3 +119,4 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m tools.readme_tables --check
+	$(RUN) -m tools.ablation --table --check

@@ -3,6 +3,7 @@
 model   a Twins-SVT block, and top-1 accuracy against measured images/s: logs/published and the newest records of
         logs/benchmarks whose names end with cpu_inference and cpu_peers
 speed   ours / timm on the same weights: the newest records that end with cpu_inference and cpu_training
+complexity  multiply-adds, and time if it was measured, of attention layers: logs/complexity
 demo    curves and predictions of `make demo`
 dense   results of `make demo-dense` beside the labels
 """
@@ -155,6 +156,44 @@ def speed() -> Figure:
     return figure
 
 
+def complexity(folder: Path = LOGS / "complexity") -> Figure:
+    """Lines are the paper's formulas, dots what was counted."""
+    found = read_json(folder / "complexity.json", "environment", "settings", "by_side", "by_window")
+    settings, timed = found["settings"], any(row["ms"] for row in found["by_side"])
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    axes = figure.subplots(1, 3 if timed else 2)
+    for kind, color in (("LSA", "tab:orange"), ("GSA", "tab:blue"), ("full", "dimgray")):
+        rows = [row for row in found["by_side"] if row["kind"] == kind]
+        sides = [row["side"] for row in rows]
+        axes[0].plot(sides, [row["formula"] / 1e6 for row in rows], "-", color=color, label=kind)
+        axes[0].plot(sides, [row["products"] / 1e6 for row in rows], "o", color=color, ms=4)
+        if timed:
+            axes[2].plot(sides, [row["ms"] for row in rows], "o-", color=color, ms=4, label=kind)
+    windows, tokens = np.linspace(2, 28, 200), settings["side"] ** 2
+    cost = 2 * tokens * (windows**2 + tokens / windows**2) * settings["dim"] / 1e6
+    axes[1].plot(windows, cost, "-", color="tab:green", label="LSA + GSA")
+    rows = found["by_window"]
+    axes[1].plot([row["window"] for row in rows], [row["products"] / 1e6 for row in rows], "o", color="tab:green", ms=4)
+    best = settings["side"] ** 0.5
+    axes[1].axvline(best, color="black", linewidth=1, linestyle=":", label=f"optimum, {best:.1f}")
+    axes[0].set(xlabel="side of the map (tokens)", ylabel="multiply-adds of the products (M)", xscale="log")
+    axes[1].set(
+        xlabel=f"side of windows, on a map of {settings['side']} x {settings['side']}", xscale="log", ylim=(0, 350)
+    )
+    if timed:
+        where = found["environment"]
+        axes[2].set(xlabel="side of the map (tokens)", ylabel="ms, one image, float32", xscale="log")
+        axes[2].set_title(f"{where['hardware']}, {settings['threads']} threads", fontsize=9)
+    for axis in axes:
+        axis.set_yscale("linear" if axis is axes[1] else "log")
+        ticks = (2, 4, 7, 14, 28) if axis is axes[1] else (14, 28, 56, 112)
+        axis.set_xticks(ticks, list(map(str, ticks)))
+        axis.minorticks_off()
+        axis.legend(frameon=False, fontsize=9, loc="upper center" if axis is axes[1] else "upper left")
+        tidy(axis)
+    return figure
+
+
 # ---------------------------------------------------------------- the demos
 
 
@@ -189,7 +228,7 @@ def dense(output: Path = ROOT / "output") -> Figure:
     return figure
 
 
-FIGURES = {figure.__name__: figure for figure in (model, demo, dense, speed)}
+FIGURES = {figure.__name__: figure for figure in (model, demo, dense, speed, complexity)}
 
 
 def main(argv: list[str]) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import gvt
+from tools import ablation_results
 from tools.count import count, dense_model
 from tools.measurement import read_csv
 from tools.plot_logs import KEYS, ROOT, published_logs, read_log
@@ -317,8 +318,21 @@ def best_rates(rates: dict, case: dict, of: str, library: str) -> str:
     return ""
 
 
+def ablation_rates() -> list[str]:
+    return markdown(*ablation_results.rate_table())
+
+
+def ablation_runs() -> list[str]:
+    return markdown(*ablation_results.run_table())
+
+
+def ablation_contrasts() -> list[str]:
+    return markdown(*ablation_results.contrast_table())
+
+
 TABLES = {table.__name__: table for table in (classification, recipes, settings, segmentation, detection)}
 TABLES |= {table.__name__: table for table in (runs, dense_runs, finetuning, speed)}
+TABLES |= {table.__name__: table for table in (ablation_rates, ablation_runs, ablation_contrasts)}
 
 
 # ---------------------------------------------------------------- the pages
