@@ -44,7 +44,11 @@ ARROWS = {
     "training/images": {"training/errors", "utils"},
     "training/folders": {"training/errors", "training/images", "utils"},
     "training/archives": {"training/errors", "training/files", "training/folders", "utils"},
-    "training/batches": {"gvt_ops/__init__", "training/augment", "training/errors", "training/processes"},
+    "training/bad_images": {"training/errors", "training/files", "utils"},
+    "training/batches": {
+        *(f"training/{name}" for name in ("augment", "bad_images", "errors", "processes")),
+        "gvt_ops/__init__",
+    },
     "training/formats": {"gvt", "training/errors"},
     "training/checkpoint": {"gvt_ops/loading", "training/errors", "training/files", "training/formats", "utils"},
     "training/optimizer": {"gvt_ops/__init__", "training/errors", "training/options", "utils"},
@@ -78,6 +82,7 @@ ARROWS = {
     },
     "datasets": {
         *("gvt_ops/__init__", "gvt_ops/loading", "gvt_ops/transforms", "samplers", "training/batches"),
+        *("training/bad_images", "training/files"),
         *("training/archives", "training/errors", "training/folders", "training/images", "training/options"),
         *("training/sources", "utils"),
     },
