@@ -309,7 +309,7 @@ def build_train_loader(args: Options, train_set: Dataset, device: torch.device) 
     images = len(train_set)
     if args.balanced_sampling:
         kind, images = BalancedSampler, labels(train_set)
-    sampler = kind(images, seed=args.seed, rank=get_rank(), world=world)
+    sampler = kind(images, seed=args.seed, rank=get_rank(), world=world, pad=not args.global_batch)
     settings = dict(batch_size=args.batch_size, drop_last=True) | loader_kwargs(args, device)
     bad = None
     if args.bad_images == "skip" and hasattr(train_set, "samples"):
