@@ -25,8 +25,10 @@ from gvt_ops.transforms import SMALL, FitSquare, eval_transform, sides
 from samplers import BalancedSampler, RASampler, ShuffleSampler, eval_indices
 from training import archives, sources
 from training.archives import Members
+from training.bad_images import BadImages
 from training.batches import SeededDataset, Uint8Transform, build_loader
 from training.errors import UserError
+from training.files import BAD_IMAGES
 from training.folders import check_levels
 from training.images import ImageReader
 from training.options import Options
@@ -307,9 +309,13 @@ def build_train_loader(args: Options, train_set: Dataset, device: torch.device) 
     images = len(train_set)
     if args.balanced_sampling:
         kind, images = BalancedSampler, labels(train_set)
-    sampler = kind(images, seed=args.seed, rank=get_rank(), world=world)
+    sampler = kind(images, seed=args.seed, rank=get_rank(), world=world, pad=not args.global_batch)
     settings = dict(batch_size=args.batch_size, drop_last=True) | loader_kwargs(args, device)
-    loader = build_loader(SeededDataset(train_set, args.seed), sampler, **settings)
+    bad = None
+    if args.bad_images == "skip" and hasattr(train_set, "samples"):
+        file = None if args.dry_run else Path(args.run_folder) / BAD_IMAGES
+        bad = BadImages(labels(train_set), seed=args.seed, file=file, most=args.max_bad)
+    loader = build_loader(SeededDataset(train_set, args.seed, bad), sampler, **settings)
     if len(loader) < args.grad_accum_steps:
         shares = f"--batch-size {args.batch_size} x {world} processes x --grad-accum-steps {args.grad_accum_steps}"
         raise UserError(f"global batch larger than the data set ({shares}, {len(train_set)} images): make it smaller")

@@ -19,13 +19,13 @@ class ShuffleSampler(Sampler):
     """A new order each epoch, dealt out to `world` processes in turn; the same order as torch's DistributedSampler.
 
     Where the length is no multiple of world, the first images of the order are used twice, so that processes have
-    equally many.
+    equally many; with pad=False the last ones are left out, so that the number of updates does not depend on world.
     """
 
     repeats = 1
 
-    def __init__(self, length: int, *, seed: int = 0, rank: int = 0, world: int = 1):
-        self.length, self.seed, self.rank, self.world = length, seed, rank, world
+    def __init__(self, length: int, *, seed: int = 0, rank: int = 0, world: int = 1, pad: bool = True):
+        self.length, self.seed, self.rank, self.world, self.pad = length, seed, rank, world, pad
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -44,7 +44,8 @@ class ShuffleSampler(Sampler):
 
     def total(self) -> int:
         """Return the number of a process's images in an epoch."""
-        return math.ceil(self.length * self.repeats / self.world)
+        images = self.length * self.repeats
+        return math.ceil(images / self.world) if self.pad else images // self.world
 
     def __len__(self) -> int:
         return max(self.total() - self.start, 0)

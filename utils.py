@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from training import rendezvous
 from training.devices import TESTED, choose_device
 from training.errors import UserError, print_error, short_reason
 from training.launcher import launcher_variables
@@ -102,9 +103,8 @@ def join_processes(variables: dict[str, str], device: torch.device, *, dist_url:
     rank, world = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     print(f"| distributed init (rank {rank}): {dist_url}", flush=True)
     how = dict(backend="cpu:gloo,cuda:nccl", device_id=device) if device.type == "cuda" else dict(backend="gloo")
-    how |= dict(init_method=dist_url, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=timeout))
     try:
-        dist.init_process_group(**how)
+        rendezvous.join(rank=rank, world=world, dist_url=dist_url, timeout=timeout, **how)
     except (ValueError, RuntimeError) as error:  # no such address, or a process that does not come
         raise UserError(f"the processes did not meet (--dist_url {dist_url}): {short_reason(error, 120)}") from error
 

@@ -420,3 +420,19 @@ def test_inaturalist(tmp_path, kind, year, flat):
     (tmp_path / "categories.json").unlink()
     with pytest.raises(UserError, match="categories.json"):
         datasets.build_dataset("train", args, transform=None)
+
+
+@pytest.mark.parametrize(("words", "updates"), [((), (12, 12, 13)), (("--global-batch", "8"), (12, 12, 12))])
+def test_updates_an_epoch_of_any_number_of_processes(words, updates, tmp_path, monkeypatch):
+    """101 images: by default the last ones are filled up as in the official code, one global batch drops them."""
+    for part, each in (("train", 101), ("val", 1)):
+        make_images(tmp_path / part, classes=("ant",), each=each)
+    (tmp_path / "val" / "bee").mkdir()
+    (tmp_path / "train" / "bee").mkdir()
+    (tmp_path / "train" / "ant" / "100.png").rename(tmp_path / "train" / "bee" / "100.png")
+    for world, expected in zip((1, 2, 4), updates):
+        monkeypatch.setattr(datasets, "get_world_size", lambda world=world: world)
+        options_here = ["--data-path", str(tmp_path), "--batch-size", str(8 // world), "--num_workers", "0", *words]
+        args = options.parse_args(options_here)
+        train_set, _ = datasets.build_datasets(args)
+        assert len(datasets.build_train_loader(args, train_set, torch.device("cpu"))) == expected

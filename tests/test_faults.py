@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck")
+PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck", "elastic")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DistributedSampler
 
-from samplers import RASampler, ShuffleSampler, eval_indices
+from samplers import BalancedSampler, RASampler, ShuffleSampler, eval_indices
 
 lengths, worlds, epochs = st.integers(1, 700), st.integers(1, 8), st.integers(0, 400)
 
@@ -71,6 +71,31 @@ def test_a_global_step_holds_the_same_images_for_any_number_of_processes(length,
     for step in range(length // (batch * world)):
         expected = sorted(alone[step * batch * world : (step + 1) * batch * world])
         assert sorted(item for share in shares for item in share[step * batch : (step + 1) * batch]) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([ShuffleSampler, RASampler, BalancedSampler]), st.integers(8, 700), epochs, st.integers(0, 20))
+def test_a_run_may_shrink_and_grow(kind, length, epoch, done):
+    """One global batch on 1, 2 and 4 processes, with and without accumulation, from any update on: as many updates,
+    each of the same images with the same keys of their augmentation.
+    """
+    images = [number % 5 for number in range(length)] if kind is BalancedSampler else length
+
+    def updates(world: int, batch: int) -> list[list]:
+        """batch: of a process and update."""
+        shares = []
+        for rank in range(world):
+            sampler = kind(images, rank=rank, world=world, pad=False)
+            sampler.set_epoch(epoch, done * batch)
+            shares.append(list(sampler))
+        steps = min(map(len, shares)) // batch
+        parts = ([item for share in shares for item in share[i * batch : (i + 1) * batch]] for i in range(steps))
+        return [sorted(part) for part in parts]
+
+    alone = updates(1, 8)
+    assert updates(2, 4) == alone and updates(4, 2) == alone
+    kept = RASampler(length).total() if kind is RASampler else length
+    assert len(alone) == max(kept // 8 - done, 0)
 
 
 @settings(max_examples=60, deadline=None)

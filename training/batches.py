@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_in
 from torchvision import transforms
 
 from training import augment
+from training.bad_images import BadImages
 from training.errors import UserError
 from training.processes import loading_process, time_limit
 
@@ -221,10 +222,11 @@ class SeededDataset(Dataset):
     """A training set indexed by (epoch, position, index): augmentation depends on (seed, epoch, position) alone.
 
     Not on the index, for repeated augmentation shows an image more than once; not on workers, processes or restarts.
+    bad: what replaces images that cannot be read; without it they are errors.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset, seed: int, bad: BadImages | None = None):
+        self.dataset, self.seed, self.bad = dataset, seed, bad
 
     def name(self, index: int) -> str:
         """Return an image's file, or its number in a data set that is one file."""
@@ -233,7 +235,7 @@ class SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int, int]):
         epoch, position, index = key
         with seeded(self.seed, epoch, position):
-            return self.dataset[index]
+            return self.bad.read(self.dataset, epoch, index) if self.bad else self.dataset[index]
 
 
 class TimedLoader(DataLoader):
@@ -251,6 +253,7 @@ class TimedLoader(DataLoader):
     def __iter__(self) -> Iterator:
         end, late = object(), RuntimeError(f"DataLoader timed out after {self.seconds:g} seconds")
         reader = getattr(getattr(self.dataset, "dataset", self.dataset), "reader", None)
+        bad = getattr(self.dataset, "bad", None)
         try:
             with time_limit(self.seconds, late):  # persistent workers are waited for here already
                 batches = super().__iter__()
@@ -263,6 +266,8 @@ class TimedLoader(DataLoader):
                 return
             if reader is not None:
                 reader.report(final=number == len(self))
+            if bad is not None:
+                bad.report(final=number == len(self))
             yield batch
 
 

@@ -3,6 +3,7 @@
 Needs the standard library only: main.py asks before torch is imported.
 """
 
+import contextlib
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ except ImportError:  # on Windows
     fcntl = None
 
 CHECKPOINT, BEST, LOG, STATUS, LOCK = "checkpoint.pth", "checkpoint_best.pth", "log.txt", "status.json", ".lock"
+BAD_IMAGES = "bad_images.txt"  # training images that could not be read
 SUMMARY = "summary.csv"  # the numbers of LOG as a table
 FAR = 2**30  # bytes
 OLDER = re.compile(r"checkpoint-\d{4,}-\d{6,}\.pth")  # what --checkpoint-hist keeps beside the newest
@@ -181,6 +183,33 @@ def _lock_byte(descriptor: int) -> None:
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
     finally:
         os.lseek(descriptor, 0, os.SEEK_SET)
+
+
+def lines(path: Path) -> list[bytes]:
+    """Return the lines of a file; none if it does not exist."""
+    try:
+        return path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def add_line(path: Path, key: str, text: str) -> int:
+    """Add the line KEY, tab, TEXT, unless the file has one of that key; return the number of lines.
+
+    Any number of processes may do so at once.
+    """
+    start = os.fsencode(f"{key}\t")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b", buffering=0) as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)  # read here, for on NFS closing another descriptor would end the lock
+        found = file.read().splitlines()
+        if any(line.startswith(start) for line in found):
+            return len(found)
+        file.write(start + text.encode(errors="surrogateescape") + b"\n")
+        return len(found) + 1
 
 
 def owner(folder: Path) -> str | None:

@@ -22,6 +22,8 @@ TRAINING += (
     "eval_interval",
     "global_batch",
     "dry_run",
+    "bad_images",
+    "max_bad",
 )
 
 
@@ -66,6 +68,11 @@ def add_arguments(parser: Parser) -> None:
     add("--freeze", type=frozen_part, default="", metavar="{backbone,stages:N}", help=what)
     what = "factor of the head's learning rate, beside that of --layer-decay (%(default)s)"
     add("--head-lr-scale", type=above_zero, default=1.0, metavar="F", help=what)
+
+    add = parser.add_argument_group("training images that cannot be read").add_argument
+    what = "end the run, or replace them by others of their class, listed in bad_images.txt (%(default)s)"
+    add("--bad-images", choices=("error", "skip"), default="error", help=what)
+    add("--max-bad", type=count, default=100, metavar="N", help="end the run at more of them (%(default)s)")
 
     add = parser.add_argument_group("classes of uneven size").add_argument
     what = "weight of each class in the loss, under Mixup of its share: balanced, or a CSV of class,weight"
@@ -134,6 +141,10 @@ def without_effect(args: argparse.Namespace) -> dict[str, str]:
     """Return reasons by option, for those that such a run does not read."""
     mode = "--throughput" if args.throughout else "--eval"
     reasons = {name: (args.throughout or args.eval) and f"{mode} does not train" for name in TRAINING}
+    if args.bad_images == "error":
+        reasons["max_bad"] = "--bad-images is error"
+    if args.data_set.startswith("CIFAR"):
+        reasons["bad_images"] = reasons["max_bad"] = f"--data-set {args.data_set} has no image files"
     if not args.mixing:
         reasons["mixup_off_epoch"] = "--mixup and --cutmix are 0"
     return reasons

@@ -31,6 +31,7 @@ FREE = {
         "resplit",
     ),
     *("per_class", "predictions", "config", "dry_run", "pretrained", "log_tensorboard", "log_wandb"),
+    *("bad_images", "max_bad"),
     *("train_split", "val_split", "val_fraction", "val_labels", "class_map"),  # whose images `data` stands for
     *("deterministic", "grad_checkpointing", "channels_last", "torchcompile", "batch_size", "grad_accum_steps"),
 }

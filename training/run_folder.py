@@ -108,6 +108,8 @@ class RunFolder:
         if self.overwrite and not self.resumed:
             for path in self.run_files():
                 path.unlink(missing_ok=True)
+        if not self.resumed:
+            (self.path / files.BAD_IMAGES).unlink(missing_ok=True)
         for name, record in records.items():
             self.write(name, record if isinstance(record, str) else json.dumps(record, indent=1) + "\n")
 

@@ -194,9 +194,11 @@ class TrainingState:
             if self.device.type == "cpu" and threads != current:
                 reason = f"{threads or 'other'} threads a process then, {current} now"
         else:
-            reason = f"{len(states) or 'other'} processes then, {world} now"
+            counts = f"{len(states) or 'other'} processes then, {world} now"
+            same = "each update has the same images, augmented the same, if the global batch is equal"
+            reason = f"{counts}: {same}; Mixup and drop path draw anew"
         if reason:
-            log(f"resume: {reason}: sums round differently, so the bits may differ from an uninterrupted run's")
+            log(f"resume: {reason}; sums round differently, so the bits may differ from an uninterrupted run's")
 
 
 class CheckpointManager:

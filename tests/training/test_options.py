@@ -125,6 +125,8 @@ RECIPE = {
     "unscale_lr": False,
     "global_batch": None,
     "dry_run": False,
+    "bad_images": "error",
+    "max_bad": 100,
     "log_tensorboard": False,
     "log_wandb": False,
 }
@@ -212,6 +214,7 @@ def test_wrong_options_are_one_line_and_exit_2(words, says, capsys):
         (["--model-ema-decay", "0.9"], ["--model-ema-decay", "0.9", "--model-ema"]),
         (["--finetune", "a", "--eval", "--resume", "b"], ["--finetune", "a"]),
         (["--resume", "a", "--throughput"], ["--resume", "a"]),
+        (["--max-bad", "5"], ["--max-bad", "5", "--bad-images", "skip"]),
         (["--val-fraction", "0.1", "--data-set", "CIFAR"], ["--val-fraction", "0.1"]),
     ],
 )
