@@ -23,7 +23,7 @@ PAGES = sorted(
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 # Where a test or a file may be that is named without its folder.
 FOLDERS = (".", "tests", "tests/dense", "tests/gvt_ops", "tests/training", "tests/tools", "segmentation", "detection")
-STARTS = "python |torchrun |srun |bash |make |cd |pip "
+STARTS = "python |torchrun |srun |sbatch |bash |make |cd |pip "
 RECORD = re.compile(r"<!-- table: speed.*?<!-- end table -->", re.S)  # commands of records: as they were typed then
 
 
@@ -112,6 +112,10 @@ def test_every_command_parses(page, command, monkeypatch, capsys):
         check_dense(page, words[1], words[2:])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
+    elif words[0] == "sbatch":
+        script = next(word for word in words[1:] if not word.startswith("-"))
+        assert (ROOT / script).is_file()
+        check_main(["main.py", *words[words.index(script) + 1 :]])
     elif words[0] == "torchrun":
         assert all(word.startswith("-") for word in words[1:])
     else:
