@@ -1,12 +1,13 @@
 """The short form of each program of accidents; `make faults` runs them whole."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck")
+PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck", "machines")
 
 
 @pytest.mark.slow
@@ -19,7 +20,20 @@ def test_accidents_are_survived(program):
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    if done.stdout.startswith("skip "):
+        pytest.skip(done.stdout.strip())
     assert "LOST" not in done.stdout and "survived" in done.stdout
+
+
+def test_what_two_machines_need_is_named_where_it_is_missing(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "faults" / "machines.py"), "--short"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PATH": str(tmp_path)},
+    )
+    assert (done.returncode, done.stdout) == (0, "skip two machines: no ip and no unshare here\n"), done.stderr
 
 
 @pytest.mark.slow
