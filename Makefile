@@ -23,7 +23,7 @@ define learn
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install dense extra demo demo-dense web test test-fast test-matrix faults soak bench lint
+.PHONY: help install dense extra demo demo-dense web test test-fast test-matrix faults soak bench lint audit
 .NOTPARALLEL: # one pip at a time
 
 help:
@@ -40,6 +40,7 @@ help:
 	@echo "make extra      install what the optional tools need as well: export, Grad-CAM, the page (about a minute)"
 	@echo "make lint       install, check style and the README's tables"
 	@echo "make install    only install, into .venv"
+	@echo "make audit      look for risky code in ours, and with a network for known vulnerabilities in what is installed"
 
 install: $(INSTALLED)
 
@@ -123,3 +124,15 @@ lint: install
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m tools.readme_tables --check
+
+# The auditors have an environment of their own, so that tests never run with what they need.
+AUDIT := .venv-audit
+ONLINE := import urllib.request as web; web.urlopen("https://pypi.org/pypi/pip/json", timeout=10)
+
+audit: install
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check bandit==1.9.4 pip-audit==2.10.1
+	$(AUDIT)/bin/bandit --quiet -ll --recursive *.py dense detection gvt_ops segmentation tools training
+	@if $(AUDIT)/bin/python -c '$(ONLINE)' 2>/dev/null; \
+		then $(AUDIT)/bin/pip-audit --path $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+		else echo "pip-audit: skipped, its database cannot be reached"; fi
