@@ -1,13 +1,16 @@
 # Needs python3 with venv and pip; everything else is installed into .venv.
 
 PYTHON ?= python3
-RUN := .venv/bin/python
-INSTALLED := .venv/.requirements-installed
-DENSE := .venv/.requirements-dense-installed
-EXTRA := .venv/.requirements-extra-installed
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.requirements-installed
+DENSE := $(VENV)/.requirements-dense-installed
+EXTRA := $(VENV)/.requirements-extra-installed
+# Every version, of what the requirements need too. Empty: the newest that they allow.
+CONSTRAINTS := constraints.txt
 # The operators of onedl-mmcv are compiled here, once: 5 to 15 minutes. Without debug symbols it takes half the time and memory.
-BUILD := PATH="$(CURDIR)/.venv/bin:$$PATH" MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} CFLAGS="-g0 $$CFLAGS" CXXFLAGS="-g0 $$CXXFLAGS"
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+BUILD := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} CFLAGS="-g0 $$CFLAGS" CXXFLAGS="-g0 $$CXXFLAGS"
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 export PYTHONDONTWRITEBYTECODE := 1
 
 DIGITS := data/digits
@@ -23,7 +26,7 @@ define learn
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install dense extra demo demo-dense web test test-fast test-matrix faults soak bench lint audit
+.PHONY: help install dense extra demo demo-dense web test test-fast test-matrix faults soak bench lint audit constraints
 .NOTPARALLEL: # one pip at a time
 
 help:
@@ -39,13 +42,14 @@ help:
 	@echo "make dense      install what segmentation and detection need as well (compiles for 5 to 15 minutes)"
 	@echo "make extra      install what the optional tools need as well: export, Grad-CAM, the page (about a minute)"
 	@echo "make lint       install, check style and the README's tables"
-	@echo "make install    only install, into .venv"
+	@echo "make install    only install, into .venv, the versions of constraints.txt"
+	@echo "make constraints write constraints.txt again: the newest versions that the requirements allow (10 to 20 minutes)"
 	@echo "make audit      look for risky code in ours, and with a network for known vulnerabilities in what is installed"
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt requirements-dev.txt
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+$(INSTALLED): requirements.txt requirements-dev.txt $(CONSTRAINTS)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) --requirement requirements.txt --requirement requirements-dev.txt
 	touch $@
 
@@ -136,3 +140,12 @@ audit: install
 	@if $(AUDIT)/bin/python -c '$(ONLINE)' 2>/dev/null; \
 		then $(AUDIT)/bin/pip-audit --path $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 		else echo "pip-audit: skipped, its database cannot be reached"; fi
+
+# In a new environment, which stays for a look.
+constraints:
+	rm -rf .venv-constraints
+	$(MAKE) VENV=.venv-constraints CONSTRAINTS= dense extra
+	{ grep '^#' constraints.txt; .venv-constraints/bin/python -m pip freeze --all --exclude pip --exclude torch \
+		--exclude torchvision | grep -Ev '^(nvidia|cuda)-'; } > .venv-constraints/constraints.txt
+	mv .venv-constraints/constraints.txt constraints.txt
+	git diff --stat constraints.txt
