@@ -9,6 +9,9 @@ import sys
 import pytest
 from conftest import ROOT, SMALL_RUN, launch, run_main
 
+from tools.checkpoint_hash import digest
+from training import checkpoint
+
 TEMPLATE = "tools/slurm/train.sbatch"
 FIRST_PORT = 20000  # of the ports that jobs get by their numbers: training/launcher.py
 
@@ -36,6 +39,10 @@ def sbatch(folder, *words, signals=(), tasks=2, python=sys.executable, timeout=2
     command = ["sbatch", TEMPLATE, *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, env=environ, timeout=timeout, capture_output=True, text=True)
     return done.returncode, (folder / f"slurm-{job}.out").read_text() + done.stderr
+
+
+def hash_of(folder) -> str:
+    return digest(checkpoint.load(folder / "checkpoint.pth"))
 
 
 @pytest.fixture
@@ -67,9 +74,16 @@ def test_a_job_interrupted_twice_ends_with_the_bits_of_a_run_under_torchrun(toy,
     stops = re.findall(r"main.py: stopped: stopped by .* after (\d) epochs and (\d) updates", out)
     assert len(stops) == 4 and len(set(stops)) == 2, out  # both tasks, twice
     assert out.count("| distributed init (rank 1)") == 3 and out.count("Training time") == 1
-    command = [sys.executable, "-m", "tools.checkpoint_hash", whole / "checkpoint.pth", folder / "checkpoint.pth"]
-    hashes = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    assert len(hashes) == 4 and hashes[0] == hashes[2]
+    assert hash_of(folder) == hash_of(whole)
+
+
+@pytest.mark.slow
+def test_one_process_has_the_same_bits_under_python_torchrun_and_srun(toy, tmp_path):
+    words = [*SMALL_RUN, "--epochs", 1, "--warmup-epochs", 0, "--data-path", toy]
+    assert run_main(*words, "--output_dir", tmp_path / "python").returncode == 0
+    assert run_main(*words, "--output_dir", tmp_path / "torchrun", launcher=launch(1)).returncode == 0
+    assert sbatch(tmp_path, *words, "--output_dir", tmp_path / "srun", tasks=1)[0] == 0
+    assert len({hash_of(tmp_path / name) for name in ("python", "torchrun", "srun")}) == 1
 
 
 def test_a_run_killed_by_the_signal_before_it_is_ready_is_started_again(tmp_path, program):
