@@ -102,7 +102,7 @@ def left_in_shared_memory(pids: set[int]) -> list[str]:
 
 
 def body(table, args, base: Path) -> None:
-    updates = 200 if args.short else args.updates
+    updates = 100 if args.short else args.updates
     with table.row(f"{updates} updates in {EPOCHS} epochs, {WORKERS} loading processes", "watched") as row:
         data = make_data(base / "data", train=updates // EPOCHS * BATCH // 4, val=10)
         folder = base / "run"
