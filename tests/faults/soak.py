@@ -1,6 +1,6 @@
 """A long run that is watched: python tests/faults/soak.py [--updates N] (make soak)
 
-A tiny model trains for ten epochs of 500 updates, with loading processes, and an evaluation and saves in each epoch.
+A tiny model trains for ten epochs of 512 updates, with loading processes, and an evaluation and saves in each epoch.
 Meanwhile the memory, open files and threads of its processes are noted, and log.txt and status.json are read at
 moments of no choice. After the first epoch, the median memory of each process in each epoch must be within 2 % of the
 second epoch's, no process may come or go, and open files and threads may not grow. Both files must be right whenever
@@ -121,8 +121,11 @@ def body(table, args, base: Path) -> None:
             complain(status(folder)["state"] == "finished", f"status.json: {status(folder)}"),
             complain(not left_in_shared_memory(watch.pids), f"/dev/shm: {left_in_shared_memory(watch.pids)}"),
         )
-        row.notes = f"{time.monotonic() - begin:.0f} s, files read {watch.reads} times; {figures}"
+        each = re.search(r"^(\d+) updates an epoch", run.stdout(), re.M)[1]
+        row.notes = (
+            f"{each} updates an epoch, {time.monotonic() - begin:.0f} s, files read {watch.reads} times; {figures}"
+        )
 
 
 if __name__ == "__main__":
-    run_program(__doc__, body, lambda parser: parser.add_argument("--updates", type=int, default=5000, metavar="N"))
+    run_program(__doc__, body, lambda parser: parser.add_argument("--updates", type=int, default=5120, metavar="N"))
