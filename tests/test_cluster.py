@@ -22,7 +22,7 @@ WAYS = {  # their names when the record was made
 
 
 def rows(name: str) -> list[list[str]]:
-    table = re.search(rf"<!-- table: {name} .*?-->\n(.*?)<!-- end table -->", PAGE, re.S)[1]
+    table = re.search(rf"<!-- arithmetic: {name} .*?-->\n(.*?)<!-- end arithmetic -->", PAGE, re.S)[1]
     return [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines()[2:]]
 
 
