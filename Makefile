@@ -1,13 +1,16 @@
 # Needs python3 with venv and pip; everything else is installed into .venv.
 
 PYTHON ?= python3
-RUN := .venv/bin/python
-INSTALLED := .venv/.requirements-installed
-DENSE := .venv/.requirements-dense-installed
-EXTRA := .venv/.requirements-extra-installed
+VENV := .venv
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.requirements-installed
+DENSE := $(VENV)/.requirements-dense-installed
+EXTRA := $(VENV)/.requirements-extra-installed
+# Every version, of what the requirements need too. Empty: the newest that they allow.
+CONSTRAINTS := constraints.txt
 # The operators of onedl-mmcv are compiled here, once: 5 to 15 minutes. Without debug symbols it takes half the time and memory.
-BUILD := PATH="$(CURDIR)/.venv/bin:$$PATH" MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} CFLAGS="-g0 $$CFLAGS" CXXFLAGS="-g0 $$CXXFLAGS"
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+BUILD := PATH="$(CURDIR)/$(VENV)/bin:$$PATH" MMCV_WITH_OPS=1 MAX_JOBS=$${MAX_JOBS:-2} CFLAGS="-g0 $$CFLAGS" CXXFLAGS="-g0 $$CXXFLAGS"
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check $(addprefix --constraint ,$(CONSTRAINTS))
 export PYTHONDONTWRITEBYTECODE := 1
 
 DIGITS := data/digits
@@ -23,7 +26,7 @@ define learn
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install dense extra demo demo-dense web test test-fast test-matrix faults bench lint
+.PHONY: help install dense extra demo demo-dense web test test-fast test-matrix faults soak bench lint audit constraints
 .NOTPARALLEL: # one pip at a time
 
 help:
@@ -33,17 +36,20 @@ help:
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (5 to 10 minutes, most of them where make dense ran)"
 	@echo "make test-matrix install other versions of Python and torch that are to be had, run the everyday tests on each (10 minutes each)"
-	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (about 15 minutes)"
+	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (15 to 20 minutes)"
+	@echo "make soak       install, watch the memory, files and threads of a run of 5,000 updates (4 to 6 minutes)"
 	@echo "make bench      install, check that ours is no slower than timm's model of the same weights (under 3 minutes)"
 	@echo "make dense      install what segmentation and detection need as well (compiles for 5 to 15 minutes)"
 	@echo "make extra      install what the optional tools need as well: export, Grad-CAM, the page (about a minute)"
 	@echo "make lint       install, check style and the README's tables"
-	@echo "make install    only install, into .venv"
+	@echo "make install    only install, into .venv, the versions of constraints.txt"
+	@echo "make constraints write constraints.txt again: the newest versions that the requirements allow (10 to 20 minutes)"
+	@echo "make audit      look for risky code in ours, and with a network for known vulnerabilities in what is installed"
 
 install: $(INSTALLED)
 
-$(INSTALLED): requirements.txt requirements-dev.txt
-	test -x $(RUN) || $(PYTHON) -m venv .venv
+$(INSTALLED): requirements.txt requirements-dev.txt $(CONSTRAINTS)
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(PIP) --requirement requirements.txt --requirement requirements-dev.txt
 	touch $@
 
@@ -106,6 +112,9 @@ test-matrix:
 faults: install
 	$(RUN) tests/faults/all.py
 
+soak: install
+	$(RUN) tests/faults/soak.py
+
 # A ratio below which ours counts as slower: measurements of equal speeds differ by a few percent. Compiling takes most of
 # the time, so that it is the small model that is compiled.
 LEAST := 0.95
@@ -120,3 +129,25 @@ lint: install
 	$(RUN) -m ruff format --check .
 	$(RUN) -m tools.readme_tables --check
 	$(RUN) -m tools.ablation --table --check
+
+# The auditors have an environment of their own, so that tests never run with what they need.
+# B108: /dev/shm, which is only asked for its size.
+AUDIT := .venv-audit
+ONLINE := import urllib.request as web; web.urlopen("https://pypi.org/pypi/pip/json", timeout=10)
+
+audit: install
+	test -x $(AUDIT)/bin/python || $(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check bandit==1.9.4 pip-audit==2.10.1
+	$(AUDIT)/bin/bandit --quiet -ll --skip B108 --recursive *.py dense detection gvt_ops segmentation tools training
+	@if $(AUDIT)/bin/python -c '$(ONLINE)' 2>/dev/null; \
+		then $(AUDIT)/bin/pip-audit --path $$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+		else echo "pip-audit: skipped, its database cannot be reached"; fi
+
+# In a new environment, which stays for a look.
+constraints:
+	rm -rf .venv-constraints
+	$(MAKE) VENV=.venv-constraints CONSTRAINTS= dense extra
+	{ grep '^#' constraints.txt; .venv-constraints/bin/python -m pip freeze --all --exclude pip --exclude torch \
+		--exclude torchvision | grep -Ev '^(nvidia|cuda)-'; } > .venv-constraints/constraints.txt
+	mv .venv-constraints/constraints.txt constraints.txt
+	git diff --stat constraints.txt

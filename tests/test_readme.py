@@ -23,7 +23,8 @@ PAGES = sorted(
 TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
 # Where a test or a file may be that is named without its folder.
 FOLDERS = (".", "tests", "tests/dense", "tests/gvt_ops", "tests/training", "tests/tools", "segmentation", "detection")
-STARTS = "python |torchrun |srun |bash |make |cd |pip "
+STARTS = "python |torchrun |srun |sbatch |bash |make |cd |pip "
+OWN = ("configs/mine.py", "sharded.py")  # the reader's own files
 RECORD = re.compile(r"<!-- table: speed.*?<!-- end table -->", re.S)  # commands of records: as they were typed then
 
 
@@ -112,8 +113,12 @@ def test_every_command_parses(page, command, monkeypatch, capsys):
         check_dense(page, words[1], words[2:])
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file()
+    elif words[0] == "sbatch":
+        script = next(word for word in words[1:] if not word.startswith("-"))
+        assert (ROOT / script).is_file()
+        check_main(["main.py", *words[words.index(script) + 1 :]])
     elif words[0] == "torchrun":
-        assert all(word.startswith("-") for word in words[1:])
+        assert all(word.startswith("-") or word == OWN[1] for word in words[1:])
     else:
         assert words == ["pip", "install", "."], command
 
@@ -150,7 +155,7 @@ def test_no_link_inside_the_repository_is_dead(page):
 @pytest.mark.parametrize("page", TEXTS)
 def test_files_and_tests_that_are_named_exist(page):
     for name in re.findall(r"`((?:[\w.-]+/)*\w+\.(?:py|sh))`", TEXTS[page]):
-        if name != "configs/mine.py":  # the reader's own
+        if name not in OWN:
             assert any((ROOT / folder / name).exists() for folder in FOLDERS), name
     for name in re.findall(r"`((?:[\w.-]+/)+)`", TEXTS[page]):
         assert name.split("/")[0] in ("val", "work_dirs") or (ROOT / name).is_dir(), name

@@ -3,6 +3,7 @@
 None of them can end a run: one that fails is warned of once, and left out from then on.
 """
 
+import gc
 import os
 import uuid
 from collections.abc import Callable
@@ -33,7 +34,10 @@ class Curves:
         self.folder = folder
 
     def write(self, line: dict) -> None:
-        epochs = log_lines(self.folder / files.LOG)
+        self.draw(log_lines(self.folder / files.LOG))
+        gc.collect()  # figures are cycles of megabytes, and would stay until Python looks for cycles by itself
+
+    def draw(self, epochs: list[dict]) -> None:
         figure = curves.draw(epochs, f"{self.folder.resolve().name}: {len(epochs)} epochs")
         files.atomic_write(self.folder / CURVES, lambda file: figure.savefig(file, format="png", dpi=100))
 
