@@ -79,9 +79,9 @@ def counted_runs(variants: list[str], seeds: list[int], results: Path, *, trial:
 
 def clean_commit(kind: str) -> str:
     """Return the commit; raise UserError if anything but results of this kind differs from it."""
-    own = f":(exclude){RESULTS.relative_to(ROOT)}/*-{kind}*.json"
+    excluded = f":(exclude){RESULTS.relative_to(ROOT)}/*-{kind}*.json"
     try:
-        command = ["git", "status", "--porcelain", "--untracked-files=all", "--", ".", own]
+        command = ["git", "status", "--porcelain", "--untracked-files=all", "--", ".", excluded]
         changes = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(f"no checkout of git ({ROOT}): a result names its commit, or pass --trial FOLDER") from error

@@ -183,8 +183,8 @@ def finetuning(logs: Path = LOGS) -> list[str]:
     for way, last in ways.items():
         scores = [line["test_acc1"] for line in last]
         commits = ", ".join(sorted({line["commit"] for line in last}))
-        found = f"{statistics.mean(scores):.2f}", ", ".join(f"{score:.2f}" for score in scores)
-        rows.append([way, f"{last[0]['lr']:.3g}", f"{last[0]['n_parameters']:,}", *found, commits])
+        results = f"{statistics.mean(scores):.2f}", ", ".join(f"{score:.2f}" for score in scores)
+        rows.append([way, f"{last[0]['lr']:.3g}", f"{last[0]['n_parameters']:,}", *results, commits])
     return markdown("Way | `--lr` | Trained parameters | Mean top-1 | Each seed | Commit", rows)
 
 

@@ -205,11 +205,11 @@ def add_line(path: Path, key: str, text: str) -> int:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)  # read here, for on NFS closing another descriptor would end the lock
-        found = file.read().splitlines()
-        if any(line.startswith(start) for line in found):
-            return len(found)
+        existing = file.read().splitlines()
+        if any(line.startswith(start) for line in existing):
+            return len(existing)
         file.write(start + text.encode(errors="surrogateescape") + b"\n")
-        return len(found) + 1
+        return len(existing) + 1
 
 
 def owner(folder: Path) -> str | None:
