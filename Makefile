@@ -100,11 +100,14 @@ web: extra
 		$(if $(SEGMENTOR),--segmentor segmentation/configs/small/fpn_alt_gvt_demo_digits.py $(SEGMENTOR)) \
 		$(if $(DETECTOR),--detector detection/configs/small/mask_rcnn_alt_gvt_demo_digits.py $(DETECTOR))
 
+# One process a core, and each file's tests in one of them, because they share what its fixtures made.
+PYTEST := $(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
 test: dense extra
-	$(RUN) -m pytest
+	$(PYTEST) --durations 30
 
 test-fast: install
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-matrix:
 	tests/matrix.sh

@@ -26,7 +26,7 @@ import gvt  # first: it lets torchvision be imported, and registers the models
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # its workers share the cores
 
 
 def golden(name: str) -> dict:

@@ -24,7 +24,7 @@ while read -r python torch torchvision triton; do
     echo "skipped: $name (pip cannot install it, see above)"
     continue
   fi
-  if "$folder/bin/python" -m pytest -q -m "not slow"; then
+  if "$folder/bin/python" -m pytest -q --numprocesses auto --maxprocesses 4 --dist loadfile -m "not slow"; then
     echo "passed: $name"
   else
     echo "failed: $name"

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck", "elastic", "machines")
+PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck", "clock", "elastic", "machines")
 
 
 @pytest.mark.slow

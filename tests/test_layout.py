@@ -23,7 +23,8 @@ ARROWS = {
     "gvt_ops/transforms": {"gvt_ops/torchvision_cpu"},
     "gvt_ops/loading": {"gvt_ops/torchvision_cpu", "gvt_ops/transforms"},
     "gvt": {"gvt_ops/__init__", "gvt_ops/attention", "gvt_ops/loading", "gvt_ops/window_attention"},
-    "training/__init__": set(),
+    "training/threads": set(),
+    "training/__init__": {"training/threads"},
     "training/errors": set(),
     "training/command_line": set(),
     "training/config": {"training/command_line"},
@@ -53,7 +54,7 @@ ARROWS = {
     "training/checkpoint": {"gvt_ops/loading", "training/errors", "training/files", "training/formats", "utils"},
     "training/optimizer": {"gvt_ops/__init__", "training/errors", "training/options", "utils"},
     "training/network": {
-        *(f"training/{name}" for name in ("checkpoint", "errors", "optimizer", "options", "precision")),
+        *(f"training/{name}" for name in ("checkpoint", "errors", "optimizer", "options", "precision", "threads")),
         *("gvt", "gvt_ops/__init__", "gvt_ops/loading", "utils"),
     },
     "training/resume": {"training/checkpoint", "training/errors", "training/recipe_options"},
@@ -130,7 +131,7 @@ ARROWS = {
 }
 FOLDERS = ("gvt_ops", "training", "dense")
 OPENMMLAB = {"mmcv", "mmengine", "mmseg", "mmdet"}
-BEFORE_TORCH = [f"training/{name}" for name in ("__init__", "errors", "files", "launcher")]
+BEFORE_TORCH = [f"training/{name}" for name in ("__init__", "errors", "files", "launcher", "threads")]
 BEFORE_TORCH += [f"training/{name}" for name in ("command_line", "config", "options", "recipe_options")]
 
 

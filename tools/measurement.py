@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 import utils
-from training import files
+from training import files, threads
 from training.errors import UserError
 
 PROCESSOR_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", threads.WAIT, threads.SPINS, "KMP_BLOCKTIME")
 
 
 def progress(text: str) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gvt_ops.loading import model_settings
+from training import threads
 from training.checkpoint import Checkpoint, finetune
 from training.errors import UserError, short_reason
 from training.optimizer import freeze_parts
@@ -55,7 +56,7 @@ def prepare_model(model: nn.Module, args: Options, device: torch.device) -> nn.M
         autocast_residuals(model)
     # Otherwise the format of the weights stays: PEG's are channels-last, as its gradients are.
     model = model.to(device, memory_format=torch.channels_last) if args.channels_last else model.to(device)
-    for line in gvt_ops.describe(model):
+    for line in [*gvt_ops.describe(model), *([threads.describe()] if device.type == "cpu" else [])]:
         log(line)
     return model
 

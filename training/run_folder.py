@@ -60,6 +60,7 @@ class RunFolder:
 
     def __init__(self, path: Path, overwrite: bool = False, keep_going: bool = False):
         self.path, self.overwrite, self.keep_going = path, overwrite, keep_going
+        self.identity = None  # device and number of the folder, once it is open
         self.resumed = False  # from a checkpoint of this folder, which --overwrite then leaves
         self.status, self.reason = Status(path, in_main_process(now)), ""  # why the run ended before its last epoch
 
@@ -98,7 +99,7 @@ class RunFolder:
     def _open(self, records: dict[str, object]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = files.Lock(self.path)
+            self.lock, self.identity = files.Lock(self.path), self._identity()
             if self.lock.taken_by is None:
                 files.remove_unfinished(self.path)
         except OSError as error:
@@ -129,10 +130,26 @@ class RunFolder:
         rows = ({name: each.get(name) for name in fields} for each in lines)
         self.write(files.SUMMARY, "".join(csv_lines(fields, rows)))
 
+    def _identity(self) -> tuple[int, int]:
+        status = self.path.stat()
+        return status.st_dev, status.st_ino
+
+    def check_same(self) -> None:
+        """Raise UserError if the path leads to another folder than when the run began, as after an unmount."""
+        with contextlib.suppress(OSError):  # what writes has an error of its own
+            if self._identity() != self.identity:
+                what = f"another folder than when the run began ({self.OPTION} {self.path})"
+                raise UserError(f"{what}: if its disk was unmounted, mount it and continue with --resume auto")
+
     def attempt(self, write: Callable[[], None]) -> bool:
         """Let the main process write. Return True if it could; a UserError is raised in all processes, or a warning."""
+
+        def into_the_same_folder() -> None:
+            self.check_same()
+            write()
+
         try:
-            in_main_process(write)
+            in_main_process(into_the_same_folder)
             return True
         except UserError as error:
             if not self.keep_going:

@@ -17,7 +17,7 @@ from torch import device
 import utils
 from training import files
 
-PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck", "elastic", "machines")
+PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuck", "clock", "elastic", "machines")
 
 
 def table(rows: list[dict], record: dict, minutes: float) -> str:

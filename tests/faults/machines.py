@@ -4,7 +4,7 @@ Two network namespaces, joined by a pair of virtual interfaces, stand for the ma
 process numbers of its own. They train together, under torchrun's static and its c10d rendezvous, with the bits and the
 exact evaluation of two processes on one machine. When one is killed, the other ends with one line, and continues alone.
 When the link goes down in the middle of the training, both end after --dist-timeout with one line, and continue
-together. Skipped where namespaces are not allowed.
+together: started again by hand, or by torchrun's --max-restarts. Skipped where namespaces are not allowed.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from common import ROOT, Started, command, complain, error_lines, make_data, res
 
 DIST_S, ADDRESSES = 15, ("10.77.0.1", "10.77.0.2")
 LINE_S, LAUNCHER_S = 5, 75  # the most that the line takes after its cause, and that torchrun takes after the line
+DOWN_S = (5, 75)  # how long the link stays down after both lines: restarted processes wait 60 seconds for each other
 GONE = "^main.py: error: no answer from another process of this run"
 
 
@@ -73,12 +74,12 @@ class Machines:
         return [*inside, *program]
 
     @contextlib.contextmanager
-    def running(self, folder: Path, options: list[str], rendezvous: str) -> Iterator[list[Started]]:
-        """Start main.py on both, a process each; kill what is left at the end."""
+    def running(self, folder: Path, options: list[str], rendezvous: str, *launcher: str) -> Iterator[list[Started]]:
+        """Start main.py on both, a process each; kill what is left at the end. launcher: more options of torchrun."""
         runs = []
         try:
             for machine in (0, 1):
-                program = [sys.executable, *torchrun(rendezvous, machine), str(ROOT / "main.py"), *options]
+                program = [sys.executable, *torchrun(rendezvous, machine), *launcher, str(ROOT / "main.py"), *options]
                 env = {"GLOO_SOCKET_IFNAME": self.links[machine]}
                 runs.append(Started(self.line(machine, program), folder / f"out-{machine}", **env))
             yield runs
@@ -167,6 +168,32 @@ class Scenes:
         self.machines.set_link("up")
         return problems + self.together(folder, "static"), f"both lines after {took:.1f} s"
 
+    def plugged_in_again(self, down: float) -> tuple[list[str], str]:
+        """Take the link down, and up again after both lines and `down` seconds; torchrun restarts both."""
+        folder = self.base / f"plugged-in-{down:g}"
+        with self.machines.running(self.base, self.options(folder), "static", "--max-restarts=3") as runs:
+            if not runs[0].wait_for(lambda: "Epoch: [1]" in runs[0].stdout()):
+                return [f"it ended too early: {runs[0].stderr()[-300:]}"], ""
+            self.machines.set_link("down")
+            begin = time.monotonic()
+            for run in runs:
+                run.wait_for(lambda run=run: error_lines(run.stderr()))
+            time.sleep(down)
+            self.machines.set_link("up")
+            took = time.monotonic() - begin
+            codes = [run.wait() for run in runs]
+            said = [error_lines(run.stderr()) for run in runs]
+        problems = [
+            complain(codes == [0, 0], f"exit {codes}: {said}"),
+            complain(
+                codes != [0, 0] or result(folder) == self.expected, "other bits than two processes on one machine"
+            ),
+        ]
+        return (
+            problems,
+            f"down for {took:.0f} s; lines of the two machines: {', '.join(str(len(each)) for each in said)}",
+        )
+
     def end(self, runs: list[Started], within: float) -> tuple[list[str], float]:
         """Wait for the one line of each run, and for its end; return the problems, and when the last line came."""
         begin = time.monotonic()
@@ -199,6 +226,10 @@ def body(table, args, base: Path) -> None:
         with table.row("the link between two machines down", "ip link set down") as row:
             problems, row.notes = scenes.unplugged()
             row.check(*problems)
+        for down in DOWN_S:
+            with table.row("the link down and up again", "ip link set down, up; --max-restarts=3") as row:
+                problems, row.notes = scenes.plugged_in_again(down)
+                row.check(*problems)
 
 
 if __name__ == "__main__":
