@@ -172,10 +172,10 @@ def run_row(folder: Path) -> list[str]:
     return [*names, epochs, *results, environment["device"], short(environment["commit"])]
 
 
-def finetuning(logs: Path = LOGS) -> list[str]:
-    """Return a row for each way of fine-tuning: the last top-1 of its runs logs/finetuning/WAY-SEED."""
+def finetuning(data: str, logs: Path = LOGS) -> list[str]:
+    """Return a row for each way of fine-tuning: the last top-1 of its runs logs/finetuning/DATA/WAY-SEED."""
     ways: dict[str, list[dict]] = {}
-    for folder in sorted(path.parent for path in logs.glob("finetuning/*/log.txt")):
+    for folder in sorted(path.parent for path in logs.glob(f"finetuning/{data}/*/log.txt")):
         args, environment = read_json(folder / "args.json", "lr"), read_json(folder / "environment.json", "commit")
         line = read_log(folder)[-1] | {"lr": args["lr"], "commit": short(environment["commit"])}
         ways.setdefault(folder.name.rpartition("-")[0], []).append(line)

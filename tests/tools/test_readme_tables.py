@@ -327,17 +327,17 @@ def test_attentions_shares_where_sizes_differ():
 
 def test_finetuning(tmp_path):
     for seed, (way, accuracy) in enumerate([("decay", 50.0), ("decay", 61.0), ("frozen", 40.126)]):
-        folder = make_run(tmp_path / "finetuning", f"{way}-{seed}", commit="0123456789abcdef", epochs=3)
+        folder = make_run(tmp_path / "finetuning" / "flowers", f"{way}-{seed}", commit="0123456789abcdef", epochs=3)
         (folder / "args.json").write_text('{"lr": 0.004}')
         lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
         lines[-1]["test_acc1"] = accuracy
         (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     number = f"{lines[-1]['n_parameters']:,}"
-    assert cells(readme_tables.finetuning(tmp_path)) == [
+    assert cells(readme_tables.finetuning("flowers", tmp_path)) == [
         ["decay", "0.004", number, "55.50", "50.00, 61.00", "01234567"],
         ["frozen", "0.004", number, "40.13", "40.13", "01234567"],
     ]
-    assert readme_tables.finetuning(tmp_path / "none") == ["none yet"]
+    assert readme_tables.finetuning("flowers", tmp_path / "none") == ["none yet"]
 
 
 def test_no_runs(tmp_path):
