@@ -31,7 +31,7 @@ from training.options import Parser, get_parser
 LOGS = ROOT / "logs"
 GPUS = 8  # of the official commands
 PAGES = ("README.md", "docs/*.md", "segmentation/README.md", "detection/README.md", "logs/**/README.md")
-START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
+START = re.compile(r"<!-- table: (\w+|(?:speed|finetuning)(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
 FLOPS = "FLOPs (G), with / without attention matmuls"
