@@ -31,7 +31,7 @@ from training.options import Parser, get_parser
 LOGS = ROOT / "logs"
 GPUS = 8  # of the official commands
 PAGES = ("README.md", "docs/*.md", "segmentation/README.md", "detection/README.md", "logs/**/README.md")
-START = re.compile(r"<!-- table: (\w+|(?:speed|finetuning)(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
+START = re.compile(r"<!-- table: (\w+|speed(?: [\w-]+)+) \(python -m tools\.readme_tables\) -->")
 END = "<!-- end table -->"
 REGISTERED = {key: name for name, key in gvt.MODEL_NAMES.items()}
 FLOPS = "FLOPs (G), with / without attention matmuls"
@@ -172,20 +172,20 @@ def run_row(folder: Path) -> list[str]:
     return [*names, epochs, *results, environment["device"], short(environment["commit"])]
 
 
-def finetuning(data: str, logs: Path = LOGS) -> list[str]:
+def finetuning(logs: Path = LOGS) -> list[str]:
     """Return a row for each way of fine-tuning: the last top-1 of its runs logs/finetuning/DATA/WAY-SEED."""
-    ways: dict[str, list[dict]] = {}
-    for folder in sorted(path.parent for path in logs.glob(f"finetuning/{data}/*/log.txt")):
+    ways: dict[tuple[str, str], list[dict]] = {}
+    for folder in sorted(path.parent for path in logs.glob("finetuning/*/*/log.txt")):
         args, environment = read_json(folder / "args.json", "lr"), read_json(folder / "environment.json", "commit")
         line = read_log(folder)[-1] | {"lr": args["lr"], "commit": short(environment["commit"])}
-        ways.setdefault(folder.name.rpartition("-")[0], []).append(line)
+        ways.setdefault((folder.parent.name, folder.name.rpartition("-")[0]), []).append(line)
     rows = []
-    for way, last in ways.items():
+    for (data, way), last in ways.items():
         scores = [line["test_acc1"] for line in last]
         commits = ", ".join(sorted({line["commit"] for line in last}))
         results = f"{statistics.mean(scores):.2f}", ", ".join(f"{score:.2f}" for score in scores)
-        rows.append([way, f"{last[0]['lr']:.3g}", f"{last[0]['n_parameters']:,}", *results, commits])
-    return markdown("Way | `--lr` | Trained parameters | Mean top-1 | Each seed | Commit", rows)
+        rows.append([data, way, f"{last[0]['lr']:.3g}", f"{last[0]['n_parameters']:,}", *results, commits])
+    return markdown("Data | Way | `--lr` | Trained parameters | Mean top-1 | Each seed | Commit", rows)
 
 
 def short(commit: str) -> str:

@@ -333,11 +333,11 @@ def test_finetuning(tmp_path):
         lines[-1]["test_acc1"] = accuracy
         (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
     number = f"{lines[-1]['n_parameters']:,}"
-    assert cells(readme_tables.finetuning("flowers", tmp_path)) == [
-        ["decay", "0.004", number, "55.50", "50.00, 61.00", "01234567"],
-        ["frozen", "0.004", number, "40.13", "40.13", "01234567"],
+    assert cells(readme_tables.finetuning(tmp_path)) == [
+        ["flowers", "decay", "0.004", number, "55.50", "50.00, 61.00", "01234567"],
+        ["flowers", "frozen", "0.004", number, "40.13", "40.13", "01234567"],
     ]
-    assert readme_tables.finetuning("flowers", tmp_path / "none") == ["none yet"]
+    assert readme_tables.finetuning(tmp_path / "none") == ["none yet"]
 
 
 def test_no_runs(tmp_path):
