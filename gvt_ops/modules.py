@@ -82,6 +82,10 @@ def describe(model: nn.Module) -> list[str]:
     weight = layers[0].weight
     gemm = onednn.unsupported_reason(weight.detach(), weight.detach())
     library = f"PyTorch's ({gemm})" if gemm else f"oneDNN, {onednn.REASON}"
+    with torch.enable_grad():
+        training = onednn.unsupported_reason(weight.detach(), weight.detach().requires_grad_())
+    if training != gemm:
+        library += f"; with gradients PyTorch's ({training})"
     lines = [f"{len(layers)} linear layers: {library}"]
     if weight.device.type == "cuda":
         kernel = os.environ.get("TWINS_WINDOW_KERNEL") == "1"

@@ -23,6 +23,12 @@ NAMES = ["alt_gvt_demo", "pcpvt_small_v0"]
 X = torch.sin(torch.arange(2 * 3 * 64 * 72).float()).reshape(2, 3, 64, 72)
 
 
+@pytest.fixture(autouse=True)
+def processor(monkeypatch):
+    """One on which gradients go through oneDNN too."""
+    monkeypatch.setattr(onednn, "ON_INTEL", False)
+
+
 def build(name="alt_gvt_demo"):
     torch.manual_seed(0)
     return timm.create_model(name, num_classes=5).eval()
@@ -273,3 +279,13 @@ def test_what_computes_is_described():
     assert linear.startswith("37 linear layers: ") and attention.startswith("8 attentions: ")
     assert ("oneDNN, timed" in linear) == onednn.AVAILABLE
     assert "PyTorch's (x and weight are torch.float64" in describe(model.double())[0] or not onednn.AVAILABLE
+
+
+@needs_onednn
+def test_other_ways_with_gradients_are_described(monkeypatch):
+    model = accelerate(build())
+    assert "with gradients" not in describe(model)[0]
+    monkeypatch.setattr(onednn, "ON_INTEL", True)
+    assert describe(model)[0].endswith(
+        "; with gradients PyTorch's (gradients of float32 are faster through MKL on Intel)"
+    )

@@ -9,6 +9,13 @@ from exact import calls, compiled_graphs, doubled, needs_onednn, rms_error
 
 from gvt_ops import onednn
 
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch):
+    """One on which gradients go through oneDNN too."""
+    monkeypatch.setattr(onednn, "ON_INTEL", False)
+
+
 SHAPES = [((2, 5, 6, 64), 256), ((3, 49, 96), 32), ((7, 64), 64), ((1, 64), 5)]
 
 
@@ -124,6 +131,16 @@ def test_what_is_unsupported_says_why(of_x, of_weight, part):
         torch.zeros(4, 3, **({"device": of_x.get("device", "cpu"), "dtype": of_x.get("dtype")} | of_weight)),
     )
     assert part in onednn.unsupported_reason(x, weight)
+
+
+@needs_onednn
+def test_gradients_of_float32_on_intel(monkeypatch):
+    monkeypatch.setattr(onednn, "ON_INTEL", True)
+    x, weight, bias = (each.requires_grad_() for each in tensors((2, 3), 4))
+    assert onednn.unsupported_reason(x, weight) == "gradients of float32 are faster through MKL on Intel"
+    assert "Addmm" in type(onednn.linear(x, weight, bias).grad_fn).__name__  # F.linear's
+    with torch.no_grad():
+        assert onednn.unsupported_reason(x, weight) is None
 
 
 @needs_onednn
