@@ -21,7 +21,7 @@ from common import ROOT, Started, command, complain, error_lines, make_data, res
 
 DIST_S, ADDRESSES = 15, ("10.77.0.1", "10.77.0.2")
 LINE_S, LAUNCHER_S = 5, 75  # the most that the line takes after its cause, and that torchrun takes after the line
-DOWN_S = (5, 75)  # how long the link stays down after both lines: restarted processes wait 60 seconds for each other
+DOWN_S = (5, 25)  # how long the link stays down after both lines: less and more than restarted processes wait here
 GONE = "^main.py: error: no answer from another process of this run"
 
 
