@@ -12,9 +12,9 @@ import os, sys
 
 def note(event, arguments):
     if event in ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname"):
-        # Strings are the paths of local sockets, and pairs that begin so the machine itself.
+        # Strings are paths of local sockets; None is the other end of a connection, which was noted when it was made.
         address = arguments[0] if event.startswith("socket.get") else arguments[-1]
-        if event.startswith("socket.get") or not isinstance(address, (str, bytes)):
+        if event.startswith("socket.get") or not isinstance(address, (str, bytes, type(None))):
             with open(os.environ["WATCH"], "a") as file:
                 file.write(f"{event} {address} {sys.argv}\\n")
 
@@ -35,7 +35,7 @@ def watch(tmp_path):
 
 def test_a_url_is_seen(watch):
     variables, seen = watch
-    done = run_main("--eval", "--resume", "http://127.0.0.1:9/x.pth", "--device", "cpu", env=variables)
+    done = run_main("--eval", "--resume", "https://127.0.0.1:9/x.pth", "--device", "cpu", env=variables)
     assert done.returncode == 2, done.stderr
     assert any("127.0.0.1" in line for line in seen())
 

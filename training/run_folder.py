@@ -60,6 +60,7 @@ class RunFolder:
 
     def __init__(self, path: Path, overwrite: bool = False, keep_going: bool = False):
         self.path, self.overwrite, self.keep_going = path, overwrite, keep_going
+        self.unwritten: list[dict] = []  # lines of the log
         self.identity = None  # device and number of the folder, once it is open
         self.resumed = False  # from a checkpoint of this folder, which --overwrite then leaves
         self.status, self.reason = Status(path, in_main_process(now)), ""  # why the run ended before its last epoch
@@ -123,12 +124,14 @@ class RunFolder:
 
     def write_log(self, line: dict) -> None:
         """Write a line of JSON for each epoch, and all as a table; one logged before a restart is not logged twice."""
-        lines = [earlier for earlier in log_lines(self.path / files.LOG) if earlier["epoch"] < line["epoch"]]
-        lines.append(line)
+        self.unwritten.append(line)  # until it is written: with --keep-going, the disk may be full for some epochs
+        first = self.unwritten[0]["epoch"]
+        lines = [earlier for earlier in log_lines(self.path / files.LOG) if earlier["epoch"] < first] + self.unwritten
         self.write(files.LOG, "".join(json.dumps(each) + "\n" for each in lines))
         fields = list(dict.fromkeys(name for each in lines for name in each))
         rows = ({name: each.get(name) for name in fields} for each in lines)
         self.write(files.SUMMARY, "".join(csv_lines(fields, rows)))
+        self.unwritten = []
 
     def _identity(self) -> tuple[int, int]:
         status = self.path.stat()
