@@ -70,6 +70,8 @@ def unsupported_reason(q: Tensor, k: Tensor) -> str | None:
     """Return why gemm_attention does not compute this, or None if it does."""
     if q.dtype != torch.bfloat16:
         return f"q is {q.dtype}: fused attention is as fast but in bfloat16"
+    if onednn.WITH_AMX:
+        return "fused attention is faster on processors with AMX, which its kernel uses"
     if k.shape[-2] > MAX_KEYS:
         return f"{k.shape[-2]} keys: the map of weights is large, GEMMs are for {MAX_KEYS}"
     return onednn.unsupported_reason(q, k)
@@ -79,7 +81,8 @@ def gemm_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tens
     """F.scaled_dot_product_attention by two batched GEMMs. q k^T is rounded to bfloat16, as in unfused attention.
 
     torch gives GEMMs of bfloat16 to oneDNN, but its fused attention has a kernel of its own, several times as slow
-    where keys are few.
+    where keys are few on a processor without AMX (AMD EPYC, Zen 5). With AMX (Intel Xeon, Sapphire Rapids) the fused
+    kernel makes whole forward passes 1.04 to 1.2 times as fast as GEMMs do.
     """
     scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
     if mask is not None:

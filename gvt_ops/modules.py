@@ -58,7 +58,7 @@ def accelerate(model: nn.Module, enable: bool = True) -> nn.Module:
     layer stays in the cache. And modules with an attribute `accelerated`, the attentions of gvt.py, are told by it:
 
     - on a CPU, fused attention in half precision with gradients goes through float32, whose backward pass is faster;
-    - on a CPU, fused attention in bfloat16 without gradients goes through batched GEMMs, if keys are few;
+    - on a CPU without AMX, fused attention in bfloat16 without gradients goes through batched GEMMs, if keys are few;
     - on a GPU with TWINS_WINDOW_KERNEL=1, LSA is one Triton kernel (gvt_ops/window_attention.py).
 
     With TWINS_ACCELERATE=0 in the environment the model is left, or made, plain.
@@ -91,5 +91,6 @@ def describe(model: nn.Module) -> list[str]:
         kernel = os.environ.get("TWINS_WINDOW_KERNEL") == "1"
         lsa = "one Triton kernel" if kernel else "copies of windows, TWINS_WINDOW_KERNEL=1 for one Triton kernel"
         return [*lines, f"{len(told)} attentions: PyTorch's fused kernels; LSA through {lsa}"]
-    half = "bfloat16 without gradients through batched GEMMs" if gemm is None else "no dtype otherwise"
+    batched = gemm is None and not onednn.WITH_AMX
+    half = "bfloat16 without gradients through batched GEMMs" if batched else "no dtype otherwise"
     return [*lines, f"{len(told)} attentions: PyTorch's fused kernel; {half}"]

@@ -24,7 +24,8 @@ AVAILABLE = (
 )
 REASON = "timed as fast as MKL or faster on Intel and AMD (python -m tools.linear_layers)"
 CPUINFO = Path("/proc/cpuinfo")
-ON_INTEL = "GenuineIntel" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
+PROCESSOR = CPUINFO.read_text() if CPUINFO.exists() else platform.processor()
+ON_INTEL, WITH_AMX = "GenuineIntel" in PROCESSOR, "amx_bf16" in PROCESSOR
 MAX_HIDDEN = 2**24  # bytes of an MLP's hidden layer at once
 
 

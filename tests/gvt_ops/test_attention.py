@@ -10,9 +10,15 @@ import torch.nn.functional as F
 from exact import doubled, needs_onednn, rms_error
 from torch import nn
 
-from gvt_ops import accelerate
+from gvt_ops import accelerate, onednn
 from gvt_ops import attention as module
 from gvt_ops.attention import attention, unsupported_reason
+
+
+@pytest.fixture(autouse=True)
+def processor(monkeypatch):
+    """One on which GEMMs are faster than fused attention."""
+    monkeypatch.setattr(onednn, "WITH_AMX", False)
 
 
 def queries_keys_values(batch, heads, queries, keys, dtype=torch.bfloat16):
@@ -49,6 +55,17 @@ def test_one_mask_for_all_rows(monkeypatch):
         monkeypatch.setattr(module, "MAX_WEIGHTS", 4 * 2 * 49 * 49)
         assert module.max_batch(q, k, accelerated=True) == 4 and module.max_batch(q, k, accelerated=False) is None
         assert torch.equal(attend(), whole)
+
+
+@needs_onednn
+def test_fused_attention_on_a_processor_with_amx(monkeypatch):
+    monkeypatch.setattr(onednn, "WITH_AMX", True)
+    monkeypatch.setattr(module, "gemm_attention", lambda *_: pytest.fail("through GEMMs"))
+    q, k, v, mask = queries_keys_values(2, 1, 49, 49)
+    with torch.no_grad():
+        assert "AMX" in unsupported_reason(q, k)
+        found = attention(q, k, v, mask, dropout=nn.Dropout(0.0), fused=True, accelerated=True)
+        assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 @needs_onednn
