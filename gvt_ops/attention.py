@@ -70,7 +70,7 @@ def unsupported_reason(q: Tensor, k: Tensor) -> str | None:
     """Return why gemm_attention does not compute this, or None if it does."""
     if q.dtype != torch.bfloat16:
         return f"q is {q.dtype}: fused attention is as fast but in bfloat16"
-    if onednn.WITH_AMX:
+    if onednn.WITH_AMX and not torch.compiler.is_compiling():  # a compiler fuses what is between the GEMMs
         return "fused attention is faster on processors with AMX, which its kernel uses"
     if k.shape[-2] > MAX_KEYS:
         return f"{k.shape[-2]} keys: the map of weights is large, GEMMs are for {MAX_KEYS}"
