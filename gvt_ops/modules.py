@@ -1,6 +1,6 @@
 """accelerate, and the modules that it puts in the place of plain ones."""
 
-from gvt_ops import onednn
+from gvt_ops import attention, onednn
 from gvt_ops.torch_private import has_hooks
 
 # isort: split
@@ -91,6 +91,7 @@ def describe(model: nn.Module) -> list[str]:
         kernel = os.environ.get("TWINS_WINDOW_KERNEL") == "1"
         lsa = "one Triton kernel" if kernel else "copies of windows, TWINS_WINDOW_KERNEL=1 for one Triton kernel"
         return [*lines, f"{len(told)} attentions: PyTorch's fused kernels; LSA through {lsa}"]
-    batched = gemm is None and not onednn.WITH_AMX
+    few = weight.new_empty(1, 1, 1, 1, dtype=torch.bfloat16)
+    batched = gemm is None and attention.unsupported_reason(few, few) is None
     half = "bfloat16 without gradients through batched GEMMs" if batched else "no dtype otherwise"
     return [*lines, f"{len(told)} attentions: PyTorch's fused kernel; {half}"]

@@ -17,7 +17,7 @@ ARROWS = {
     "gvt_ops/onednn": {"gvt_ops/torch_private"},
     "gvt_ops/attention": {"gvt_ops/onednn"},
     "gvt_ops/window_attention": {"gvt_ops/attention", "gvt_ops/window_kernel"},
-    "gvt_ops/modules": {"gvt_ops/onednn", "gvt_ops/torch_private"},
+    "gvt_ops/modules": {"gvt_ops/attention", "gvt_ops/onednn", "gvt_ops/torch_private"},
     "gvt_ops/compiling": {"gvt_ops/modules"},
     "gvt_ops/__init__": {"gvt_ops/compiling", "gvt_ops/modules", "gvt_ops/torchvision_cpu"},
     "gvt_ops/transforms": {"gvt_ops/torchvision_cpu"},

@@ -116,7 +116,9 @@ with torch.inference_mode():
     assert found.pred_sem_seg.data.shape == (1, 3000, 4000)
     kinds = [t.data(512, 683, (3000, 4000), flip=flip) for flip in (False, True)] + [t.data(896, 1195, (3000, 4000))]
     (found,) = t.ours.TwinsTTAModel(model).test_step({{key: [kind[key] for kind in kinds] for key in ("inputs", "data_samples")}})
-print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 2**20)  # ru_maxrss has the parent's too
+# Not ru_maxrss, which has the parent's too.
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(int(peak) / 2**20)
 """)
     result = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-2000:]
