@@ -758,7 +758,7 @@ def test_a_loss_that_is_not_finite_stops_every_process(trained, toy, tmp_path):
     dealt = [index for _, _, index in order][16:24]  # of the third step: four images for each of two processes, in turn
     files = sorted(str(path) for path in (toy / "train").rglob("*.png"))
     files.sort(key=lambda path: path.rsplit("/", 2)[1:])
-    assert (found["epoch"], found["step"]) == (2, 2) and found["pictures"] == [
+    assert (found["epoch"], found["step"]) == (2, 2) and found["images"] == [
         [files[i] for i in dealt[rank::2]] for rank in range(2)
     ]
     assert {name: (folder / name).read_bytes() for name in before} == before

@@ -55,7 +55,8 @@ class BadImages:
         self.noted.add(index)
         if number > self.most:
             what = f"more than {self.most} training images cannot be read (--max-bad {self.most})"
-            raise UserError(f"{what}: look at {self.file}, then --resume auto")
+            advice = f"repair those in {self.file} and delete it, or raise --max-bad, then --resume auto"
+            raise UserError(f"{what}: {advice}")
 
     def report(self, *, final: bool) -> None:
         """Log how many are listed, once at the first and then after each epoch with more."""

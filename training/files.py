@@ -66,7 +66,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, keep_as: Pa
     keep_as: another name that the old file gets. Raises OSError on failure; nothing has changed then.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb", buffering=2**20) as file:
             recorder = _Recorder(file)
@@ -142,15 +142,21 @@ def no_checkpoint(folder: str | Path) -> UserError:
     return UserError(f"a folder without a checkpoint ({folder}): pass a file, or the folder of a run")
 
 
-def prune(folder: Path, keep: int, position: tuple[int, int]) -> None:
+def prune(folder: Path, keep: int, position: tuple[int, int]) -> list[OSError]:
     """Delete all but the newest `keep` checkpoints, CHECKPOINT counted, and those beyond the run's `position`.
 
     Those beyond are of a branch that was abandoned when the run went back to an earlier checkpoint. The best one stays.
+    Returns the errors of files that could not be deleted; the next call tries again.
     """
+    errors = []
     found = older_checkpoints(folder)
     kept = [path for path in found if position_of(path) <= position][: max(keep - 1, 0)]
     for path in set(found) - set(kept):
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            errors.append(error)
+    return errors
 
 
 # ---------------------------------------------------------------- one owner
@@ -199,7 +205,6 @@ def add_line(path: Path, key: str, text: str) -> int:
     Any number of processes may do so at once.
     """
     start = os.fsencode(f"{key}\t")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b", buffering=0) as file:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # a file system without locks

@@ -150,7 +150,8 @@ def end_stopped_processes() -> None:
     """Kill the run's stopped processes here: the run is over, and the launcher would wait half a minute for them."""
     for pid, state in peers_of_this_machine().values():
         if state == "stopped":
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # another process was faster
+                os.kill(pid, signal.SIGKILL)
 
 
 def loading_processes() -> str:

@@ -44,17 +44,18 @@ def meet(store: dist.Store, rank: int, world: int, wait: float) -> dist.Store:
     deadline, tickets = time.monotonic() + wait, [f"ticket {each}" for each in range(world)]
     store.set(tickets[rank], uuid.uuid4().hex)
     while True:
-        brought = [store.get(ticket) if store.check([ticket]) else b"" for ticket in tickets]
-        name = hashlib.sha256(b" ".join(brought)).hexdigest()
-        keys = [f"{name} {each}" for each in range(world)]
-        store.set(keys[rank], "here")
-        left = deadline - time.monotonic()
+        keys, left = tickets, deadline - time.monotonic()
+        seconds = datetime.timedelta(seconds=min(max(left, 0.001), LOOK_AGAIN_S))
         try:
-            store.wait(keys, datetime.timedelta(seconds=min(max(left, 0.001), LOOK_AGAIN_S)))
+            store.wait(tickets, seconds)
+            name = hashlib.sha256(b" ".join(store.multi_get(tickets))).hexdigest()
+            keys = [f"{name} {each}" for each in range(world)]
+            store.set(keys[rank], "here")
+            store.wait(keys, seconds)
             return dist.PrefixStore(name, store)
         except dist.DistStoreError:
             if left <= 0:
                 break
     missing = ", ".join(str(each) for each, key in enumerate(keys) if not store.check([key]))
-    what = f"the processes did not meet again within {wait:g} s (missing: {missing} of {world})"
+    what = f"the processes did not meet within {wait:g} s (missing: {missing} of {world})"
     raise UserError(f"{what}: look at their machines, then start again with --resume auto")

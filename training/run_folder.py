@@ -26,14 +26,33 @@ class Status:
     "time"}.
 
     A failure is written by the process that had it; those that only notice that another one is gone leave its reason.
+    Nothing is written once the path leads to another folder than it did when `remember` was called.
     """
 
     def __init__(self, folder: Path, started: str):
         self.path, self.started, self.progress = Path(folder) / files.STATUS, started, {"epoch": -1, "updates": 0}
+        self.identity = None
+
+    def remember(self) -> None:
+        with contextlib.suppress(OSError):  # the other machines of a run need not see the folder
+            self.identity = self._identity()
+
+    def is_elsewhere(self) -> bool:
+        """Return True if the path leads to another folder than at `remember`, as after an unmount."""
+        try:
+            return self.identity is not None and self._identity() != self.identity
+        except OSError:  # what writes has an error of its own
+            return False
+
+    def _identity(self) -> tuple[int, int]:
+        status = self.path.parent.stat()
+        return status.st_dev, status.st_ino
 
     def write(self, state: str, reason: str = "") -> None:
         record = {"state": state, "reason": reason, **self.progress}
         record |= {"by": files.this_process(), "started": self.started, "time": now()}
+        if self.is_elsewhere():
+            return
         with contextlib.suppress(OSError):  # a full disk has an error of its own, which comes first
             files.write_text(self.path, json.dumps(record, indent=1) + "\n")
 
@@ -61,7 +80,6 @@ class RunFolder:
     def __init__(self, path: Path, overwrite: bool = False, keep_going: bool = False):
         self.path, self.overwrite, self.keep_going = path, overwrite, keep_going
         self.unwritten: list[dict] = []  # lines of the log
-        self.identity = None  # device and number of the folder, once it is open
         self.resumed = False  # from a checkpoint of this folder, which --overwrite then leaves
         self.status, self.reason = Status(path, in_main_process(now)), ""  # why the run ended before its last epoch
 
@@ -79,6 +97,7 @@ class RunFolder:
     def open(self, records: Callable[[], dict[str, object]]) -> Iterator[None]:
         """Own the folder, write `records` (text, or values for JSON), and keep status.json up to date until the end."""
         in_main_process(lambda: self._open(records()))
+        self.status.remember()
         if is_main_process():
             self.status.write("running")
         try:
@@ -100,7 +119,7 @@ class RunFolder:
     def _open(self, records: dict[str, object]) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock, self.identity = files.Lock(self.path), self._identity()
+            self.lock = files.Lock(self.path)
             if self.lock.taken_by is None:
                 files.remove_unfinished(self.path)
         except OSError as error:
@@ -116,6 +135,7 @@ class RunFolder:
             self.write(name, record if isinstance(record, str) else json.dumps(record, indent=1) + "\n")
 
     def write(self, name: str, text: str) -> None:
+        self.check_same()
         try:
             files.write_text(self.path / name, text)
         except OSError as error:
@@ -133,16 +153,11 @@ class RunFolder:
         self.write(files.SUMMARY, "".join(csv_lines(fields, rows)))
         self.unwritten = []
 
-    def _identity(self) -> tuple[int, int]:
-        status = self.path.stat()
-        return status.st_dev, status.st_ino
-
     def check_same(self) -> None:
-        """Raise UserError if the path leads to another folder than when the run began, as after an unmount."""
-        with contextlib.suppress(OSError):  # what writes has an error of its own
-            if self._identity() != self.identity:
-                what = f"another folder than when the run began ({self.OPTION} {self.path})"
-                raise UserError(f"{what}: if its disk was unmounted, mount it and continue with --resume auto")
+        """Raise UserError if the path leads to another folder than when the run began."""
+        if self.status.is_elsewhere():
+            what = f"another folder than when the run began ({self.OPTION} {self.path})"
+            raise UserError(f"{what}: if its disk was unmounted, mount it and continue with --resume auto")
 
     def attempt(self, write: Callable[[], None]) -> bool:
         """Let the main process write. Return True if it could; a UserError is raised in all processes, or a warning."""
@@ -166,7 +181,7 @@ def record_images(folder: RunFolder, train_loader, size: int, epoch: int, step: 
     train_loader.sampler.set_epoch(epoch, step * size)
     keys = itertools.islice(train_loader.sampler, size)
     shares = all_gather([train_loader.dataset.name(index) for _, _, index in keys])
-    record = {"epoch": epoch, "step": step, "pictures": shares}
+    record = {"epoch": epoch, "step": step, "images": shares}
     in_main_process(lambda: folder.write(NON_FINITE, json.dumps(record, indent=1) + "\n"))
 
 

@@ -221,7 +221,8 @@ class CheckpointManager:
             keep_old = self.saved_at not in (None, position) and keep > 1
             keep_as = path / older_name(*self.saved_at) if keep_old else None
             checkpoint.save(path / CHECKPOINT, payload, keep_as=keep_as)
-            prune(path, keep, position)
+            for error in prune(path, keep, position):  # of files that nobody needs: the state is saved
+                warn(f"cannot delete an old checkpoint ({error.filename}): {error.strerror}")
 
         if not self.folder.attempt(write):
             return False

@@ -23,7 +23,7 @@ PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuc
 def table(rows: list[dict], record: dict, minutes: float) -> str:
     lost = sum(row["tried"] - row["survived"] for row in rows)
     lines = [
-        "# Accidents tried, and what was survived",
+        "# Fault-injection results",
         "",
         f"`python tests/faults/all.py`, {record['started'][:10]}, commit {record['commit'][:8]}: {sum(row['tried'] for row in rows)} accidents, "
         f"{lost} not survived, {minutes:.0f} minutes.",

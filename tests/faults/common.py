@@ -201,7 +201,9 @@ class Started:
         return [self.process.pid, *descendants(self.process.pid)]
 
     def kill(self) -> list[int]:
-        """SIGKILL for all of them at once."""
+        """SIGKILL for all of them at once, unless the program has ended."""
+        if self.process.poll() is not None:
+            return []
         pids = self.family()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -236,9 +238,8 @@ def ranks(pid: int) -> dict[int, int]:
                 for part in Path(f"/proc/{child}/environ").read_text(errors="replace").split("\0")
             )
             line = Path(f"/proc/{child}/cmdline").read_text().split("\0")
-            parent = int(Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[1])
-            if "RANK" in env and parent == pid and any(word.endswith(("main.py", "stopping.py")) for word in line[:4]):
-                found[int(env["RANK"])] = child
+            if "RANK" in env and any(word.endswith(("main.py", "stopping.py")) for word in line[:4]):
+                found.setdefault(int(env["RANK"]), child)  # its loading processes, which look alike, come later
     return found
 
 

@@ -204,12 +204,12 @@ class Middle:
             mount.do("mount", "--bind", mount.folder, kept)
             mount.do("umount", "--lazy", mount.folder)
             code, lines = run.wait(), error_lines(run.stderr())
-            strays = [path.name for path in mount.folder.iterdir() if path.suffix == ".pth"]
+            strays = [path.name for path in mount.folder.iterdir()]
             mount.do("mount", "--bind", kept, mount.folder)
             row.check(
                 complain(code == 2 and len(lines) == 1, f"exit {code}: {run.stderr()[-300:]!r}"),
                 complain("if its disk was unmounted" in run.stderr(), f"it said {lines}"),
-                complain(not strays, f"checkpoints below the mount: {strays}"),
+                complain(not strays, f"files below the mount: {strays}"),
                 self.continued(mount),
             )
 
@@ -251,6 +251,8 @@ def body(table, args, base: Path) -> None:
         if have_strace():
             with table.row("a slow disk", "strace's delay, 0.3 s for each fsync") as row:
                 middle.slow(row)
+    else:
+        table.skip("a full, read-only, vanishing or slow disk", "mounts are not allowed here")
     if have_strace():
         with table.row("errors of the disk while saving", "strace's injection") as row:
             cases = {

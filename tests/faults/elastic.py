@@ -1,7 +1,7 @@
 """A training process is killed, and torchrun restarts them all: python tests/faults/elastic.py [--runs 10]
 
-With --max-restarts the run must continue from its newest checkpoint by itself, with --standalone and with a port that
-was given, and end with the bits of one that nobody disturbed.
+With --max-restarts the run must continue from its newest checkpoint by itself, with --standalone, with a port that was
+given, and where torchrun's own store is not shared, and end with the bits of one that nobody disturbed.
 """
 
 import os
@@ -13,26 +13,35 @@ from pathlib import Path
 from common import Row, Started, command, complain, make_data, ranks, result, run_program, status, words
 
 PROCESSES = 2
-LAUNCHERS = {"--standalone": ("--standalone", "--max-restarts=3"), "--master-port": ("--max-restarts=3",)}
+# Options of torchrun, and of the environment.
+LAUNCHERS = {
+    "--standalone": (("--standalone", "--max-restarts=3"), {}),
+    "--master-port": (("--max-restarts=3",), {}),
+    "no shared store": (("--standalone", "--max-restarts=3"), {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}),
+}
 WITHIN_S = 180  # a restart that hangs would wait for --dist-timeout, half an hour
 
 
-def start(base: Path, folder: Path, launcher: tuple[str, ...] = ()) -> Started:
+def start(base: Path, folder: Path, name: str = "--master-port") -> Started:
+    launcher, env = LAUNCHERS[name]
     options = words(make_data(base / "data", train=20, val=10), folder, epochs=2)
-    return Started(command(options, processes=PROCESSES, launcher=launcher), base / "out")
+    return Started(command(options, processes=PROCESSES, launcher=launcher), base / "out", **env)
 
 
-def kills(row: Row, base: Path, launcher: tuple[str, ...], runs: int, expected: tuple, seed: int) -> None:
+def kills(row: Row, base: Path, name: str, runs: int, expected: tuple, seed: int) -> None:
     """Kill a process, another one each time, at a time drawn by the seed."""
     draw, slowest = random.Random(seed), 0.0
     for number in range(runs):
-        folder, rank, delay = base / f"run{'-'.join(launcher)}-{number}", number % PROCESSES, draw.uniform(0, 1.5)
-        run = start(base, folder, launcher)
+        folder, rank, delay = base / f"{name}-{number}", number % PROCESSES, draw.uniform(0, 1.5)
+        run = start(base, folder, name)
         if not run.wait_for(lambda run=run: "Epoch: [0]" in run.stdout()):
             row.lost(f"it ended too early: {run.stderr()[-300:]}")
             continue
         time.sleep(delay)
-        os.kill(ranks(run.process.pid)[rank], signal.SIGKILL)
+        if (pid := ranks(run.process.pid).get(rank)) is None:
+            row.lost(f"it ended within {delay:.2f} s, before the kill: {run.stderr()[-300:]}")
+            continue
+        os.kill(pid, signal.SIGKILL)
         begin = time.monotonic()
         try:
             code = run.wait(WITHIN_S)
@@ -55,9 +64,9 @@ def body(table, args, base: Path) -> None:
     if whole.wait() != 0:
         raise RuntimeError(f"the undisturbed run failed: {whole.stderr()[-500:]}")
     expected = result(base / "whole")
-    for name, launcher in list(LAUNCHERS.items())[: 1 if args.short else None]:
+    for name in list(LAUNCHERS)[: 1 if args.short else None]:
         with table.row("a training process killed, --max-restarts=3", f"{PROCESSES} processes, {name}") as row:
-            kills(row, base, launcher, 1 if args.short else args.runs, expected, args.seed)
+            kills(row, base, name, 1 if args.short else args.runs, expected, args.seed)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,22 @@ Two network namespaces, joined by a pair of virtual interfaces, stand for the ma
 process numbers of its own. They train together, under torchrun's static and its c10d rendezvous, with the bits and the
 exact evaluation of two processes on one machine. When one is killed, the other ends with one line, and continues alone.
 When the link goes down in the middle of the training, both end after --dist-timeout with one line, and continue
-together: started again by hand, or by torchrun's --max-restarts. Skipped where namespaces are not allowed.
+together: started again by hand, or by torchrun's --max-restarts, which also outlives a process that is killed. Skipped
+where namespaces are not allowed.
 """
 
 import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common import ROOT, Started, command, complain, error_lines, make_data, result, run_program, status, words
+from common import ROOT, Started, command, complain, error_lines, make_data, ranks, result, run_program, status, words
 
 DIST_S, ADDRESSES = 15, ("10.77.0.1", "10.77.0.2")
 LINE_S, LAUNCHER_S = 5, 75  # the most that the line takes after its cause, and that torchrun takes after the line
@@ -25,18 +27,20 @@ DOWN_S = (5, 25)  # how long the link stays down after both lines: less and more
 GONE = "^main.py: error: no answer from another process of this run"
 
 
-def why_not() -> str:
+def unsupported_reason() -> str:
     """Return why there can be no two machines here; empty if there can."""
     missing = [name for name in ("ip", "unshare") if shutil.which(name) is None]
     if sys.platform != "linux" or missing:
         return f"no {' and no '.join(missing) or 'Linux'} here"
     name = f"twins-{os.getpid()}-try"
-    for line in (["ip", "netns", "add", name], ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "true"]):
-        done = subprocess.run(line, capture_output=True, text=True)
-        if done.returncode:
-            return f"namespaces are not allowed here ({done.stderr.strip()[:100]})"
-    subprocess.run(["ip", "netns", "delete", name], check=True)
-    return ""
+    try:
+        for line in (["ip", "netns", "add", name], ["unshare", "--uts", "--pid", "--fork", "--mount-proc", "true"]):
+            done = subprocess.run(line, capture_output=True, text=True)
+            if done.returncode:
+                return f"namespaces are not allowed here ({done.stderr.strip()[:100]})"
+        return ""
+    finally:
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
 
 
 class Machines:
@@ -88,8 +92,14 @@ class Machines:
                 if run.process.poll() is None:
                     run.kill()
 
-    def set_link(self, state: str) -> None:
-        ip("-n", self.names[0], "link", "set", self.links[0], state)
+    @contextlib.contextmanager
+    def link_down(self) -> Iterator[None]:
+        link = ["-n", self.names[0], "link", "set", self.links[0]]
+        ip(*link, "down")
+        try:
+            yield
+        finally:
+            ip(*link, "up")
 
 
 def ip(*words: str) -> None:
@@ -162,11 +172,28 @@ class Scenes:
         with self.machines.running(self.base, self.options(folder), "static") as runs:
             if not runs[0].wait_for(lambda: "Epoch: [1]" in runs[0].stdout()):
                 return [f"it ended too early: {runs[0].stderr()[-300:]}"], ""
-            self.machines.set_link("down")
-            problems, took = self.end(runs, DIST_S + LINE_S)
+            with self.machines.link_down():
+                problems, took = self.end(runs, DIST_S + LINE_S)
         problems.append(complain(status(folder)["state"] == "failed", f"status.json: {status(folder)}"))
-        self.machines.set_link("up")
         return problems + self.together(folder, "static"), f"both lines after {took:.1f} s"
+
+    def restarted(self, rendezvous: str) -> tuple[list[str], str]:
+        """Kill the second machine's training process; torchrun restarts both."""
+        folder = self.base / f"restarted-{rendezvous}"
+        with self.machines.running(self.base, self.options(folder), rendezvous, "--max-restarts=3") as runs:
+            if not runs[0].wait_for(lambda: "Epoch: [1]" in runs[0].stdout()):
+                return [f"it ended too early: {runs[0].stderr()[-300:]}"], ""
+            os.kill(ranks(runs[1].process.pid)[1], signal.SIGKILL)
+            begin = time.monotonic()
+            problems = self.finished(folder, runs)
+            return problems, f"ended {time.monotonic() - begin:.0f} s after the kill"
+
+    def finished(self, folder: Path, runs: list[Started]) -> list[str]:
+        """Wait for the end of restarted runs; return the problems."""
+        codes = [run.wait() for run in runs]
+        if codes != [0, 0]:
+            return [f"exit {codes}: {[error_lines(run.stderr()) for run in runs]}"]
+        return [complain(result(folder) == self.expected, "other bits than two processes on one machine")]
 
     def plugged_in_again(self, down: float) -> tuple[list[str], str]:
         """Take the link down, and up again after both lines and `down` seconds; torchrun restarts both."""
@@ -174,25 +201,14 @@ class Scenes:
         with self.machines.running(self.base, self.options(folder), "static", "--max-restarts=3") as runs:
             if not runs[0].wait_for(lambda: "Epoch: [1]" in runs[0].stdout()):
                 return [f"it ended too early: {runs[0].stderr()[-300:]}"], ""
-            self.machines.set_link("down")
             begin = time.monotonic()
-            for run in runs:
-                run.wait_for(lambda run=run: error_lines(run.stderr()))
-            time.sleep(down)
-            self.machines.set_link("up")
-            took = time.monotonic() - begin
-            codes = [run.wait() for run in runs]
-            said = [error_lines(run.stderr()) for run in runs]
-        problems = [
-            complain(codes == [0, 0], f"exit {codes}: {said}"),
-            complain(
-                codes != [0, 0] or result(folder) == self.expected, "other bits than two processes on one machine"
-            ),
-        ]
-        return (
-            problems,
-            f"down for {took:.0f} s; lines of the two machines: {', '.join(str(len(each)) for each in said)}",
-        )
+            with self.machines.link_down():
+                for run in runs:
+                    run.wait_for(lambda run=run: error_lines(run.stderr()))
+                time.sleep(down)
+            took, problems = time.monotonic() - begin, self.finished(folder, runs)
+            counts = ", ".join(str(len(error_lines(run.stderr()))) for run in runs)
+        return problems, f"down for {took:.0f} s; lines of the two machines: {counts}"
 
     def end(self, runs: list[Started], within: float) -> tuple[list[str], float]:
         """Wait for the one line of each run, and for its end; return the problems, and when the last line came."""
@@ -208,7 +224,7 @@ class Scenes:
 
 
 def body(table, args, base: Path) -> None:
-    if reason := why_not():
+    if reason := unsupported_reason():
         table.skip("two machines", reason)
         return
     with Machines() as machines:
@@ -221,6 +237,9 @@ def body(table, args, base: Path) -> None:
         for rendezvous in ("static", "c10d"):
             with table.row("training on two machines", f"network namespaces, {rendezvous} rendezvous") as row:
                 row.check(*scenes.together(base / rendezvous, rendezvous))
+            with table.row("one of two processes killed", f"SIGKILL; {rendezvous}, --max-restarts=3") as row:
+                problems, row.notes = scenes.restarted(rendezvous)
+                row.check(*problems)
         with table.row("evaluation on two machines", "network namespaces") as row:
             row.check(*scenes.evaluation())
         with table.row("the link between two machines down", "ip link set down") as row:

@@ -27,6 +27,7 @@ def listed(folder):
 
 
 def batches(data, folder, *words):
+    folder.mkdir()
     args = parse(*small(data, folder, "--bad-images", "skip", *words))
     train_set, _ = datasets.build_datasets(args)
     loader = datasets.build_train_loader(args, train_set, torch.device("cpu"))
@@ -77,7 +78,7 @@ def test_too_many_end_the_run_in_a_line(workers, broken, tmp_path, capsys):
     words = ["--bad-images", "skip", "--max-bad", 1, "--num_workers", workers]
     assert here(*small(broken, tmp_path / "run", *words)) == 2
     (error,) = errors_of(capsys.readouterr().err)
-    assert error.startswith("main.py: error: more than 1 training images cannot be read (--max-bad 1): look at ")
+    assert error.startswith("main.py: error: more than 1 training images cannot be read (--max-bad 1): repair those ")
     assert len(listed(tmp_path / "run")) == 2
 
 
@@ -105,7 +106,7 @@ def test_the_replacement_changes_with_the_epoch_and_stays_in_the_class():
 
 
 def test_lines_are_added_once(tmp_path):
-    file = tmp_path / "new" / "bad_images.txt"
+    file = tmp_path / "bad_images.txt"
     assert [files.add_line(file, key, "x") for key in ("a", "b", "a", "a b")] == [1, 2, 2, 3]
     assert files.lines(file) == [b"a\tx", b"b\tx", b"a b\tx"]
 

@@ -41,7 +41,7 @@ def test_dead_processes_are_not_met(agent, monkeypatch):
     with pytest.raises(UserError) as error:
         join(2)
     assert time.monotonic() - begin < 10 and not dist.is_initialized()
-    line = "the processes did not meet again within 1 s (missing: 1 of 2): look at their machines, then start again"
+    line = "the processes did not meet within 1 s (missing: 1 of 2): look at their machines, then start again"
     assert str(error.value) == f"{line} with --resume auto"
 
 

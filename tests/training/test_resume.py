@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,6 +368,21 @@ def test_the_last_checkpoints_are_kept_also_across_a_resume(keep, toy, tmp_path,
     assert {path.name for path in tmp_path.glob("checkpoint-*.pth")} == expected
     for path in files.candidates(tmp_path):
         checkpoint.load(path)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(toy, tmp_path, monkeypatch, capsys):
+    unlink = Path.unlink
+
+    def failing(path, missing_ok=False):
+        if files.OLDER.fullmatch(path.name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", failing)
+    assert here(*words(toy, tmp_path)) == 0
+    line = f"cannot delete an old checkpoint ({tmp_path / 'checkpoint-0000-000002.pth'}): Input/output error"
+    assert line in capsys.readouterr().err
+    checkpoint.load(tmp_path / "checkpoint.pth")
 
 
 def test_keep_going_tries_again_at_the_next_save(toy, tmp_path, monkeypatch, capsys):
