@@ -58,7 +58,8 @@ def accelerate(model: nn.Module, enable: bool = True) -> nn.Module:
     layer stays in the cache. And modules with an attribute `accelerated`, the attentions of gvt.py, are told by it:
 
     - on a CPU, fused attention in half precision with gradients goes through float32, whose backward pass is faster;
-    - on a CPU without AMX, fused attention in bfloat16 without gradients goes through batched GEMMs, if keys are few;
+    - on a CPU, fused attention in bfloat16 without gradients goes through batched GEMMs, if keys are few and the model
+      is compiled or the processor has no AMX;
     - on a GPU with TWINS_WINDOW_KERNEL=1, LSA is one Triton kernel (gvt_ops/window_attention.py).
 
     With TWINS_ACCELERATE=0 in the environment the model is left, or made, plain.

@@ -29,7 +29,7 @@ ARROWS = {
     "training/command_line": set(),
     "training/config": {"training/command_line"},
     "training/recipe_options": {"training/command_line", "training/errors"},
-    "training/options": {"training/command_line", "training/config", "training/recipe_options"},
+    "training/options": {f"training/{name}" for name in ("command_line", "config", "recipe_options", "threads")},
     "training/files": {"training/errors"},
     "training/launcher": {"training/errors"},
     "training/devices": {"training/errors"},
@@ -42,7 +42,7 @@ ARROWS = {
     "training/precision": {"gvt", "training/errors", "training/options"},
     "training/processes": {"training/errors", "training/launcher", "utils"},
     "training/augment": set(),  # what a device does to a batch, drawn in training/batches
-    "training/images": {"training/errors", "utils"},
+    "training/images": {"training/command_line", "training/errors", "utils"},
     "training/folders": {"training/errors", "training/images", "utils"},
     "training/archives": {"training/errors", "training/files", "training/folders", "utils"},
     "training/bad_images": {"training/errors", "training/files", "utils"},

@@ -166,10 +166,12 @@ def test_files_and_tests_that_are_named_exist(page):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/using.md"])
 def test_the_python_of_the_pages_runs(page, classifier, tmp_path, monkeypatch, capsys):
-    """One block after the other, without a download, where a checkpoint and an image are."""
+    """One block after the other, without a download, with a checkpoint and an image where make demo has them."""
     monkeypatch.chdir(tmp_path)
-    shutil.copy(classifier, "checkpoint_best.pth")
-    Image.new("RGB", (50, 40)).save("image.jpg")
+    for folder in ("output/demo", "data/digits/val/3"):
+        Path(folder).mkdir(parents=True)
+    shutil.copy(classifier, "output/demo/checkpoint_best.pth")
+    Image.new("RGB", (50, 40)).save("data/digits/val/3/0045.png")
     names = {}
     for block in re.findall(r"```python\n(.*?)```", TEXTS[page], re.S):
         if "pytorch_grad_cam" in block:

@@ -12,7 +12,6 @@ import gvt  # noqa: F401  before timm: lets torchvision be imported beside a CPU
 import argparse
 import functools
 import itertools
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,11 +20,12 @@ from pathlib import Path
 
 from tools.check_files import Finding, Item, decode_image, look_at_all
 from training import sources
+from training.command_line import add_max_pixels
 from training.errors import UserError, exit_code
 from training.folders import check_levels, class_folders, log_unread, walk
-from training.images import MAX_PIXELS
-from training.options import Parser, count, path, positive, split
+from training.options import Parser, count, path, split
 from training.outputs import check_new, write_rows
+from training.threads import cores
 from utils import log
 
 SHOWN = 30  # findings on the terminal; --csv has all
@@ -89,8 +89,8 @@ def main(argv: list[str]) -> int:
     add("--val-labels", type=path, default="", metavar="FILE", help="classes of a flat val folder, as for main.py")
     add("--class-map", type=path, default="", metavar="FILE", help="class names, as for main.py")
     add("--csv", type=Path, metavar="FILE", help="write all findings: path, problem")
-    add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse larger images (%(default)s)")
-    add("--workers", type=count, default=os.cpu_count(), metavar="N", help="processes, 0: none but this (%(default)s)")
+    add_max_pixels(parser)
+    add("--workers", type=count, default=cores(), metavar="N", help="processes, 0: none but this (%(default)s)")
     args = parser.parse_args(argv)
     if bool(args.config) == bool(args.data_path):
         raise UserError("what to check (command line): pass --data-path FOLDER, or CONFIG")

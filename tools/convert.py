@@ -30,9 +30,10 @@ from torch import Tensor
 from tools import hub
 from training import checkpoint, formats
 from training.checkpoint import Checkpoint
-from training.errors import UserError, exit_code, short_reason
+from training.errors import UserError, exit_code
 from training.files import write_text
 from training.options import Parser
+from training.outputs import writing
 
 
 def convert(
@@ -50,7 +51,7 @@ def convert(
     written, not_held, notes = formats.from_official(state, fmt, source=source, no_head=no_head)
     record = {"source": source, "format": found, "written_as": fmt, "tensors": list(written)}
     record |= {"left_out": others + not_held, "notes": notes}
-    try:
+    with writing(out):
         if fmt == "hub":
             name = hub.write(out, owned(written), file, variant=variant, ema=ema)
             notes.append(f"its model is {name}{', import gvt first' if name in gvt.MODEL_NAMES else ''}")
@@ -58,12 +59,6 @@ def convert(
             write(out, fmt, written)
         if report:
             write_text(report, json.dumps(record, indent=1) + "\n")
-    except UserError:
-        raise
-    except Exception as error:
-        # A full disk ends in one of many types, and torch's hides the system's.
-        reason = short_reason(error.__context__ or error)[:120]
-        raise UserError(f"cannot write ({out}): {reason}; is there room, and the right to write?") from error
     line = f"{source} ({found}, {variant}) -> {out} ({fmt}): {len(written)} tensors"
     for what, names in (("left out with the rest of the model", others), ("not held by it", not_held)):
         if names:

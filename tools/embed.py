@@ -5,8 +5,6 @@ The file holds, for each image that can be read, `features` (N, C), what the cla
 --plot draws the features in two dimensions; --neighbors finds the images most like others.
 """
 
-import gvt
-
 # isort: split
 import io
 import sys
@@ -165,8 +163,7 @@ def run(args) -> int:
     check_outputs(args)
     device = user_images.choose(args.device)
     model = trained.load(args.weights, args.model, device, fast=True)
-    if not isinstance(model.model, gvt.Twins):
-        raise UserError(f"not a Twins ({model.name}): use one of {', '.join(gvt.MODEL_NAMES)}")
+    model.require_twins()
     found = embed(args.images, model, device, args)
     query = embed(args.neighbors, model, device, args) if args.neighbors else None
     unread = found.unread + (query.unread if query else 0)

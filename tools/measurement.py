@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import platform
 import random
 import statistics
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 import utils
+from gvt_ops.onednn import PROCESSOR
 from training import files, threads
 from training.errors import UserError
 
@@ -82,12 +84,12 @@ def hardware(device: torch.device) -> str:
 
 def processor() -> dict:
     """Return the name, and of PROCESSOR_FLAGS those that it has. Only Linux tells flags."""
-    info, found = Path("/proc/cpuinfo"), {}
-    for line in info.read_text().splitlines() if info.exists() else ():
+    found = {}
+    for line in PROCESSOR.splitlines():
         key, _, value = line.partition(":")
         found.setdefault(key.strip(), value.strip())
     flags = [flag for flag in PROCESSOR_FLAGS if flag in found.get("flags", "").split()]
-    return {"name": found.get("model name") or utils.platform.machine(), "flags": flags}
+    return {"name": found.get("model name") or platform.machine(), "flags": flags}
 
 
 def text_table(rows: Sequence[Mapping[str, object]]) -> str:

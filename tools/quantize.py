@@ -22,6 +22,7 @@ from tools.trained import Trained
 from training.errors import UserError
 from training.folders import image_files
 from training.images import ImageReader
+from training.outputs import writing
 from utils import log
 
 IMAGES = 300  # for calibration, spread evenly over those given
@@ -68,7 +69,7 @@ def write_onnx(program: ExportedProgram, path: Path, info: dict, images: list[Te
         runtimes.write(program, "onnx", plain, info)
         root.setLevel(logging.ERROR)  # advice about models with other layers
         try:
-            with runtimes.writing(path):
+            with writing(path.name):
                 quantization.quantize_static(
                     plain,
                     path,
@@ -101,6 +102,6 @@ def write_openvino(program: ExportedProgram, path: Path, info: dict, images: lis
             ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False),
             advanced_parameters=nncf.AdvancedQuantizationParameters(activations_range_estimator_params=ranges),
         )
-    with runtimes.writing(path):
+    with writing(path.name):
         openvino.save_model(quantized.result(), path, compress_to_fp16=False)
         runtimes.write_info(path, info)

@@ -24,8 +24,9 @@ from torch.export import ExportedProgram
 from gvt import SMALLEST
 from gvt_ops.torch_private import export
 from tools.extra import need
-from training.errors import UserError, short_reason
+from training.errors import UserError
 from training.files import sync_folder
+from training.outputs import writing
 
 Outputs = Tensor | tuple[Tensor, ...]
 SUFFIXES = {"pt2": ".pt2", "onnx": ".onnx", "openvino": ".xml", "safetensors": ".safetensors"}
@@ -88,7 +89,7 @@ def write(program: ExportedProgram, fmt: str, path: Path, info: dict, outputs: S
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the libraries about each other
         save = {"pt2": pt2_writer, "onnx": onnx_writer, "openvino": openvino_writer}[fmt](program, info, outputs)
-        with writing(path):
+        with writing(path.name):
             save(path)
             if fmt != "onnx":
                 write_info(path, info)
@@ -193,18 +194,6 @@ def openvino_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix="openvino")
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Make whatever ends the writing of a file one line: a full disk ends in one of many types of errors."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = short_reason(error.__context__ or error)[:120]
-        raise UserError(f"cannot write ({path.name}): {reason}; is there room, and the right to write?") from error
-
-
 def check_new(output: Path, fmt: str, *, overwrite: bool) -> None:
     """Raise UserError for a name that no file of this format can have, or that exists."""
     if output.suffix != SUFFIXES[fmt]:
@@ -228,10 +217,10 @@ def staged(output: Path) -> Iterator[Path]:
     """
     folder = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
-        with writing(output):
+        with writing(output.name):
             folder.mkdir()
         yield folder / output.name
-        with writing(output):
+        with writing(output.name):
             # The file that others open comes last, so that what belongs to it is there.
             for path in sorted(folder.iterdir(), key=lambda path: path.name == output.name):
                 with open(path, "rb") as file:

@@ -96,7 +96,7 @@ def project(args: argparse.Namespace) -> list[dict]:
             "efficiency": f"{found['efficiency']:.3f}",
             "img/s": f"{found['images_per_s']:.0f}",
             "300 epochs (h)": f"{300 * IMAGENET / found['images_per_s'] / 3600:.1f}",
-            "cores a node": f"{found['cores']:.0f}",
+            "cores a node": str(math.ceil(found["cores"])),
             "bottleneck": ", ".join(found["bottlenecks"]) or "none",
         }
         rows.append(row)

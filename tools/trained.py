@@ -16,6 +16,7 @@ from gvt_ops.transforms import SMALL, eval_transform, resized_sides, sides
 from training import formats
 from training.checkpoint import Checkpoint, load_into, number_of_classes
 from training.errors import UserError
+from training.options import ALPHA
 from utils import log
 
 
@@ -40,6 +41,11 @@ class Trained:
     @property
     def sides(self) -> tuple[int, int]:
         return sides(self.size)
+
+    def require_twins(self) -> None:
+        """Raise UserError for a model of another library."""
+        if not isinstance(self.model, gvt.Twins):
+            raise UserError(f"not a Twins ({self.name}): use one of {', '.join(gvt.MODEL_NAMES)}")
 
     def check_sides(self, width: int, height: int, max_pixels: int) -> None:
         """Raise UserError for an image so narrow that its resize for evaluation would make more than max_pixels."""
@@ -75,7 +81,7 @@ def load(weights: str, model: str | None = None, device: torch.device | str = "c
     network = timm.create_model(name, num_classes=number, **settings)
     load_into(network, state, source=file.source, lists_all="TWINS_DEBUG=1")
     network = accelerate(network) if fast and isinstance(network, gvt.Twins) else network
-    alpha = stored.get("alpha") if stored.get("alpha") in ("white", "black", "drop") else "white"
+    alpha = stored.get("alpha") if stored.get("alpha") in ALPHA else "white"
     return Trained(
         network.eval().to(device), eval_transform(size, crop, *normal), classes, name, size, crop, *normal, alpha
     )

@@ -18,12 +18,15 @@ from tqdm import tqdm
 from engine import autocast
 from tools.trained import Trained
 from training.batches import Sample, Uint8Transform, build_loader
+from training.command_line import add_device, add_max_pixels
 from training.devices import choose_device
 from training.errors import UserError, short_reason
 from training.folders import image_files
-from training.images import BACKGROUNDS, MAX_PIXELS, ImageReader
-from training.options import Parser, count, path, positive
+from training.images import ImageReader
+from training.options import ALPHA, Parser, count, path, positive
+from training.precision import amp_dtype
 from training.processes import loading_error
+from training.threads import cores
 from utils import keep_freed_memory
 
 FEW = 64  # images that are read without processes of their own
@@ -41,15 +44,15 @@ def add_options(parser: Parser) -> None:
     add("--weights", required=True, type=path, metavar="FILE", help="a trained classifier")
     add("--model", metavar="NAME", help="(what FILE says, or the shapes of its weights)")
     add("--batch-size", type=positive, default=32, metavar="N", help="(%(default)s)")
-    add("--device", metavar="NAME", help="cuda or cpu; if not given: cuda if there is one")
+    add_device(parser)
     precisions = ("float16", "bfloat16", "float32")
     add("--amp-dtype", choices=precisions, help="precision of the forward pass (CUDA: float16, CPU: float32)")
     add(
         "--num-workers", type=count, metavar="N", help=f"processes that read (4, or fewer cores; up to {FEW} images: 0)"
     )
-    add("--alpha", choices=tuple(BACKGROUNDS) + ("drop",), help="under transparent pixels (as FILE was trained with)")
+    add("--alpha", choices=ALPHA, help="under transparent pixels (as FILE was trained with)")
     add("--exif", default="apply", choices=("apply", "ignore"), help="the EXIF orientation of images (%(default)s)")
-    add("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help="refuse larger images (%(default)s)")
+    add_max_pixels(parser)
     add("--overwrite", action="store_true", help="replace output files that exist")
 
 
@@ -116,8 +119,8 @@ def outputs(
     dataset = Images(paths, trained, build_reader(trained, args))
     workers = args.num_workers
     if workers is None:
-        workers = min(4, os.cpu_count() or 1) if len(paths) > FEW else 0
-    dtype = getattr(torch, args.amp_dtype or ("float16" if device.type == "cuda" else "float32"))
+        workers = min(4, cores()) if len(paths) > FEW else 0
+    dtype = amp_dtype(args, device)
     settings = dict(batch_size=args.batch_size, workers=workers, pin_memory=device.type == "cuda", drop_last=False)
     remaining, progress = iter(paths), tqdm(total=len(paths), unit=" images", disable=None)
     with explained(args.batch_size), progress, torch.inference_mode():

@@ -21,9 +21,10 @@ from tools import trained
 from tools.trained import Trained
 from tools.user_images import choose
 from training import options
+from training.command_line import MAX_PIXELS, add_device, add_max_pixels
 from training.errors import UserError, print_error
 from training.folders import image_files, numbered_names
-from training.images import MAX_PIXELS, ImageReader
+from training.images import ImageReader
 from training.outputs import make_folder, write_file
 
 
@@ -98,8 +99,7 @@ def seen_box(width: int, height: int, size: int | tuple[int, int], crop: float) 
 def load(args: argparse.Namespace) -> Trained:
     """Return the classifier of add_options; raise UserError if it is another library's."""
     made = trained.load(args.weights, args.model, choose(args.device))
-    if not isinstance(made.model, gvt.Twins):
-        raise UserError(f"not a Twins ({made.name}): use one of {', '.join(gvt.MODEL_NAMES)}")
+    made.require_twins()
     return made
 
 
@@ -173,12 +173,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME", help="a model of gvt.py, if the checkpoint does not name it")
     add("--output", required=True, type=Path, metavar="DIR", help="a folder for the figures")
     add("--whole", action="store_true", help="the whole image at its own size, not the evaluation's resize and crop")
-    add("--device", metavar="NAME", help="cuda or cpu; if not given: cuda if there is one")
-    add(
-        "--max-pixels",
-        type=options.positive,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="refuse larger images (%(default)s)",
-    )
+    add_device(parser)
+    add_max_pixels(parser)
     add("--overwrite", action="store_true", help="replace figures that exist")

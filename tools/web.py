@@ -38,7 +38,7 @@ from tools.extra import need
 from tools.trained import Trained
 from tools.views import View
 from training import options
-from training.command_line import numbers
+from training.command_line import add_device, add_max_pixels, numbers
 from training.errors import UserError, exit_code, short_reason
 from training.folders import image_files
 from training.images import ImageReader
@@ -283,14 +283,8 @@ def main(argv: list[str]) -> int:
     add("--examples", type=options.path, metavar="FOLDER", help=f"show {EXAMPLES} of its images to choose from")
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="who can reach the page (%(default)s: this machine)")
     add("--port", type=numbers(int, "a port, 1 to 65535", lambda port: 1 <= port < 65536), default=7860)
-    add("--device", metavar="NAME", help="cuda or cpu; if not given: cuda if there is one")
-    add(
-        "--max-pixels",
-        type=options.positive,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="refuse larger images (%(default)s)",
-    )
+    add_device(parser)
+    add_max_pixels(parser, MAX_PIXELS)
     return run(parser.parse_args(argv))
 
 

@@ -77,6 +77,7 @@ positive = numbers(int, "a number from 1 up", lambda value: value >= 1)
 count = numbers(int, "a number from 0 up", lambda value: value >= 0)
 seed = numbers(int, "a number", lambda value: True)
 LARGEST = 16384  # pixels
+MAX_PIXELS = 178_956_970  # of an image; Pillow raises an error above it by default
 pixels = numbers(int, f"a number of pixels from 1 to {LARGEST}", lambda value: 1 <= value <= LARGEST)
 wait = numbers(int, "a number of seconds from 0 up", lambda value: 0 <= value < 10**6)
 seconds = numbers(int, "a number of seconds from 1 up", lambda value: 1 <= value < 10**6)
@@ -97,3 +98,16 @@ def split(text: str) -> str:
     if not is_name(path(text)):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a name")
     return text
+
+
+# ---------------------------------------------------------------- options of several programs
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="cuda or cpu; if not given: cuda if there is one")
+
+
+def add_max_pixels(parser, default: int = MAX_PIXELS) -> None:
+    """Add --max-pixels to a parser or one of its groups."""
+    what = "refuse larger images (%(default)s)"
+    parser.add_argument("--max-pixels", type=positive, default=default, metavar="N", help=what)

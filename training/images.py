@@ -14,6 +14,7 @@ import torch
 from PIL import ExifTags, Image, PngImagePlugin
 from torch.utils.data import get_worker_info
 
+from training.command_line import MAX_PIXELS
 from training.errors import UserError, short_reason
 from utils import log, warn
 
@@ -38,7 +39,6 @@ FORMATS = (
     ),
     *("PCX", "DCX", "PSD", "QOI", "SGI", "SUN", "XBM", "XPM", "MSP", "IM", "CUR", "BLP", "FTEX", "FLI", "PIXAR"),
 )
-MAX_PIXELS = 178_956_970  # Pillow raises an error above it by default
 BACKGROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
 ORIENTATIONS = {  # EXIF orientation: from the stored to the shown image, transpose, then flip columns, then flip rows
     **{1: (False, False, False), 2: (False, True, False), 3: (False, True, True), 4: (False, False, True)},

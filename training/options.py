@@ -13,6 +13,7 @@ from training.command_line import (
     LARGEST,
     Parser,
     above_zero,
+    add_max_pixels,
     amount,
     count,
     fraction,
@@ -27,6 +28,7 @@ from training.command_line import (
     split,
     wait,
 )
+from training.threads import cores
 
 # What the official code accepts and this one cannot honor: each ends with what to use instead.
 REFUSED = {
@@ -104,8 +106,7 @@ class Options(argparse.Namespace):
     @property
     def workers(self) -> int:
         """Return the number given; else the official 10, but at most this process's share of the machine's cores."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        share = cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         return self.num_workers if "num_workers" in self.given else min(self.num_workers, max(share, 1))
 
 
@@ -193,7 +194,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--smoothing", type=probability, default=0.1, metavar="F", help="of labels (%(default)s)")
     kinds = ("random", "bilinear", "bicubic", "lanczos")
     add("--train-interpolation", default="bicubic", choices=kinds, help="(%(default)s)")
-    add("--repeated-aug", action="store_true", help="each image three times an epoch")
+    add("--repeated-aug", action="store_true", help="a third of the images in each epoch, three times each")
     add("--no-repeated-aug", action="store_false", dest="repeated_aug", help="(default)")
     add("--reprob", type=probability, default=0.25, metavar="P", help="of random erasing (%(default)s)")
     add("--remode", default="pixel", choices=("const", "rand", "pixel"), help="(%(default)s)")
@@ -210,7 +211,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--mixup-switch-prob", type=probability, default=0.5, metavar="P", help="of cutmix beside mixup (%(default)s)")
     add("--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="(%(default)s)")
 
-    add = parser.add_argument_group("data").add_argument
+    data = parser.add_argument_group("data")
+    add = data.add_argument
     default = "/datasets01/imagenet_full_size/061417/"
     add("--data-path", type=path, default=default, metavar="FOLDER", help="of train/CLASS/*, val/CLASS/* (%(default)s)")
     what = "images for training in --data-path: a folder, .tar, .zip, .csv or shards of this name (%(default)s)"
@@ -233,7 +235,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--eval-crop-ratio", type=share, default=0.875, metavar="F", help="share of the resized side (%(default)s)")
     add("--alpha", default="white", choices=ALPHA, help="under transparent pixels (%(default)s)")
     add("--exif", default="ignore", choices=EXIF, help="the EXIF orientation of images (%(default)s)")
-    add("--max-pixels", type=positive, default=178_956_970, metavar="N", help="refuse larger images (%(default)s)")
+    add_max_pixels(data)
     what = "with --eval: a CSV of each class's top-1 and the confusion matrix, and a figure"
     add("--per-class", type=path, default="", metavar="FILE", help=what)
     what = "with --eval: each image's label and top-5 as CSV, JSON or JSON lines (.jsonl)"
@@ -244,7 +246,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--output_dir", type=path, default="", metavar="FOLDER", help="of a training run (./MODEL)")
     add("--overwrite", action="store_true", help="start in a folder that holds a run, and replace that run")
     what = (
-        "continue a checkpoint or a folder's newest whole one (auto: --output_dir); with --eval: weights, or its best"
+        "continue a checkpoint or a folder's newest intact one (auto: --output_dir); with --eval: weights, or its best"
     )
     add("--resume", type=path, default="", metavar="FILE", help=what)
     add("--resume-changed", action="store_true", help="continue although model, data or recipe differ from the stored")
@@ -260,7 +262,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dist_url", default="env://", metavar="URL", help="where processes meet (%(default)s)")
     note = "seconds that processes wait for one that does not answer (%(default)s)"
     add("--dist-timeout", type=seconds, default=1800, metavar="S", help=note)
-    note = "seconds to wait for the data-loading processes, 0 for ever (%(default)s)"
+    note = "seconds to wait for the data-loading processes, 0: no limit (%(default)s)"
     add("--loader-timeout", type=wait, default=1800, metavar="S", help=note)
     add("--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch without --use_env
     recipe_options.add_arguments(parser)

@@ -1,12 +1,13 @@
 """Files and folders that a command is asked to write: new ones unless it may overwrite, each whole or not at all."""
 
+import contextlib
 import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from training.errors import UserError
+from training.errors import UserError, short_reason
 from training.files import atomic_write
 
 TABLES = (".csv", ".json", ".jsonl")
@@ -50,6 +51,20 @@ def write_file(path: Path, option: str, write: Callable) -> None:
     except OSError as error:
         advice = "is there room, and the right to write?"
         raise UserError(f"cannot write ({option} {path}): {error.strerror or error}; {advice}") from error
+
+
+@contextlib.contextmanager
+def writing(name: object) -> Iterator[None]:
+    """Turn whatever ends the writing of a file into a UserError: a full disk ends in one of many types of errors, and
+    torch's hides the system's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = short_reason(error.__context__ or error)[:120]
+        raise UserError(f"cannot write ({name}): {reason}; is there room, and the right to write?") from error
 
 
 def write_rows(path: Path, option: str, fields: Sequence[str], rows: Iterable[Mapping]) -> None:

@@ -64,7 +64,7 @@ def add_arguments(parser: Parser) -> None:
     add("--model-kwargs", nargs="+", action=KeyValues, default={}, metavar="KEY=VALUE", help="for timm.create_model")
     what = "learning rates fall by this factor from the head down, block by block (not by default)"
     add("--layer-decay", type=share, metavar="F", help=what)
-    what = "do not train all but the head, or the first N stages"
+    what = "freeze everything but the head, or the first N stages"
     add("--freeze", type=frozen_part, default="", metavar="{backbone,stages:N}", help=what)
     what = "factor of the head's learning rate, beside that of --layer-decay (%(default)s)"
     add("--head-lr-scale", type=above_zero, default=1.0, metavar="F", help=what)
@@ -96,7 +96,7 @@ def add_arguments(parser: Parser) -> None:
     add("--dry-run", action="store_true", help=what)
 
     add = parser.add_argument_group("records").add_argument
-    add("--log-tensorboard", action="store_true", help="write each epoch's figures for TensorBoard too, into tb/")
+    add("--log-tensorboard", action="store_true", help="write each epoch's metrics for TensorBoard too, into tb/")
     add("--log-wandb", action="store_true", help="send them to Weights & Biases (WANDB_MODE=offline: to files)")
 
 

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import gc
 import glob
+import io
 import os
 import re
 from collections import Counter
@@ -302,19 +303,23 @@ def from_flat_folder(folder: Path, labels: Path, root: Path, names: list[str] | 
 # ---------------------------------------------------------------- text files
 
 
-def text_of(path: Path | str) -> str:
+def text_of(path: Path | str, errors: str = "strict") -> str:
     try:
-        return Path(path).read_text("utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig", errors)
     except (OSError, UnicodeError) as error:
         raise UserError(f"cannot read a text file ({path}): {getattr(error, 'strerror', '') or 'no UTF-8'}") from None
 
 
 def rows_of(path: Path) -> Iterator[list[str]]:
     """Yield the rows of a CSV file without empty ones, cells without blanks around them."""
+    for row in csv_rows(path):
+        if cells := [cell.strip() for cell in row]:
+            yield cells
+
+
+def csv_rows(path: Path, errors: str = "strict") -> Iterator[list[str]]:
     try:
-        for row in csv.reader(text_of(path).splitlines()):
-            if cells := [cell.strip() for cell in row]:
-                yield cells
+        yield from csv.reader(io.StringIO(text_of(path, errors), newline=""))
     except csv.Error as error:
         raise UserError(f"not a CSV file ({path}): {error}") from None
 
@@ -388,7 +393,8 @@ def split_file(args: Options) -> Path | None:
 
 
 def read_split(path: Path, whole: Images, root: Path) -> np.ndarray:
-    stored = {row[0]: row[1] for row in rows_of(path) if len(row) == 2}
+    rows = csv_rows(path, "surrogateescape")  # names of files may be any bytes
+    stored = {row[0]: row[1] for row in rows if len(row) == 2}
     names = [name.removeprefix(str(root)) for name, _ in whole.samples]
     if stored.pop("path", "") != "split" or stored.keys() != set(names) or {*stored.values()} != {"train", "val"}:
         raise UserError(f"other images than the run divided ({path}, {whole.where}): restore them, or start a new run")

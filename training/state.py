@@ -291,7 +291,8 @@ class CheckpointManager:
             state.best, state.best_epoch = best, epoch
         self.report_progress()
         inside = f" and {state.position[1]} updates" if state.progress else ""
-        log(f"resume: {source}, after epoch {state.epoch}{inside}, max accuracy {state.best:.2f}%")
+        epochs = f"{state.epoch + 1} epoch{'s' * (state.epoch != 0)}"
+        log(f"resume: {source}, after {epochs}{inside}, max accuracy {state.best:.2f}%")
 
     def newest(self, folder: Path) -> str:
         """Return the newest usable checkpoint of a folder, "" if it has none; warn of corrupt ones, and keep them."""

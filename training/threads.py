@@ -32,16 +32,21 @@ def describe() -> str:
     return f"threads that wait: {', '.join(given)}"
 
 
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cores_are_free() -> bool:
     """Return True if the machine has a core for each of our threads beside what runs now. False if it does not say."""
     try:
         running = statistics.median(_running() for _ in range(LOOKS)) - 1  # without this process
-        cores = min(os.cpu_count(), _quota())
+        available = min(os.cpu_count(), _quota())
     except (OSError, LookupError, ValueError):
         return False
     given = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(given) if given.isdecimal() else len(os.sched_getaffinity(0))
-    return 0 <= running <= cores - threads
+    threads = int(given) if given.isdecimal() else cores()
+    return 0 <= running <= available - threads
 
 
 def _running() -> int:

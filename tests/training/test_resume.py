@@ -231,7 +231,7 @@ def test_ctrl_c_with_nothing_to_save(words, whole, toy):
 def test_a_folder_is_resumed_from_its_newest(whole, toy, tmp_path, capsys):
     """Of the same folder, and of another one into a new one."""
     assert here(*words(toy, whole, "--resume", whole)) == 0
-    assert f"resume: {whole / 'checkpoint.pth'}, after epoch 2" in capsys.readouterr().out
+    assert f"resume: {whole / 'checkpoint.pth'}, after 3 epochs" in capsys.readouterr().out
     shutil.copytree(whole, tmp_path / "old")
     (tmp_path / "old" / "checkpoint.pth").unlink()
     assert here(*words(toy, tmp_path / "new", "--resume", tmp_path / "old")) == 0
@@ -275,7 +275,7 @@ def test_resume_auto(whole, toy, tmp_path, capsys):
     assert re.search(
         r"warning: not a readable checkpoint \(.*checkpoint.pth\).*trying the checkpoint before it", captured.err
     )
-    assert "resume: " in captured.out and "checkpoint-0002-000004.pth, after epoch 1 and 4 updates" in captured.out
+    assert "resume: " in captured.out and "checkpoint-0002-000004.pth, after 2 epochs and 4 updates" in captured.out
     assert final(folder) == final(whole)
     broken = [path for path in folder.glob("*.pth") if path.write_bytes(b"PK\x03\x04")]
     torch.save({"model": {"w": torch.ones(1)}}, broken[0])  # whole, and no training state

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import subprocess
@@ -26,6 +27,7 @@ import engine
 import main
 from training import archives, checkpoint, options, sources
 from training.errors import UserError
+from training.files import write_text
 
 CLASSES = ("ant", "bee", "cat", "dog")
 SPLITS = ("train", "val")
@@ -520,11 +522,13 @@ def test_val_beside_a_fraction_is_refused(images, paths):
 
 
 def test_the_division_is_read_back(train_only, tmp_path):
+    odd = train_only / "train" / "ant" / os.fsdecode(b" \xff\r\n,.png")  # no UTF-8, and more than one line
+    (train_only / "train" / "ant" / "1.png").rename(odd)
     args = arguments(train_only, "--val-fraction", 0.25)
     run = tmp_path / "run"
     run.mkdir()
     train, val = datasets.build_datasets(args)
-    (run / "split.csv").write_text(datasets.records(args, train, val)["split.csv"])
+    write_text(run / "split.csv", datasets.records(args, train, val)["split.csv"])
     (run / "checkpoint.pth").touch()
     first = divide(train_only)
     for source in (run, run / "checkpoint.pth"):
