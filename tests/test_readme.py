@@ -6,6 +6,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
