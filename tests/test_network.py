@@ -1,11 +1,16 @@
-"""Nothing leaves the machine unless it is asked for: an audit hook notes what every Python process connects to."""
+"""Nothing leaves the machine unless it is asked for: an audit hook notes what every Python process connects to, and
+strace what several processes do.
+"""
 
 import os
+import re
+import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL_RUN, run_main
+from conftest import ROOT, SMALL_RUN, launch, run_main
 
 WATCH = """
 import os, sys
@@ -59,3 +64,31 @@ def test_training_evaluation_and_tools_stay_on_the_machine(watch, toy, tmp_path)
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.returncode == 0, (command, done.stderr)
     assert seen() == []
+
+
+def have_strace() -> bool:
+    return bool(shutil.which("strace")) and subprocess.run(["strace", "-o", "/dev/null", "true"]).returncode == 0
+
+
+def is_local(address: str) -> bool:
+    """Return True for an address of this machine: a socket can be bound to no other."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not have_strace(), reason="strace sees what torch's C++ connects to")
+def test_two_processes_stay_on_the_machine(toy, tmp_path):
+    trace, words = tmp_path / "trace.txt", [*SMALL_RUN, "--data-path", toy, "--epochs", 1, "--output_dir", tmp_path]
+    strace = ["strace", "-f", "-qq", "-e", "trace=connect,sendto,sendmsg", "-o", trace]
+    line = map(str, [*strace, sys.executable, *launch(2), ROOT / "main.py", *words])
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    # torch asks for the name of 127.0.0.1, at port 53 of the name server.
+    calls = [call for call in trace.read_text().splitlines() if "htons(53)" not in call]
+    addresses = {found for call in calls for found in re.findall(r'inet_\w+\((?:AF_INET6, )?"([^"]+)"', call)}
+    assert addresses and not [address for address in addresses if not is_local(address)]
