@@ -26,7 +26,7 @@ define learn
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help install dense extra demo demo-dense web test test-fast test-matrix faults soak bench lint audit constraints
+.PHONY: help install dense extra demo demo-dense web test test-fast test-offline test-matrix faults soak bench lint audit constraints
 .NOTPARALLEL: # one pip at a time
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make web        after make demo: a local page that shows what its model sees, and the models of make demo-dense if they are there"
 	@echo "make test       install, run every test"
 	@echo "make test-fast  install, run the everyday tests (5 to 10 minutes, most of them where make dense ran)"
+	@echo "make test-offline the same without a network"
 	@echo "make test-matrix install other versions of Python and torch that are to be had, run the everyday tests on each (10 minutes each)"
 	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (15 to 20 minutes)"
 	@echo "make soak       install, watch the memory, files and threads of a run of 5,000 updates (4 to 6 minutes)"
@@ -108,6 +109,10 @@ test: dense extra
 
 test-fast: install
 	$(PYTEST) -m "not slow"
+
+# gloo needs the loopback interface.
+test-offline: install
+	unshare --net --map-root-user sh -c 'ip link set lo up && exec $(PYTEST) -m "not slow"'
 
 test-matrix:
 	tests/matrix.sh
