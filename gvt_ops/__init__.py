@@ -3,7 +3,7 @@
 from gvt_ops import torchvision_cpu  # noqa: F401  before timm: lets torchvision be imported beside a CPU build of torch
 
 # isort: split
-from gvt_ops.compiling import compile
+from gvt_ops.compiling import compile, describe_compiled
 from gvt_ops.modules import accelerate, describe
 
-__all__ = ["accelerate", "compile", "describe"]
+__all__ = ["accelerate", "compile", "describe", "describe_compiled"]

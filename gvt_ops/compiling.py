@@ -23,7 +23,7 @@ def compile(model: nn.Module, *, inference: bool = False, backend: str | Callabl
     """
     if backend != "inductor":
         return torch.compile(model, backend=backend, dynamic=False)
-    freezing = inference and next(model.parameters()).device.type == "cpu"
+    freezing = freezes(model, inference)
     if freezing:
         from torch._inductor import config  # here: it takes its time
 
@@ -32,6 +32,17 @@ def compile(model: nn.Module, *, inference: bool = False, backend: str | Callabl
         accelerate(model, enable=False)
     options = compile_options(freezing) | options
     return torch.compile(model, backend=backend, dynamic=False, options=options)
+
+
+def freezes(model: nn.Module, inference: bool) -> bool:
+    return inference and next(model.parameters()).device.type == "cpu"
+
+
+def describe_compiled(model: nn.Module, *, inference: bool, backend: str) -> str:
+    """Return which settings `compile` gives to the compiler of a model, in one line."""
+    options = compile_options(freezes(model, inference)) if backend == "inductor" else {}
+    settings = ", ".join(f"{name} {'on' if value else 'off'}" for name, value in options.items())
+    return f"compiled by {backend}: {settings or 'its default settings'}"
 
 
 def compile_options(freezing: bool) -> dict[str, bool]:

@@ -79,7 +79,7 @@ def describe(model: nn.Module) -> list[str]:
     layers = [module for module in model.modules() if type(module) is Linear]
     told = [module for module in model.modules() if getattr(module, "accelerated", False)]
     if not (layers or told):
-        return ["operators: PyTorch's own (gvt_ops.accelerate chooses faster ones)"]
+        return ["operators: PyTorch's own (not accelerated)"]
     weight = layers[0].weight
     gemm = onednn.unsupported_reason(weight.detach(), weight.detach())
     library = f"PyTorch's ({gemm})" if gemm else f"oneDNN, {onednn.REASON}"
@@ -93,6 +93,8 @@ def describe(model: nn.Module) -> list[str]:
         lsa = "one Triton kernel" if kernel else "copies of windows, TWINS_WINDOW_KERNEL=1 for one Triton kernel"
         return [*lines, f"{len(told)} attentions: PyTorch's fused kernels; LSA through {lsa}"]
     few = weight.new_empty(1, 1, 1, 1, dtype=torch.bfloat16)
-    batched = gemm is None and attention.unsupported_reason(few, few) is None
-    half = "bfloat16 without gradients through batched GEMMs" if batched else "no dtype otherwise"
-    return [*lines, f"{len(told)} attentions: PyTorch's fused kernel; {half}"]
+    if gemm is not None:
+        return [*lines, f"{len(told)} attentions: PyTorch's fused kernel"]
+    reason = attention.unsupported_reason(few, few)
+    batched = f"bfloat16 without gradients through batched GEMMs{f' if compiled ({reason})' if reason else ''}"
+    return [*lines, f"{len(told)} attentions: PyTorch's fused kernel; {batched}"]

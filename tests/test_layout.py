@@ -55,7 +55,7 @@ ARROWS = {
     "training/optimizer": {"gvt_ops/__init__", "training/errors", "training/options", "utils"},
     "training/network": {
         *(f"training/{name}" for name in ("checkpoint", "errors", "optimizer", "options", "precision", "threads")),
-        *("gvt", "gvt_ops/__init__", "gvt_ops/loading", "utils"),
+        *("engine", "gvt", "gvt_ops/__init__", "gvt_ops/loading", "utils"),
     },
     "training/resume": {"training/checkpoint", "training/errors", "training/recipe_options"},
     "training/outputs": {"training/errors", "training/files"},

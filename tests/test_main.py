@@ -14,6 +14,7 @@ from conftest import ROOT, SMALL_RUN, errors_of, launch, log_lines, make_images,
 
 import engine
 import main
+from gvt_ops import onednn
 from samplers import ShuffleSampler
 from training import checkpoint, options
 
@@ -234,6 +235,28 @@ def test_bare_weights_do_not_write_over_a_run(trained, toy, tmp_path, capsys):
 
 
 # ---------------------------------------------------------------- ways to train
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--torchcompile"], "compiled by inductor: freezing on, layout_optimization off\noperators: PyTorch's own"),
+        (["--torchcompile", "eager"], "compiled by eager: its default settings\n37 linear layers: "),
+        (["--amp-dtype", "bfloat16"], "37 linear layers: PyTorch's (autocast chooses the dtype of F.linear)\n"),
+    ],
+)
+def test_what_computes_is_logged(words, says, capsys):
+    args = options.parse_args(["--model", "alt_gvt_demo", *words])
+    model = main.prepare_model(main.build_model(args, 3), args, torch.device("cpu"))
+    with torch._inductor.config.patch(freezing=False):  # which freezing is on for the whole process
+        main.compile_model(model, args, inference=True)
+    assert says in capsys.readouterr().out or not onednn.AVAILABLE
+
+
+def test_residuals_stay_in_float32_with_a_warning(capsys):
+    args = options.parse_args(["--model", "alt_gvt_demo", "--residual-dtype", "autocast"])
+    main.prepare_model(main.build_model(args, 3), args, torch.device("cpu"))
+    assert "without effect (--residual-dtype autocast): --amp-dtype is float32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,9 @@ def measure(case: Case, args: argparse.Namespace) -> dict:
         facts = {}
         for name in names:
             progress(f"  facts of {' '.join(name)}")
-            facts[name] = start[name].ask("facts", memory=args.memory, profiled=args.profile) or {}
+            facts[name] = start[name].ask("facts", memory=args.memory, profiled=args.profile)
+            if facts[name] is None:
+                facts[name] = {"facts_failed": start[name].failed} if name in times else {}
     rates = {by: 2 * GEMM_SIDE[device.type] ** 3 / median(spent) for (what, by), spent in times.items() if what == GEMM}
     if not rates:
         raise UserError(f"no peak rate ({case}): {start[GEMM, 'mm'].failed}")

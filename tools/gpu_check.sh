@@ -31,11 +31,12 @@ run() {
   timeout "$limit" "$@" 2>&1 | tee -a "$log" || failed=1
 }
 
-# record SECONDS NAME [VARIABLE=VALUE ...] OPTIONS...: a record of tools.benchmark, OUT/NAME.json
+# record SECONDS NAME [VARIABLE=VALUE ...] OPTIONS...: a record of tools.benchmark, OUT/NAME.json, and in the folder
+# OUT/NAME what was measured before a timeout
 record() {
   local limit=$1 name=$2 variables=(); shift 2
   while [[ ${1-} == *=* ]]; do variables+=("$1"); shift; done
-  set -- env "${variables[@]}" "$python" -m tools.benchmark --device cuda --models alt_gvt_small --dtype bfloat16 --batch-size 256 --json "$@"
+  set -- env "${variables[@]}" "$python" -m tools.benchmark --device cuda --models alt_gvt_small --dtype bfloat16 --batch-size 256 --json --output "$out/$name" "$@"
   printf 'timeout %s' "$limit"; printf ' %q' "$@"; echo
   [ -z "$dry" ] || return 0
   timeout "$limit" "$@" 2> >(tee -a "$log" >&2) >"$out/$name.json" || failed=1

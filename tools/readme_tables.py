@@ -235,8 +235,8 @@ MODES = ("eager", "compiled", "graphs", "freezing", "onnxruntime", "openvino")
 
 
 def record(name: str, logs: Path = LOGS) -> Path:
-    """Return the file of a record of tools/benchmark.py, by its folder's name or the newest by the end of that name."""
-    found = sorted(logs.glob(f"benchmarks/*{name}/results.json"))
+    """Return the file of a record of tools.benchmark: NAME is its folder, or what follows the date (the newest)."""
+    found = sorted(logs.glob(f"benchmarks/????-??-??_{name}/results.json"))
     return found[-1] if found else logs / "benchmarks" / name / "results.json"
 
 

@@ -114,10 +114,12 @@ def time_steps(rank: int, processes: int, args: argparse.Namespace, batches: dic
     if cuda:
         torch.cuda.set_device(device)
     meeting = f"file://{folder}/meet"
-    dist.init_process_group("nccl" if cuda else "gloo", init_method=meeting, rank=rank, world_size=processes)
+    how = dict(backend="nccl", device_id=device) if cuda else dict(backend="gloo")
+    dist.init_process_group(init_method=meeting, rank=rank, world_size=processes, **how)
     torch.manual_seed(0)
     plain = accelerate(timm.create_model(args.model)).to(device).train()
-    wrapped = torch.nn.parallel.DistributedDataParallel(plain, device_ids=[rank] if cuda else None)
+    ids = [rank] if cuda else None
+    wrapped = torch.nn.parallel.DistributedDataParallel(plain, device_ids=ids, gradient_as_bucket_view=True)
     optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
 
     def step(model: torch.nn.Module, images: torch.Tensor) -> None:

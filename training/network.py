@@ -10,14 +10,15 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine import autocast
 from gvt_ops.loading import model_settings
 from training import threads
 from training.checkpoint import Checkpoint, finetune
 from training.errors import UserError, short_reason
 from training.optimizer import freeze_parts
 from training.options import Options
-from training.precision import autocast_residuals
-from utils import get_world_size, log
+from training.precision import amp_dtype, autocast_residuals
+from utils import get_world_size, log, warn
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -54,20 +55,28 @@ def prepare_model(model: nn.Module, args: Options, device: torch.device) -> nn.M
         model.set_grad_checkpointing()
     if args.residual_dtype == "autocast":
         autocast_residuals(model)
+        if amp_dtype(args, device) == torch.float32:
+            warn("without effect (--residual-dtype autocast): --amp-dtype is float32")
     # Otherwise the format of the weights stays: PEG's are channels-last, as its gradients are.
-    model = model.to(device, memory_format=torch.channels_last) if args.channels_last else model.to(device)
-    for line in [*gvt_ops.describe(model), *([threads.describe()] if device.type == "cpu" else [])]:
-        log(line)
-    return model
+    return model.to(device, memory_format=torch.channels_last) if args.channels_last else model.to(device)
 
 
 def compile_model(model: nn.Module, args: Options, *, inference: bool = False) -> nn.Module:
-    # The last, smaller batch compiles once more, which takes much less than one graph for any size.
-    try:
-        return gvt_ops.compile(model, inference=inference, backend=args.torchcompile) if args.torchcompile else model
-    except RuntimeError as error:
-        what = f"no such compiler (--torchcompile {args.torchcompile})"
-        raise UserError(f"{what}: pass it without a name for inductor") from error
+    """Compile a prepared model if the options ask for it, and log what computes it."""
+    network, lines, device = model, [], next(model.parameters()).device
+    if args.torchcompile:
+        # The last, smaller batch compiles once more, which takes much less than one graph for any size.
+        try:
+            network = gvt_ops.compile(model, inference=inference, backend=args.torchcompile)
+        except RuntimeError as error:
+            what = f"no such compiler (--torchcompile {args.torchcompile})"
+            raise UserError(f"{what}: pass it without a name for inductor") from error
+        lines = [gvt_ops.describe_compiled(model, inference=inference, backend=args.torchcompile)]
+    with autocast(device, amp_dtype(args, device)):
+        lines += gvt_ops.describe(model)
+    for line in [*lines, *([threads.describe()] if device.type == "cpu" else [])]:
+        log(line)
+    return network
 
 
 def build_networks(

@@ -158,7 +158,7 @@ def get_parser() -> argparse.ArgumentParser:
     amp = ("float16", "bfloat16", "float32")
     add("--amp-dtype", choices=amp, help="precision of the forward pass (CUDA: float16, CPU: float32)")
     residual = ("float32", "autocast")
-    what = "of the sums x + f(x) behind each PEG; autocast: --amp-dtype, faster on a GPU (%(default)s)"
+    what = "of the sums x + f(x) behind each PEG; autocast: --amp-dtype, less memory traffic (%(default)s)"
     add("--residual-dtype", default="float32", choices=residual, help=what)
 
     add = parser.add_argument_group("learning rate, set after each epoch").add_argument

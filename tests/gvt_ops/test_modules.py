@@ -274,11 +274,22 @@ def test_an_mlp_takes_many_rows_in_parts(dtype, monkeypatch):
 
 def test_what_computes_is_described():
     model = build()
-    assert describe(model) == ["operators: PyTorch's own (gvt_ops.accelerate chooses faster ones)"]
+    assert describe(model) == ["operators: PyTorch's own (not accelerated)"]
     linear, attention = describe(accelerate(model))
     assert linear.startswith("37 linear layers: ") and attention.startswith("8 attentions: ")
     assert ("oneDNN, timed" in linear) == onednn.AVAILABLE
     assert "PyTorch's (x and weight are torch.float64" in describe(model.double())[0] or not onednn.AVAILABLE
+
+
+@needs_onednn
+def test_what_depends_on_the_compiler_and_on_autocast_is_described(monkeypatch):
+    model = accelerate(build())
+    for with_amx, condition in ((False, ""), (True, " if compiled (fused attention is faster on processors with AMX")):
+        monkeypatch.setattr(onednn, "WITH_AMX", with_amx)
+        assert f"; bfloat16 without gradients through batched GEMMs{condition}" in describe(model)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        linear, attention = describe(model)
+    assert "PyTorch's (autocast chooses" in linear and attention.endswith("PyTorch's fused kernel")
 
 
 @needs_onednn
