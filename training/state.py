@@ -291,8 +291,7 @@ class CheckpointManager:
             state.best, state.best_epoch = best, epoch
         self.report_progress()
         inside = f" and {state.position[1]} updates" if state.progress else ""
-        epochs = f"{state.epoch + 1} epoch{'s' * (state.epoch != 0)}"
-        log(f"resume: {source}, after {epochs}{inside}, max accuracy {state.best:.2f}%")
+        log(f"resume: {source}, after {state.epoch + 1} epochs{inside}, max accuracy {state.best:.2f}%")
 
     def newest(self, folder: Path) -> str:
         """Return the newest usable checkpoint of a folder, "" if it has none; warn of corrupt ones, and keep them."""
