@@ -97,6 +97,8 @@ def check_options(args: Options) -> None:
         raise UserError(f"{what}: the rate is set by the epoch alone, use cosine or step")
     if args.eval or args.throughout:
         return
+    if args.start_epoch >= args.epochs:
+        raise UserError(f"no epoch is left (--start_epoch {args.start_epoch}, --epochs {args.epochs}): raise --epochs")
     check_packages(args)
     if args.dry_run:
         dry_run.check_output(args)

@@ -807,6 +807,7 @@ BAD = {
     "no such schedule": (["--sched", "cosinus"], "no such schedule (--sched cosinus)"),
     "schedule by score": (["--sched", "plateau"], "--sched plateau"),
     "one beta": (["--opt-betas", "0.9"], "cannot make the optimizer (--opt adamw)"),
+    "no epochs": (["--start_epoch", "2", "--epochs", "2"], "no epoch is left (--start_epoch 2, --epochs 2)"),
     "no such compiler": (["--torchcompile", "nope"], "no such compiler (--torchcompile nope)"),
     "no folder possible": (["--output_dir", "/proc/nope/x"], "cannot make the folder (--output_dir /proc/nope/x)"),
     "no connection": (

@@ -22,7 +22,7 @@ EPOCHS, BATCH, WORKERS = 10, 2, 2
 # The most that memory may change, and that open files may grow. In the short form the second epoch imports what draws
 # the curves, and the first is too short to see as many batches wait in shared memory, each a file, as there may be.
 LIMITS, SHORT_LIMITS = (0.02, 5), (0.04, 15)
-READ_S, WATCH_EVERY = 0.05, 4  # seconds between two readings; the processes are looked at in each fourth
+READ_S, SEARCH_EVERY = 0.05, 4  # seconds between two readings; processes are searched for in each fourth
 
 
 class Watch:
@@ -31,7 +31,7 @@ class Watch:
     def __init__(self, run: Started, folder: Path):
         self.run, self.folder, self.reads, self.epochs = run, folder, 0, 0
         self.seen = defaultdict(lambda: defaultdict(list))  # pid -> epoch -> (bytes, files, threads)
-        self.pids, self.problems = set(), []
+        self.pids, self.family, self.problems = set(), [], []
 
     def until_the_end(self, seconds: float) -> int:
         end, turn = time.monotonic() + seconds, 0
@@ -40,7 +40,10 @@ class Watch:
                 self.run.kill()
                 raise TimeoutError(f"it did not end in {seconds} s: {self.run.stderr()[-300:]!r}")
             self.read_files()
-            if turn % WATCH_EVERY == 0 and self.epochs < EPOCHS:
+            if turn % SEARCH_EVERY == 0:
+                self.family = self.run.family()
+            # At each turn: how many batches wait in files of shared memory differs from one moment to the next.
+            if self.epochs < EPOCHS:
                 self.watch_processes()
             turn += 1
             time.sleep(READ_S)
@@ -61,7 +64,7 @@ class Watch:
             self.reads += 1
 
     def watch_processes(self) -> None:
-        for pid in self.run.family():
+        for pid in self.family:
             with contextlib.suppress(OSError):  # it has just ended
                 process = Path(f"/proc/{pid}")
                 memory = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
