@@ -102,7 +102,7 @@ def combinations(draw) -> list[str]:
                 ["--sched", "plateau"],
                 ["--use-mcloader"],
                 ["--resplit"],
-                ["--start_epoch", number],
+                ["--start_epoch", str(draw(st.integers(2, 10**6)))],  # of two epochs
                 ["--device", "cuda:" + large],
                 ["--dist_url"],
                 ["--report", "/nowhere/at/all/report.json", "--finetune", "/nowhere.pth"],
