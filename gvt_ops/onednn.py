@@ -1,9 +1,10 @@
 """Linear layers on a CPU through oneDNN.
 
-torch gives GEMMs of float32 to MKL. For the linear layers of these models oneDNN was faster with an error of the same
-size wherever both were timed: 1.0 to 1.3 times on an Intel Xeon (Sapphire Rapids; 1.1 to 2 times with GELU, which
-oneDNN fuses), twice on an AMD EPYC (Zen 5); python -m tools.linear_layers times both on this machine. But on the Intel
-processor a whole step of training was 1.04 (PCPVT-S) and 1.1 times (SVT-S) as fast through MKL.
+torch gives GEMMs of float32 to MKL. On an AMD EPYC (Zen 5) oneDNN was twice as fast with an error of the same size. On
+an Intel Xeon (Sapphire Rapids) it was 0.93 to 1.2 times as fast with 8 images, 0.8 to 1.1 times with one, and 1.1 to
+1.8 times with GELU, which oneDNN fuses: taking it for all linear layers costs at most 6 % of their time there, and pays
+with 8 images (logs/benchmarks/2026-11-28_intel_linear_layers). python -m tools.linear_layers times both on this
+machine. A whole step of training was 1.04 (PCPVT-S) and 1.1 times (SVT-S) as fast through MKL on the Intel processor.
 unsupported_reason says why oneDNN is not used for a layer; F.linear, the reference, is used then.
 """
 
@@ -22,7 +23,7 @@ AVAILABLE = (
     and torch.backends.mkldnn.is_available()
     and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 )
-REASON = "timed as fast as MKL or faster on Intel and AMD (python -m tools.linear_layers)"
+REASON = "timed as fast as MKL or faster for 8 images on Intel and AMD (python -m tools.linear_layers)"
 CPUINFO = Path("/proc/cpuinfo")
 PROCESSOR = CPUINFO.read_text() if CPUINFO.exists() else platform.processor()
 ON_INTEL, WITH_AMX = "GenuineIntel" in PROCESSOR, "amx_bf16" in PROCESSOR
