@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     add("--batch-size", nargs="+", type=positive, default=[1, 8], metavar="N", help="(1 8)")
     add("--repeats", type=positive, default=15, metavar="N", help="rounds (%(default)s)")
     add("--threads", type=positive, metavar="N", help="of this process (PyTorch's own choice)")
-    add("--output", type=Path, metavar="FOLDER", help="write results.json, results.csv and table.txt there")
+    add("--output", type=Path, metavar="FOLDER", help="write linear_layers.json, linear_layers.csv and table.txt there")
     args = parser.parse_args(argv)
     if not onednn.AVAILABLE:
         raise UserError("this torch has no oneDNN for this processor: there is nothing to choose from")
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     print(table)
     if args.output:
         record = environment(torch.device("cpu")) | {"threads": torch.get_num_threads(), "rows": rows}
-        write_record(args.output, "results", record, rows, shown=table)
+        write_record(args.output, "linear_layers", record, rows, shown=table)
 
 
 if __name__ == "__main__":

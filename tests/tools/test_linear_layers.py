@@ -31,6 +31,6 @@ def test_the_layers_are_those_of_the_model(name):
 def test_a_record(tmp_path, capsys):
     words = ["--models", "alt_gvt_small", "--dtype", "float32", "--batch-size", "1", "--repeats", "1"]
     tool.main([*words, "--output", str(tmp_path / "out")])
-    (row,) = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    (row,) = json.loads((tmp_path / "out" / "linear_layers.json").read_text())["rows"]
     assert list(row) == ["Model", "dtype", "Batch", *tool.KINDS, "Cost"] and float(row["qkv"]) > 0
     assert "alt_gvt_small" in capsys.readouterr().out
