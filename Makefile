@@ -37,7 +37,7 @@ help:
 	@echo "make test-fast  install, run the everyday tests (5 to 10 minutes, most of them where make dense ran)"
 	@echo "make test-offline the same without a network"
 	@echo "make test-matrix install other versions of Python and torch that are to be had, run the everyday tests on each (10 minutes each)"
-	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (15 to 20 minutes)"
+	@echo "make faults     install, kill, fill, damage and deceive runs in every way that tests/faults knows (25 to 40 minutes)"
 	@echo "make soak       install, watch the memory, files and threads of a run of 5,000 updates (4 to 6 minutes)"
 	@echo "make bench      install, check that ours is no slower than timm's model of the same weights (under 3 minutes)"
 	@echo "make dense      install what segmentation and detection need as well (compiles for 5 to 15 minutes)"
