@@ -21,11 +21,13 @@ PROGRAMS = ("kill", "syscalls", "disk", "corrupt", "hostile", "malformed", "stuc
 
 
 def table(rows: list[dict], record: dict, minutes: float) -> str:
-    lost = sum(row["tried"] - row["survived"] for row in rows)
+    tried = sum(row["tried"] for row in rows)
+    lost = tried - sum(row["survived"] for row in rows)
+    commit, columns = record["commit"][:8], ("program", "what", "form", "tried", "survived")
     lines = [
         "# Fault-injection results",
         "",
-        f"`python tests/faults/all.py`, {record['started'][:10]}, commit {record['commit'][:8]}: {sum(row['tried'] for row in rows)} accidents, "
+        f"`python tests/faults/all.py`, {record['started'][:10]}, commit {commit}: {tried} accidents, "
         f"{lost} not survived, {minutes:.0f} minutes.",
         f"torch {record['torch']}, Python {record['python']}, {record['device']} with {record['cores']} cores; "
         f"{'strace was there' if have_strace() else 'no strace: calls were interrupted from inside the process'}.",
@@ -33,10 +35,9 @@ def table(rows: list[dict], record: dict, minutes: float) -> str:
         "| Program | Accident | How | Tried | Survived | Seconds | Notes |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [
-        f"| {row['program']} | {row['what']} | {row['form']} | {row['tried']} | {row['survived']} | {row['seconds']:.0f} | {row['notes']}{row['first_loss']} |"
-        for row in rows
-    ]
+    for row in rows:
+        cells = [*(str(row[name]) for name in columns), f"{row['seconds']:.0f}", row["notes"] + row["first_loss"]]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", "What each proves stands at the top of its file in tests/faults.", ""])
 
 

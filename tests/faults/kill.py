@@ -117,7 +117,8 @@ def kills(
     problems.append(killer.compare())
     for _ in range(done):  # each was survived where all runs ended right
         row.check(*problems)
-    row.notes = f"{done} kills in {killer.cycle + 1} runs: {', '.join(f'{number} {kind}' for kind, number in killer.counts.items())}"
+    kinds = ", ".join(f"{number} {kind}" for kind, number in killer.counts.items())
+    row.notes = f"{done} kills in {killer.cycle + 1} runs: {kinds}"
 
 
 def signals(row: Row, base: Path, *, total: int, epochs: int, seed: int) -> None:
