@@ -11,6 +11,7 @@ os.environ.setdefault(
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import zlib
@@ -122,6 +123,13 @@ def run_main(
     command = [sys.executable, *launcher, str(ROOT / "main.py"), *map(str, words)]
     settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"} | (env or {})
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=settings, cwd=ROOT)
+
+
+def have_strace() -> bool:
+    """Return True if strace may watch a program here, and change what its calls return."""
+    if not shutil.which("strace"):
+        return False
+    return subprocess.run(["strace", "-e", "inject=getppid:retval=7", "true"], capture_output=True).returncode == 0
 
 
 def launch(processes: int) -> tuple[str, ...]:

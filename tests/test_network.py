@@ -4,13 +4,12 @@ strace what several processes do.
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SMALL_RUN, launch, run_main
+from conftest import ROOT, SMALL_RUN, have_strace, launch, run_main
 
 WATCH = """
 import os, sys
@@ -64,10 +63,6 @@ def test_training_evaluation_and_tools_stay_on_the_machine(watch, toy, tmp_path)
         done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, env=environment)
         assert done.returncode == 0, (command, done.stderr)
     assert seen() == []
-
-
-def have_strace() -> bool:
-    return bool(shutil.which("strace")) and subprocess.run(["strace", "-o", "/dev/null", "true"]).returncode == 0
 
 
 def is_local(address: str) -> bool:

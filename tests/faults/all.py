@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from common import HERE, ROOT, environment
-from syscalls import have_strace
+from conftest import have_strace
 from torch import device
 
 import utils

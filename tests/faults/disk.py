@@ -30,7 +30,7 @@ from common import (
     run_program,
     words,
 )
-from syscalls import have_strace
+from conftest import have_strace
 
 MISSED = 3  # saves while the disk is full
 SLOW = "inject=fsync:delay_enter=300000"  # microseconds

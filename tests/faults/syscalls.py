@@ -12,19 +12,13 @@ from collections import Counter
 from pathlib import Path
 
 from common import HERE, Row, complain, environment, run_program
+from conftest import have_strace
 
 from training import checkpoint, files
 from training.errors import UserError
 
 ONE_SAVE = str(HERE / "one_save.py")
 CALLS = "write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2,link,linkat,unlink,unlinkat"
-
-
-def have_strace() -> bool:
-    if not shutil.which("strace"):
-        return False
-    done = subprocess.run(["strace", "-e", "inject=getppid:retval=7", "true"], capture_output=True)
-    return done.returncode == 0
 
 
 def newest_whole(folder: Path) -> int:
