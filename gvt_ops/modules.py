@@ -92,9 +92,9 @@ def describe(model: nn.Module) -> list[str]:
         kernel = os.environ.get("TWINS_WINDOW_KERNEL") == "1"
         lsa = "one Triton kernel" if kernel else "copies of windows, TWINS_WINDOW_KERNEL=1 for one Triton kernel"
         return [*lines, f"{len(told)} attentions: PyTorch's fused kernels; LSA through {lsa}"]
-    few = weight.new_empty(1, 1, 1, 1, dtype=torch.bfloat16)
     if gemm is not None:
         return [*lines, f"{len(told)} attentions: PyTorch's fused kernel"]
+    few = weight.new_empty(1, 1, 1, 1, dtype=torch.bfloat16)
     reason = attention.unsupported_reason(few, few)
     batched = f"bfloat16 without gradients through batched GEMMs{f' if compiled ({reason})' if reason else ''}"
     return [*lines, f"{len(told)} attentions: PyTorch's fused kernel; {batched}"]
